@@ -1,0 +1,34 @@
+"""The probing engine: formats, casts, sketches, and the window that watches training.
+
+Names are loaded when they are first asked for, so that reading the format table does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "BINS": "sketch",
+    "BIN_EDGES": "sketch",
+    "Cast": "casts",
+    "CastState": "casts",
+    "Evidence": "records",
+    "FORMATS": "formats",
+    "Format": "formats",
+    "Product": "records",
+    "Site": "records",
+    "SlotHistory": "history",
+    "Window": "window",
+    "format_named": "formats",
+    "load_window": "windowfile",
+    "probe": "window",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

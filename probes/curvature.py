@@ -1,0 +1,213 @@
+"""What a few scored steps measure beside the sketches: curvature, the directional products, and gradient noise.
+
+Curvature. When the loss function is called, the graph from its input back to every product stands. From there one
+more backward pass is run from a random vector whose covariance is the loss's Hessian (`losses.py`); what arrives at a
+product's result is a draw of the Gauss-Newton gradient there. The gradient at each operand follows by the product's
+own vector-Jacobian product, so that first layers are included and several consumers of a tensor never mix. Two sums
+are kept a slot: Σg², from which any cast is estimated later, and for each candidate cast ½·Σ_samples (g·δ)² with the
+cast's real error δ on that step's tensor. The square is taken after summing within a sample, because neighbouring
+rounding errors are alike; for a weight a sample's sum is ⟨grad_output_s, input_s·δᵀ⟩. Where samples mix (BatchNorm
+downstream) the whole batch is one sample: unbiased still, with a larger spread, so more draws are taken.
+
+Gradient noise. In the training backward of the same steps, each candidate cast's error is put into the products that
+make the gradients, and its energy is compared with theirs.
+
+All draws come from generators of our own, and `torch.autograd.grad` towards the products' results touches no `.grad`
+and no parameter's hooks. A tensor hook that the user has put on an activation does run once more.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from probes.casts import Cast
+from probes.losses import LossCall
+from probes.records import Slot
+from probes.sites import ProductCall
+
+DRAWS = 2  # a scored step; with 32 samples and 2 scored steps the spread is about 13%
+DRAWS_WHOLE_BATCH = 8  # a whole-batch draw is a chi-square of one degree of freedom: the spread of 16 is 35%
+
+
+@dataclass
+class Met:
+    """A product met in a scored step, with what is needed to go back to it."""
+
+    call: ProductCall
+    edge: GradientEdge
+    versions: list[int]
+    batch: int | None
+    whole_batch: bool = False
+
+    @classmethod
+    def of(cls, call: ProductCall, result: Tensor, batch: int | None) -> Met:
+        return cls(call, get_gradient_edge(result), [operand._version for operand in call.operands], batch)
+
+    @property
+    def intact(self) -> bool:
+        """No operand has been changed in place since."""
+        return self.versions == [operand._version for operand in self.call.operands]
+
+
+@dataclass
+class Sums:
+    """Per slot: Σg², and per cast ½·Σ(g·δ)² with the sum of its terms' squares, for its spread."""
+
+    curvature: float = 0.0
+    directional: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    squares: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, other: Sums, scale: float) -> None:
+        self.curvature += scale * other.curvature
+        for cast, value in other.directional.items():
+            self.directional[cast] += scale * value
+            self.squares[cast] += scale**2 * other.squares[cast]
+
+
+def curvature_sums(loss: LossCall, met: Sequence[Met], casts: Sequence[Cast], seed: int) -> dict[Slot, Sums]:
+    """Sums over the products behind one loss call, mean a draw, for the summed loss (still to be scaled by c)."""
+    draws = DRAWS_WHOLE_BATCH if any(product.whole_batch for product in met) else DRAWS
+    generator = torch.Generator(loss.outputs.device).manual_seed(seed)
+    sums: dict[Slot, Sums] = defaultdict(Sums)
+    reached = [product for product in met if product.intact]
+    if not reached:
+        return sums
+    with undisturbed():
+        for _ in range(draws):
+            gradients = torch.autograd.grad(
+                loss.outputs,
+                [product.edge for product in reached],
+                loss.draw(generator),
+                retain_graph=True,
+                allow_unused=True,
+            )
+            for product, gradient in zip(reached, gradients, strict=True):
+                if gradient is not None:
+                    for slot, part in _product_sums(product, gradient, casts).items():
+                        sums[slot].add(part, 1 / draws)
+    return sums
+
+
+def _product_sums(product: Met, gradient: Tensor, casts: Sequence[Cast]) -> dict[Slot, Sums]:
+    call, batch = product.call, None if product.whole_batch else product.batch
+    operands = [operand.detach().float() for operand in call.operands]
+    gradient = gradient.float()
+    sums: dict[Slot, Sums] = defaultdict(Sums)
+    operand_gradients = vjp(call, operands, gradient, range(len(operands)))
+    for i, (role, operand, g) in enumerate(zip(call.roles, operands, operand_gradients, strict=True)):
+        part = sums[Slot(call.site, role)]
+        part.curvature += float(g.square().sum(dtype=torch.float64))
+        for cast in casts:
+            error = cast(operand) - operand
+            if role == "weight" and batch is not None:
+                changed = [error if j == i else other for j, other in enumerate(operands)]
+                terms = sample_sums(gradient * call.plain(changed), batch)
+            else:
+                terms = sample_sums(g * error, batch)
+            halves = 0.5 * terms.square()
+            part.directional[str(cast)] += float(halves.sum())
+            part.squares[str(cast)] += float(halves.square().sum())
+    return sums
+
+
+def sample_sums(values: Tensor, batch: int | None) -> Tensor:
+    """Sums within each sample, float64 [batch]; [1] where the tensor has no dimension that holds the samples.
+
+    The batch is the leading dimension, alone or flattened with others ([B·T, D]), or another dimension of its size.
+    """
+    values = values.double()
+    if batch is None or values.dim() == 0:
+        return values.sum().reshape(1)
+    leading = values.shape[0]
+    if leading != batch and batch in values.shape:
+        values = values.movedim(values.shape.index(batch), 0)
+    elif leading % batch:
+        return values.sum().reshape(1)
+    return values.reshape(batch, -1).sum(1)
+
+
+def noise_ratios(call: ProductCall, gradient: Tensor, casts: Sequence[Cast]) -> dict[Slot, dict[str, float]]:
+    """For each role and cast: the energy of the cast's error in the gradients it enters, over those gradients' energy.
+
+    `grad_output` enters the weight gradient (both gradients where neither operand is a parameter); an operand enters
+    the other's gradient. Attention is not bilinear: there the error is the difference of two backward passes.
+    """
+    operands = [operand.detach().float() for operand in call.operands]
+    gradient = gradient.detach().float()
+    trained = [i for i, operand in enumerate(call.operands) if operand.requires_grad]
+    ratios: dict[Slot, dict[str, float]] = defaultdict(dict)
+    with undisturbed():
+        exact = dict(zip(trained, vjp(call, operands, gradient, trained), strict=True))
+        for cast in casts:
+            for i, role in enumerate([*call.roles, "grad_output"]):
+                wanted = _enters(call, i, trained)
+                energy = sum(_energy(exact[j]) for j in wanted)
+                if not energy:
+                    continue
+                if i == len(operands):
+                    errors = vjp(call, operands, cast(gradient) - gradient, wanted)
+                elif call.operation.name == "sdpa":
+                    changed = [cast(operand) if j == i else operand for j, operand in enumerate(operands)]
+                    errors = [
+                        new - exact[j] for j, new in zip(wanted, vjp(call, changed, gradient, wanted), strict=True)
+                    ]
+                else:
+                    changed = [cast(operand) - operand if j == i else operand for j, operand in enumerate(operands)]
+                    errors = vjp(call, changed, gradient, wanted)
+                ratio = sum(_energy(error) for error in errors) / energy
+                ratios[Slot(call.site, role)][str(cast)] = ratio
+    return ratios
+
+
+def _enters(call: ProductCall, i: int, trained: Sequence[int]) -> list[int]:
+    """The operands whose gradients the tensor in role i enters; i == len(operands) is grad_output."""
+    if i == len(call.operands):
+        weights = [j for j in trained if call.roles[j] == "weight"]
+        return weights or list(trained)
+    if call.operation.name == "sdpa":
+        return list(trained)
+    return [j for j in trained if j != i]
+
+
+def vjp(call: ProductCall, operands: Sequence[Tensor], gradient: Tensor, wanted: Sequence[int]) -> list[Tensor]:
+    """Gradients at the wanted operands of one product, given the gradient at its result. Float32 throughout."""
+    if call.operation.name == "linear":
+        x, weight = operands
+        found = []
+        for i in wanted:
+            if i == 0:
+                found.append(gradient @ weight)
+            else:
+                found.append(gradient.reshape(-1, gradient.shape[-1]).T @ x.reshape(-1, x.shape[-1]))
+        return found
+    if not wanted:
+        return []
+    with torch.enable_grad():
+        leaves = [operand.detach().requires_grad_(i in wanted) for i, operand in enumerate(operands)]
+        result = call.plain(leaves)
+        return list(torch.autograd.grad(result, [leaves[i] for i in wanted], gradient))
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Work of our own inside the user's step: no overrides, no autocast, no graph, and the random streams put back."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with (
+        torch.random.fork_rng(devices=list(devices)),
+        torch._C.DisableTorchFunction(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+        torch.no_grad(),
+    ):
+        yield
+
+
+def _energy(values: Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))

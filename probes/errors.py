@@ -1,0 +1,35 @@
+"""What can go wrong in `probes`.
+
+ProbeError
+├── UnknownFormat         a format name that no table holds
+├── InvalidCast           a cast string, or a combination of its parts, that means nothing
+├── UnsupportedTensor     a tensor of a dtype that has no place in a sketch or a cast
+└── WindowError           a window that was opened, used or asked in a way it cannot serve
+    └── MalformedWindow   a window file, or a packed history, that does not hold what it must
+"""
+
+from __future__ import annotations
+
+
+class ProbeError(Exception):
+    """Root of every error that `probes` raises on purpose."""
+
+
+class UnknownFormat(ProbeError, ValueError):
+    """No format has this name."""
+
+
+class InvalidCast(ProbeError, ValueError):
+    """This text, or this combination of format, scaling and rounding, is no cast."""
+
+
+class UnsupportedTensor(ProbeError, TypeError):
+    """A tensor that cannot be cast or sketched: not of a floating dtype."""
+
+
+class WindowError(ProbeError, ValueError):
+    """A probing window was opened or used in a way it cannot serve."""
+
+
+class MalformedWindow(WindowError):
+    """Bytes that are not a window file of a known schema version."""

@@ -1,0 +1,194 @@
+"""One slot's sketches, step by step: sparse, because a tensor fills some hundred of the two thousand bins.
+
+The packed form is what a database row holds: a fixed header, then the arrays one after another, deflated. A step of a
+typical activation takes about half a kilobyte.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probes.errors import MalformedWindow
+
+BINS = 2040  # as in sketch.py, which imports torch; a test holds them equal
+_MAGIC = b"NAS1"
+_HEADER = struct.Struct("<4sIQ")  # magic, steps, occupied bins
+_MOST_STEPS, _MOST_OCCUPIED = 1 << 20, 1 << 24  # what a hostile header may claim: some 200 MB inflated
+
+_STEP_ARRAYS = {
+    "steps": np.int64,
+    "zeros": np.int64,
+    "nans": np.int64,
+    "positive_infs": np.int64,
+    "negative_infs": np.int64,
+    "sum_of_squares": np.float64,
+    "amax": np.float32,
+    "amin": np.float32,
+    "significant_bits": np.uint8,
+    "distinct": np.int32,
+}
+_BIN_ARRAYS = {"bins": np.uint16, "counts": np.int64}
+
+
+@dataclass(frozen=True, eq=False)
+class SlotHistory:
+    """One slot's sketches over S recorded steps; N occupied bins in all, in compressed sparse rows.
+
+    offsets           int64 [S+1]: step s has bins[offsets[s]:offsets[s+1]] and the counts beside them
+    bins, counts      uint16 [N], int64 [N]; bins rise within a step
+    sum_of_squares    float64 [S], over the finite elements
+    amax, amin        float32 [S]: largest and smallest non-zero finite magnitude; 0 where there is none
+    significant_bits  uint8 [S]: the most mantissa bits that any element uses
+    distinct          int32 [S]: estimated distinct magnitudes in a strided sample of at most 8,192 elements, up to 4,096
+    """
+
+    steps: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    bins: NDArray[np.uint16]
+    counts: NDArray[np.int64]
+    zeros: NDArray[np.int64]
+    nans: NDArray[np.int64]
+    positive_infs: NDArray[np.int64]
+    negative_infs: NDArray[np.int64]
+    sum_of_squares: NDArray[np.float64]
+    amax: NDArray[np.float32]
+    amin: NDArray[np.float32]
+    significant_bits: NDArray[np.uint8]
+    distinct: NDArray[np.int32]
+
+    @property
+    def nonzero(self) -> NDArray[np.int64]:
+        """Finite elements other than zero, int64 [S]."""
+        running = np.append(0, np.cumsum(self.counts))
+        return np.asarray(running[self.offsets[1:]] - running[self.offsets[:-1]], dtype=np.int64)
+
+    @property
+    def nonfinite(self) -> NDArray[np.int64]:
+        """NaN, +Inf and -Inf elements, int64 [S]."""
+        return self.nans + self.positive_infs + self.negative_infs
+
+    @property
+    def elements(self) -> NDArray[np.int64]:
+        """All elements, int64 [S]."""
+        return self.nonzero + self.zeros + self.nonfinite
+
+    def pack(self) -> bytes:
+        """The history as bytes: what `unpack` reads."""
+        header = _HEADER.pack(_MAGIC, len(self.steps), len(self.bins))
+        arrays = [_little_endian(getattr(self, name), dtype) for name, dtype in _STEP_ARRAYS.items()]
+        arrays += [np.diff(self.offsets).astype("<i8").tobytes()]
+        arrays += [_little_endian(getattr(self, name), dtype) for name, dtype in _BIN_ARRAYS.items()]
+        return header + zlib.compress(b"".join(arrays), 6)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> SlotHistory:
+        """Read a packed history. Raises MalformedWindow on anything that `pack` did not write."""
+        try:
+            magic, steps, occupied = _HEADER.unpack_from(data)
+        except struct.error as error:
+            raise MalformedWindow(f"a packed history starts with {_HEADER.size} bytes, got {len(data)}") from error
+        if magic != _MAGIC or steps > _MOST_STEPS or occupied > _MOST_OCCUPIED:
+            raise MalformedWindow("these bytes are no packed history of a known version")
+        widths = [np.dtype(dtype).itemsize for dtype in _STEP_ARRAYS.values()]
+        size = steps * (sum(widths) + 8) + occupied * (2 + 8)
+        body = _inflate(data[_HEADER.size :], size)
+        arrays, position = {}, 0
+        layout = [(name, dtype, steps) for name, dtype in _STEP_ARRAYS.items()]
+        layout += [("lengths", np.int64, steps)]
+        layout += [(name, dtype, occupied) for name, dtype in _BIN_ARRAYS.items()]
+        for name, dtype, length in layout:
+            stored = np.dtype(dtype).newbyteorder("<")
+            arrays[name] = np.frombuffer(body, stored, length, position).astype(dtype)
+            position += length * stored.itemsize
+        offsets = np.append(0, np.cumsum(arrays.pop("lengths")))
+        return cls(offsets=offsets, **arrays).checked()
+
+    def checked(self) -> SlotHistory:
+        """Itself, or MalformedWindow if its arrays contradict each other."""
+        steps = len(self.steps)
+        wrong = [name for name in _STEP_ARRAYS if len(getattr(self, name)) != steps]
+        lengths = np.diff(self.offsets)
+        sound = (
+            not wrong
+            and len(self.offsets) == steps + 1
+            and self.offsets[0] == 0
+            and self.offsets[-1] == len(self.bins) == len(self.counts)
+            and bool((lengths >= 0).all())
+            and bool((self.bins < BINS).all())
+            and bool((self.counts > 0).all())
+            and all(bool((getattr(self, name) >= 0).all()) for name in ("zeros", "nans", "positive_infs"))
+            and bool((self.negative_infs >= 0).all())
+            and bool((np.isfinite(self.sum_of_squares) & (self.sum_of_squares >= 0)).all())
+            and bool(np.isfinite(self.amax).all() and np.isfinite(self.amin).all())
+            and bool(((self.amin >= 0) & (self.amax >= self.amin)).all())
+            and bool(((self.amax > 0) == (lengths > 0)).all())
+        )
+        if not sound:
+            raise MalformedWindow("a slot's history has arrays that contradict each other")
+        return self
+
+
+class SparseRow(NamedTuple):
+    """One slot's sketch of one step, without its empty bins."""
+
+    step: int
+    bins: NDArray[np.uint16]
+    counts: NDArray[np.int64]
+    tail: NDArray[np.float64]  # zeros, NaNs, +Infs, -Infs, sum of squares
+    extremes: NDArray[np.float32]
+
+
+def sparse_row(step: int, sums: NDArray[np.float64], extremes: NDArray[np.float32]) -> SparseRow:
+    """A row of the sketch arrays (`sums` [SUMS], `extremes` [EXTREMES], as `sketch.py` lays them out), compacted."""
+    (bins,) = np.nonzero(sums[:BINS])
+    counts = sums[bins].astype(np.int64)
+    return SparseRow(step, bins.astype(np.uint16), counts, sums[BINS : BINS + 5].copy(), extremes.copy())
+
+
+def history_of(rows: Sequence[SparseRow]) -> SlotHistory:
+    """A history from its steps' rows, in their order."""
+    tail = np.array([row.tail for row in rows], dtype=np.float64).reshape(-1, 5)
+    extremes = np.array([row.extremes for row in rows], dtype=np.float32).reshape(-1, 4)
+    return SlotHistory(
+        steps=np.array([row.step for row in rows], dtype=np.int64),
+        offsets=np.cumsum([0, *(len(row.bins) for row in rows)], dtype=np.int64),
+        bins=np.concatenate([np.zeros(0, np.uint16), *(row.bins for row in rows)]),
+        counts=np.concatenate([np.zeros(0, np.int64), *(row.counts for row in rows)]),
+        zeros=tail[:, 0].astype(np.int64),
+        nans=tail[:, 1].astype(np.int64),
+        positive_infs=tail[:, 2].astype(np.int64),
+        negative_infs=tail[:, 3].astype(np.int64),
+        sum_of_squares=tail[:, 4],
+        amax=extremes[:, 0],
+        amin=np.where(extremes[:, 0] > 0, -extremes[:, 1], 0).astype(np.float32),
+        significant_bits=extremes[:, 2].astype(np.uint8),
+        distinct=extremes[:, 3].astype(np.int32),
+    )
+
+
+def same_history(a: SlotHistory, b: SlotHistory) -> bool:
+    """Whether two histories hold the same arrays."""
+    return all(np.array_equal(getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
+
+
+def _little_endian(array: NDArray[Any], dtype: Any) -> bytes:
+    return array.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+
+
+def _inflate(data: bytes, size: int) -> bytes:
+    """Exactly `size` inflated bytes; never more memory than that, whatever the data claims."""
+    inflater = zlib.decompressobj()
+    try:
+        body = inflater.decompress(data, size + 1)
+    except zlib.error as error:
+        raise MalformedWindow(f"a packed history does not inflate: {error}") from error
+    if len(body) != size or not inflater.eof:
+        raise MalformedWindow(f"a packed history holds {len(body)} bytes where its header says {size}")
+    return body

@@ -1,0 +1,127 @@
+"""Where in the model we are: the stack of modules being run, and which module owns which parameter.
+
+A site's name comes from here. Forward hooks keep one stack a thread, because activation checkpointing runs modules
+again in the backward pass, on CUDA in a thread of autograd's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = "(root)"
+
+
+@dataclass
+class Frame:
+    """One entry into a module's forward: its path, and how often each operation has been met in it."""
+
+    path: str
+    met: Counter[str] = field(default_factory=Counter)
+    leave: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True)
+class Owned:
+    """Where a parameter lives: the module's path, the parameter's own name, and the site of a product with it."""
+
+    path: str
+    name: str
+    site: str
+
+    @property
+    def dotted(self) -> str:
+        """The name that `model.named_parameters()` gives it."""
+        return self.name if self.path == ROOT else f"{self.path}.{self.name}"
+
+
+class ParameterOwners:
+    """Which modules own a tensor: by identity, views included, tied parameters with every owner."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owned: dict[int, list[Owned]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            several = len(_matrix_parameters(module)) > 1
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                where = path or ROOT
+                owned = Owned(where, name, f"{where}/{name}" if several else where)
+                self._owned.setdefault(id(parameter), []).append(owned)
+
+    def of(self, tensor: Tensor, current: str | None) -> Owned | None:
+        """The owner of the parameter that this tensor is, or is a view of; the current module if it is one of them."""
+        owners = self._owned.get(id(tensor))
+        if owners is None and tensor._base is not None:
+            owners = self._owned.get(id(tensor._base))
+        if owners is None:
+            return None
+        return next((owned for owned in owners if owned.path == current), owners[0])
+
+
+class ModuleStack:
+    """The modules being run in each thread, kept by forward hooks on every module of a model."""
+
+    def __init__(self, model: nn.Module, entered: Callable[[Frame, tuple[Any, ...], dict[str, Any]], None]) -> None:
+        self._model = model
+        self._entered = entered
+        self._local = threading.local()
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        """Put the hooks on. A module that stands at several paths is named by the first."""
+        for path, module in self._model.named_modules():
+            frame_path = path or ROOT
+            self._handles.append(
+                module.register_forward_pre_hook(self._push(frame_path), with_kwargs=True, prepend=True)
+            )
+            self._handles.append(module.register_forward_hook(self._pop, always_call=True))
+
+    def detach(self) -> None:
+        """Take the hooks off; again is harmless."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    @property
+    def frames(self) -> list[Frame]:
+        """This thread's stack, outermost first."""
+        if not hasattr(self._local, "frames"):
+            self._local.frames = []
+        frames: list[Frame] = self._local.frames
+        return frames
+
+    def _push(self, path: str) -> Callable[..., None]:
+        def push(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            frame = Frame(path)
+            self.frames.append(frame)
+            self._entered(frame, args, kwargs)
+
+        return push
+
+    def _pop(self, *_: Any) -> None:
+        if self.frames:
+            leave = self.frames.pop().leave
+            if leave is not None:
+                leave()
+
+
+def in_backward() -> bool:
+    """Whether this thread is running a node of autograd's: a product met there is a recomputation."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _matrix_parameters(module: nn.Module) -> list[str]:
+    """Names of the module's own parameters that can be an operand of a matrix product.
+
+    One that is registered but absent counts (MultiheadAttention's `q_proj_weight`, present when its widths differ),
+    so that a site's name does not depend on a module's options; an absent bias does not.
+    """
+    return [
+        name
+        for name, parameter in module._parameters.items()
+        if (parameter.dim() > 1 if parameter is not None else name.endswith("weight"))
+    ]

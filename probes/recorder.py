@@ -1,0 +1,311 @@
+"""The recorder: the site hook that fills a window while training goes on.
+
+A step runs from one `optimizer.step()` to the next. In a recorded step each operand is sketched when its product is
+met and each `grad_output` when a hook on the product's result receives it. Nothing that the training computes is
+replaced: the product is run as it was called, and no random number is drawn from the user's stream.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from probes.casts import Cast
+from probes.coverage import FlopsUnseen
+from probes.curvature import Met, Sums, curvature_sums, noise_ratios
+from probes.history import SparseRow, sparse_row
+from probes.losses import loss_call
+from probes.names import Frame, in_backward
+from probes.records import Product, Slot
+from probes.sites import ProductCall, SiteHook
+from probes.sketch import SketchArray
+
+NOISE_SAMPLE = 4096  # elements of each weight gradient that are followed from step to step
+
+
+@dataclass
+class SiteTally:
+    """What has been met of one site over the window."""
+
+    op: str
+    roles: tuple[str, ...]
+    parameter: str | None
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    elements: Counter[str] = field(default_factory=Counter)
+    products: dict[tuple[str, tuple[str, str]], float] = field(default_factory=lambda: defaultdict(float))
+    calls: int = 0
+
+
+@dataclass
+class GradientNoise:
+    """Minibatch noise of one parameter's gradient, from successive differences, which a slow drift hardly moves."""
+
+    last: Tensor | None = None
+    differences: float = 0.0
+    energy: float = 0.0
+    pairs: int = 0
+
+    def add(self, sample: Tensor) -> None:
+        if self.last is not None:
+            self.differences += float((sample - self.last).square().sum()) / 2
+            self.energy += float(sample.square().sum() + self.last.square().sum()) / 2
+            self.pairs += 1
+        self.last = sample
+
+
+@dataclass
+class PendingCurvature:
+    """One loss call's sums, waiting for the gradient that reaches the loss: d(total)/d(result) times its scale."""
+
+    sums: dict[Slot, Sums]
+    scale: float = 0.0
+
+
+class Recorder(SiteHook):
+    """Records while `recording`; `end_step` closes a step."""
+
+    def __init__(self, model: nn.Module, casts: Sequence[Cast], seed: int = 0) -> None:
+        super().__init__(model)
+        self.casts = tuple(casts)
+        self.seed = seed
+        self.recording = False
+        self.scoring = False
+        self.step = 0
+        self.recorded: list[int] = []
+        self.losses: list[float] = []
+        self.rows: dict[Slot, list[SparseRow]] = defaultdict(list)
+        self.tallies: dict[str, SiteTally] = {}
+        self.curvature: dict[Slot, list[Sums]] = defaultdict(list)
+        self.scored: list[int] = []
+        self.tried = 0
+        self.noise_ratios: dict[Slot, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self.gradient_noise: dict[str, GradientNoise] = defaultdict(GradientNoise)
+        self.whole_batch: set[str] = set()
+        self.notes: dict[str, None] = {}
+        self.unseen: Counter[tuple[str, str]] | None = None
+        self.seen_flops = 0.0
+        self._drawing = False
+        self._counter: FlopsUnseen | None = None
+        self._arrays: dict[torch.device, SketchArray] = {}
+        self._slots: dict[torch.device, dict[Slot, int]] = defaultdict(dict)
+        self._start_step()
+
+    def _start_step(self) -> None:
+        self._forward_sites: set[str] = set()
+        self._weights_seen: dict[Slot, tuple[int, int]] = {}
+        self._met: list[Met] = []
+        self._pending: list[PendingCurvature] = []
+        self._loss: list[Tensor] = []
+        self._batch: int | None = None
+
+    # What the hook meets.
+
+    def on_forward(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read the batch size off the model's inputs; on the first recorded forward, count what is not seen."""
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
+        self._batch = tensors[0].shape[0] if tensors else None
+        if self.recording and self.unseen is None and torch.is_grad_enabled():
+            self._count_unseen(frame)
+
+    def on_product(self, call: ProductCall) -> Tensor:
+        """Sketch the operands, run the product, and wait for its gradient."""
+        if not (self.recording and torch.is_grad_enabled()):
+            return call.run()
+        if not call.recomputing:
+            self._forward_sites.add(call.site)
+        elif call.site in self._forward_sites:
+            return call.run()  # reentrant checkpointing runs its forward without a graph: there, this is the first
+        counter = self._counter
+        if counter is not None:
+            counter.inside = True
+        try:
+            result = call.run()
+        finally:
+            if counter is not None:
+                counter.inside = False
+        products = call.products(result)
+        if counter is not None:
+            self.seen_flops += sum(p.flops for p in products if "grad_output" not in p.operands)
+        self._tally(call, products)
+        for role, operand in zip(call.roles, call.operands, strict=True):
+            self._sketch(Slot(call.site, role), operand, once=role == "weight")
+        if result.requires_grad:
+            self._await_gradient(call, result)
+        return result
+
+    def on_other(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Everything else: losses are recognised, and normalisation over the batch."""
+        if not self.recording or in_backward():
+            return function(*args, **kwargs)
+        if function is F.batch_norm and self._mixes(args, kwargs):
+            for met in self._met:
+                met.whole_batch = True
+                self.whole_batch.add(met.call.site)
+        result = function(*args, **kwargs)
+        if self.scoring and torch.is_grad_enabled():
+            self._score(function, args, kwargs, result)
+        return result
+
+    def on_backward(self, root: Any) -> None:
+        """The training loss is what backward starts from; several in a step add up."""
+        if self.recording and isinstance(root, Tensor) and root.numel() == 1:
+            self._loss.append(root.detach())
+
+    # Steps.
+
+    def follow_gradients(self) -> None:
+        """Before the optimizer's step: keep a strided sample of each weight gradient."""
+        for name, parameter in self.model.named_parameters():
+            gradient = parameter.grad
+            if gradient is None or gradient.layout != torch.strided or parameter.dim() < 2:
+                continue
+            flat = gradient.detach().reshape(-1)
+            stride = max(1, -(-flat.numel() // NOISE_SAMPLE))
+            self.gradient_noise[name].add(flat[::stride].float().clone())
+
+    def end_step(self) -> None:
+        """Close the step: recorded sketches become sparse rows, and what waited for its gradient is settled."""
+        if self.recording:
+            self.recorded.append(self.step)
+            self.losses.append(float(sum(loss.double() for loss in self._loss)) if self._loss else float("nan"))
+            for device, array in self._arrays.items():
+                sums, extremes = (part.numpy() for part in array.drain())
+                for slot, row in self._slots[device].items():
+                    if sums[row].any():
+                        self.rows[slot].append(sparse_row(self.step, sums[row], extremes[row]))
+        if self.scoring:
+            self.tried += 1
+            self._settle()
+        self.step += 1
+        self._start_step()
+
+    # What is made of it.
+
+    def _tally(self, call: ProductCall, products: Sequence[Product]) -> None:
+        tally = self.tallies.get(call.site)
+        if tally is None:
+            tally = SiteTally(call.operation.name, call.roles, call.parameter)
+            self.tallies[call.site] = tally
+        tally.calls += 1
+        for product in products:
+            tally.products[product.name, product.operands] += product.flops
+
+    def _sketch(self, slot: Slot, values: Tensor, once: bool = False) -> None:
+        if once:
+            identity = (id(values if values._base is None else values._base), values._version)
+            if self._weights_seen.get(slot) == identity:
+                return
+            self._weights_seen[slot] = identity
+        tally = self.tallies[slot.site]
+        tally.shapes[slot.role] = tuple(values.shape)
+        tally.dtypes[slot.role] = str(values.dtype).removeprefix("torch.")
+        tally.elements[slot.role] += values.numel()
+        rows = self._slots[values.device]
+        row = rows.setdefault(slot, len(rows))
+        array = self._arrays.get(values.device)
+        if array is None:
+            array = self._arrays[values.device] = SketchArray(device=values.device)
+        array.reserve(row + 1)
+        array.add(row, values)
+
+    def _await_gradient(self, call: ProductCall, result: Tensor) -> None:
+        step, slot = self.step, Slot(call.site, "grad_output")
+        if self.scoring:
+            self._met.append(met := Met.of(call, result, self._batch))
+
+        def received(gradient: Tensor) -> None:
+            if step != self.step or self._drawing:
+                return
+            with torch._C.DisableTorchFunction():
+                self._sketch(slot, gradient)
+            if self.scoring and met.intact:
+                for scored, ratios in noise_ratios(call, gradient, self.casts).items():
+                    for cast, ratio in ratios.items():
+                        self.noise_ratios[scored][cast].append(ratio)
+
+        result.register_hook(received)
+
+    def _score(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        loss = loss_call(function, args, kwargs)
+        if loss is None or not self._met:
+            return
+        self._drawing = True
+        try:
+            draw = self.seed + 1_000_003 * self.step + len(self._pending)
+            sums = curvature_sums(loss, self._met, self.casts, seed=draw)
+        except RuntimeError as error:
+            self.notes[f"no curvature: the extra backward pass failed with: {error}"] = None
+            return
+        finally:
+            self._drawing = False
+        pending = PendingCurvature(sums)
+        self._pending.append(pending)
+
+        def reached(gradient: Tensor) -> None:
+            pending.scale += float(gradient) * loss.scale
+            self._met = []  # the graph is about to be freed, and the operands with it
+
+        result.register_hook(reached)
+
+    def _settle(self) -> None:
+        total: dict[Slot, Sums] = defaultdict(Sums)
+        for pending in self._pending:
+            if pending.scale > 0:
+                for slot, sums in pending.sums.items():
+                    total[slot].add(sums, pending.scale)
+        for slot, sums in total.items():
+            self.curvature[slot].append(sums)
+        if total:
+            self.scored.append(self.step)
+
+    def _mixes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        training = args[5] if len(args) > 5 else kwargs.get("training", False)
+        return bool(training)
+
+    def _count_unseen(self, frame: Frame) -> None:
+        counter = FlopsUnseen(lambda: self.stack.frames[-1].path if self.stack.frames else "")
+        self._counter, self.unseen = counter, counter.found
+        counter.__enter__()
+        leave = frame.leave
+
+        def stop() -> None:
+            counter.__exit__(None, None, None)
+            self._counter = None
+            if leave is not None:
+                leave()
+
+        frame.leave = stop
+
+
+class Clock:
+    """Which steps to record when the watching may take only a share of the time.
+
+    The first step is left alone, to learn what a plain one takes. A recorded step's surplus is a debt, and each plain
+    step pays the allowed share of its own time.
+    """
+
+    def __init__(self, overhead: float) -> None:
+        self.overhead = overhead
+        self.debt = 0.0
+        self.plain: list[float] = []
+        self._started = time.perf_counter()
+
+    def lap(self, recorded: bool) -> bool:
+        """A step has ended; whether the next may be recorded."""
+        now = time.perf_counter()
+        spent, self._started = now - self._started, now
+        if recorded:
+            usual = sorted(self.plain)[len(self.plain) // 2]
+            self.debt += max(0.0, spent - usual)
+        else:
+            self.plain.append(spent)
+            self.debt -= self.overhead * spent
+        return self.debt <= 0

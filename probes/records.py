@@ -1,0 +1,149 @@
+"""What a window says of the model beside its sketches: sites, their products, evidence, coverage.
+
+All of it is plain data: `asdict` gives what the window file's header holds, and `from_dict` reads it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from probes.errors import MalformedWindow
+from probes.numbers import from_json
+
+
+class Slot(NamedTuple):
+    """A row of sketches: one role of one site."""
+
+    site: str
+    role: str
+
+
+@dataclass(frozen=True)
+class Product:
+    """One of the matrix products of a site, forward or backward.
+
+    `operands` are roles; a name that is no slot ("probabilities" inside fused attention) is an operand that nobody
+    outside the kernel sees. `flops`: floating-point operations a step, a multiply-add counted as two.
+    """
+
+    name: str
+    operands: tuple[str, str]
+    flops: float
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Product:
+        first, second = data["operands"]
+        return cls(str(data["name"]), (str(first), str(second)), float(data["flops"]))
+
+
+@dataclass(frozen=True)
+class Site:
+    """One matrix product of the model, with the backward products that follow from it.
+
+    `roles`: the operands' left to right, then `grad_output` where a gradient came back.
+    `shapes` and `dtypes` are those last seen; `elements` and `calls` are means a recorded step.
+    `parameter` is the dotted name of the parameter that is the weight, if one is, and `parameter_shape` its own shape
+    (the weight may be a view of a part of it).
+    """
+
+    name: str
+    op: str
+    roles: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    elements: dict[str, float]
+    products: tuple[Product, ...]
+    parameter: str | None
+    calls: float
+    parameter_shape: tuple[int, ...] | None = None
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of all its products, forward and backward, a step."""
+        return sum(product.flops for product in self.products)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Site:
+        return cls(
+            name=str(data["name"]),
+            op=str(data["op"]),
+            roles=tuple(map(str, data["roles"])),
+            shapes={role: tuple(map(int, shape)) for role, shape in data["shapes"].items()},
+            dtypes={role: str(dtype) for role, dtype in data["dtypes"].items()},
+            elements={role: float(count) for role, count in data["elements"].items()},
+            products=tuple(map(Product.from_dict, data["products"])),
+            parameter=None if data["parameter"] is None else str(data["parameter"]),
+            parameter_shape=None if data["parameter_shape"] is None else tuple(map(int, data["parameter_shape"])),
+            calls=float(data["calls"]),
+        )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the scored steps of a window measured of one slot; each part is None or empty where nothing could be.
+
+    curvature       Σ E[g²] over the slot's elements, g the gradient of a Gauss-Newton draw; loss units, mean a step
+    directional     cast → ½·Σ_samples (g·δ)² with the cast's real error δ; loss units, mean over the draws
+    directional_se  cast → standard error of that mean
+    relative_noise  cast → energy of the error that the cast puts into the site's gradients, over those gradients'
+    batch_noise     energy of the minibatch noise in the site's weight gradient, over that gradient's
+    whole_batch     samples mix behind this site (BatchNorm), so the batch was taken as one sample
+    """
+
+    curvature: float | None = None
+    directional: dict[str, float] = field(default_factory=dict)
+    directional_se: dict[str, float] = field(default_factory=dict)
+    relative_noise: dict[str, float] = field(default_factory=dict)
+    batch_noise: float | None = None
+    whole_batch: bool = False
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Evidence:
+        def number(value: Any) -> float | None:
+            return None if value is None else float(from_json(value))
+
+        def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+            return {str(key): float(from_json(value)) for key, value in values.items()}
+
+        return cls(
+            curvature=number(data["curvature"]),
+            directional=numbers(data["directional"]),
+            directional_se=numbers(data["directional_se"]),
+            relative_noise=numbers(data["relative_noise"]),
+            batch_noise=number(data["batch_noise"]),
+            whole_batch=bool(data["whole_batch"]),
+        )
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Share of the forward pass's matrix FLOPs that the sites hold, 0 to 1, and what was met but not seen.
+
+    `unseen`: {"where": module path, "op": aten operator, "flops": a step}. NaN where no forward pass was counted.
+    """
+
+    share: float
+    unseen: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def unseen_flops(self) -> float:
+        """Forward FLOPs a step of the products that no site holds."""
+        return float(sum(entry["flops"] for entry in self.unseen))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Coverage:
+        unseen = tuple(
+            {"where": str(entry["where"]), "op": str(entry["op"]), "flops": float(entry["flops"])}
+            for entry in data["unseen"]
+        )
+        return cls(float(from_json(data["share"])), unseen)
+
+
+def read_record(kind: Any, data: Any) -> Any:
+    """`kind.from_dict(data)`, with MalformedWindow for anything that is missing or of the wrong type."""
+    try:
+        return kind.from_dict(data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MalformedWindow(f"the window's header has a {kind.__name__} that cannot be read: {error!r}") from error

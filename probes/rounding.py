@@ -1,0 +1,83 @@
+"""Rounding to a format's grid, plainly: the specification that a reader can check by eye.
+
+    spacing(x) = 2^(max(floor(log2|x|), emin) - mantissa_bits)
+
+Nearest rounds x/spacing to an integer, a half to the even one. Stochastic takes the integer above with a
+probability equal to the fraction. A value that rounds up into the next octave lands on that octave's grid as
+well, so nothing is rounded twice. All divisions and products are by powers of two, hence exact.
+
+These functions run on any device and in float64. On the CPU, float32 goes through the compiled loops of
+`cast_kernels.py`, which tests hold equal to these, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from probes.formats import Format
+
+DITHER_BITS = 24  # what a float32 fraction can be compared with exactly
+
+_MASK = 0xFFFFFFFF
+
+
+def round_nearest(x: Tensor, target: Format) -> Tensor:
+    """Values of x (float32 or float64) on the target's grid, ties to even; overflow is left to `limit`.
+
+    NaN, Inf and -0 stay what they are.
+    """
+    spacing = grid_spacing(x, target)
+    return torch.round(x / spacing) * spacing
+
+
+def round_stochastic(x: Tensor, target: Format, dither: Tensor) -> Tensor:
+    """Values of x on the target's grid, up or down at random; overflow is left to `limit`.
+
+    dither  integers of x's shape, uniform in [0, 2^24)
+
+    The mean is x, exactly so where the fraction has at most 24 bits: always, but for values far below the
+    smallest subnormal, where the mean is off by less than 2^-24 of the spacing. NaN, Inf and -0 stay what
+    they are.
+    """
+    spacing = grid_spacing(x, target)
+    steps = x / spacing
+    toward_zero = torch.trunc(steps)
+    fraction = (steps - toward_zero).abs()  # exact; NaN at Inf, which then compares as False
+    away = dither < fraction * 2**DITHER_BITS
+    return torch.where(away, toward_zero + torch.copysign(torch.ones_like(x), x), toward_zero) * spacing
+
+
+def limit(rounded: Tensor, target: Format, saturate: bool) -> Tensor:
+    """Rounded values, with all beyond the target's largest made that largest (Inf too), or Inf or NaN."""
+    if saturate:
+        return rounded.clamp(-target.largest, target.largest)  # NaN passes through
+    beyond = torch.full_like(rounded, target.overflow or 0.0).copysign(rounded)
+    return torch.where(rounded.abs() > target.largest, beyond, rounded)
+
+
+def grid_spacing(x: Tensor, target: Format) -> Tensor:
+    """Distance between neighbours of the target's grid at each element's magnitude."""
+    _, exponent = torch.frexp(x)  # x = mantissa·2^exponent with the mantissa in [1/2, 1)
+    power = torch.clamp(exponent - 1, min=target.emin) - target.mantissa_bits
+    return torch.ldexp(torch.ones_like(x), power)
+
+
+def dither(stream: int, count: int, device: torch.device) -> Tensor:
+    """int64 [count]: the first `count` draws of a stream, uniform in [0, 2^24), the same on every device.
+
+    stream  64 bits that name the stream
+
+    A draw depends on the stream and its own index alone: two rounds of a 32-bit integer hash, each with half
+    of the stream as its key (from C. Wellons' collection hash-prospector; two rounds, bias
+    0.107). The indices of more than 2^32 elements wrap around.
+    """
+    first, second = stream & _MASK, stream >> 32 & _MASK
+    index = torch.arange(count, dtype=torch.int64, device=device)
+    return _hash(_hash((index + first) & _MASK) ^ second) >> (32 - DITHER_BITS)
+
+
+def _hash(z: Tensor) -> Tensor:
+    z = (z ^ (z >> 16)) * 0x21F0AAAD & _MASK
+    z = (z ^ (z >> 15)) * 0xD35A2D97 & _MASK
+    return z ^ (z >> 15)

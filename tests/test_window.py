@@ -1,0 +1,290 @@
+"""The window: it sees everything, it disturbs nothing, it ends itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import advisor
+from probes.errors import MalformedWindow, WindowError
+from probes.history import same_history
+from probes.window import Window, probe
+from probes.windowfile import load_window, window_from_bytes
+from tests.models import INPUTS, convnet, encoder, mlp, train
+
+MODELS = list(INPUTS)
+
+
+@pytest.mark.parametrize("build", MODELS)
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)])
+def test_watching_changes_no_bit(build: Callable[[], nn.Module], optimizer: Any) -> None:
+    plain, losses, _ = train(build, 8, optimizer=optimizer)
+    watched, watched_losses, window = train(build, 8, partial(probe, steps=6, every=2), optimizer=optimizer)
+    assert watched_losses == losses
+    for name, value in plain.state_dict().items():
+        assert torch.equal(watched.state_dict()[name], value), name
+    assert window.steps == (0, 2, 4)
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_every_slot_has_every_step(build: Callable[[], nn.Module]) -> None:
+    _, losses, window = train(build, 5, partial(probe, steps=4))
+    assert window.done
+    assert window.steps == (0, 1, 2, 3)
+    assert window.losses == pytest.approx(losses[:4], rel=1e-6)
+    assert window.coverage.share == 1
+    assert window.notes == ()
+    for site in window.sites:
+        for role in site.roles:
+            history = window.history(site.name, role)
+            assert history.steps.tolist() == [0, 1, 2, 3]
+            assert history.elements.tolist() == [math.prod(site.shapes[role])] * 4
+        assert {slot.role for slot in window.slots if slot.site == site.name} == set(site.roles)
+        assert "grad_output" in site.roles
+
+
+def test_sketches_are_of_the_very_tensors() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.tensor([[1.0, -2.0, 0.0], [4.0, 0.5, float("inf")]])
+    kept: list[Tensor] = []
+    with probe(model, optimizer, steps=1, curvature_steps=0) as window:
+        result = model(x)
+        result.register_hook(kept.append)
+        result[0].sum().backward()
+        optimizer.step()
+    history = window.history("(root)", "input")
+    assert history.amax.tolist() == [4.0]
+    assert history.amin.tolist() == [0.5]
+    assert history.zeros.tolist() == [1]
+    assert history.positive_infs.tolist() == [1]
+    assert history.sum_of_squares.tolist() == [1 + 4 + 16 + 0.25]
+    assert window.history("(root)", "grad_output").sum_of_squares.tolist() == [float(kept[0].square().sum())]
+
+
+def test_a_module_used_twice_adds_up() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(x))
+
+    model = Twice()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probe(model, optimizer, steps=1) as window:
+        model(torch.randn(5, 4)).sum().backward()
+        optimizer.step()
+    (site,) = window.sites
+    assert site.calls == 2
+    assert window.history("layer", "input").elements.tolist() == [40]
+    assert window.history("layer", "grad_output").elements.tolist() == [40]
+    assert window.history("layer", "weight").elements.tolist() == [16]  # one tensor, read once
+    assert site.flops == 5 * (2 * 5 * 4 * 4)  # two forward, two weight gradients, one input gradient
+
+
+def test_evaluation_inside_the_window_is_not_counted() -> None:
+    def watch(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        with torch.no_grad():
+            model(torch.randn(4, 16))
+        return probe(model, optimizer, steps=3)
+
+    _, _, window = train(mlp, 3, watch)
+    model, optimizer = nn.Linear(4, 4), None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probe(model, optimizer, steps=1) as evaluated:
+        with torch.no_grad():
+            model(torch.randn(100, 4))
+        model(torch.randn(5, 4)).sum().backward()
+        optimizer.step()
+    assert evaluated.history("(root)", "input").elements.tolist() == [20]
+    assert window.history("0", "input").elements.tolist() == [24 * 16] * 3
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_counts_once(reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probe(model, optimizer, steps=1, curvature_steps=0) as window:
+        checkpoint(model, torch.randn(5, 4, requires_grad=True), use_reentrant=reentrant).sum().backward()
+        optimizer.step()
+    for slot in window.slots:
+        assert window.history(*slot).elements.tolist() == [16 if slot.role == "weight" else 20], slot
+    assert len(window.slots) == 6
+
+
+def test_accumulated_micro_batches_are_one_step() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probe(model, optimizer, steps=2) as window:
+        for _ in range(2):
+            for _ in range(3):
+                (F.mse_loss(model(torch.randn(5, 4)), torch.randn(5, 4)) / 3).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert window.history("(root)", "input").elements.tolist() == [60, 60]
+    assert window.evidence("(root)", "weight").directional
+
+
+def test_an_exception_leaves_no_hook_and_closes_the_window() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="the user's own"), probe(model, optimizer, steps=5) as window:
+        F.cross_entropy(model(torch.randn(4, 16)), torch.zeros(4, dtype=torch.long)).backward()
+        optimizer.step()
+        raise RuntimeError("the user's own")
+    assert window.done
+    assert window.steps == (0,)
+    assert "cut short by RuntimeError" in window.notes[-1]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not optimizer._optimizer_step_post_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_the_window_ends_itself_and_leaves_the_rest_alone() -> None:
+    _, _, window = train(mlp, 9, partial(probe, steps=2))
+    assert window.steps == (0, 1)
+
+
+def test_a_window_left_early_says_so() -> None:
+    _, _, window = train(mlp, 2, partial(probe, steps=5))
+    assert "2 of 5" in window.notes[0]
+
+
+def test_an_open_window_cannot_be_asked() -> None:
+    model = mlp()
+    with probe(model, torch.optim.SGD(model.parameters()), steps=1) as window:
+        assert not window.done
+        with pytest.raises(WindowError, match="still open"):
+            _ = window.sites
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"steps": 0}, "steps=1 or more"),
+        ({"every": 0}, "at least 1"),
+        ({"overhead": 0.0}, "above 0"),
+        ({"curvature_steps": -1}, "turns it off"),
+        ({"casts": ["e9m9x"]}, "e9m9x"),
+        ({"model": "gpt2"}, "torch.nn.Module"),
+        ({"optimizer": object()}, "step hooks"),
+    ],
+)
+def test_bad_arguments_say_what_to_do(arguments: dict[str, Any], says: str) -> None:
+    model = mlp()
+    given = {"model": model, "optimizer": torch.optim.SGD(model.parameters()), **arguments}
+    with pytest.raises(ValueError, match=says):
+        probe(**given)
+
+
+def test_an_unknown_loss_is_said() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probe(model, optimizer, steps=1) as window:
+        model(torch.randn(5, 4)).square().mean().backward()
+        optimizer.step()
+    assert "no loss function with a known curvature" in window.notes[0]
+    assert window.evidence("(root)", "weight").curvature is None
+
+
+def test_an_overhead_records_fewer_steps() -> None:
+    _, _, window = train(mlp, 40, partial(probe, steps=40, overhead=1e-6, curvature_steps=0))
+    assert 1 <= len(window.steps) <= 2
+    assert window.steps[0] == 1  # the first step is left alone, to learn what a plain one takes
+
+
+def test_what_is_not_seen_is_listed() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + torch.tensordot(x, x.t() @ x, 1)
+
+    model = Hidden()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probe(model, optimizer, steps=1) as window:
+        model(torch.randn(4, 4)).sum().backward()
+        optimizer.step()
+    assert window.coverage.share == pytest.approx(2 / 3)
+    assert window.coverage.unseen == ({"where": "(root)", "op": "aten.mm", "flops": 128.0},)
+    assert window.total_flops == sum(site.flops for site in window.sites) + 3 * 128
+
+
+def test_file_round_trip(tmp_path: Path) -> None:
+    _, _, window = train(encoder, 3, partial(probe, steps=3))
+    window.save(tmp_path / "window.safetensors")
+    again = advisor.load_window(tmp_path / "window.safetensors")
+    assert again.header() == window.header()
+    assert again.slots == window.slots
+    assert all(same_history(again.history(*slot), window.history(*slot)) for slot in window.slots)
+    assert again.sites == window.sites
+    assert [path.name for path in tmp_path.iterdir()] == ["window.safetensors"]
+
+
+def junk() -> dict[str, bytes]:
+    from safetensors.numpy import save
+
+    _, _, window = train(mlp, 2, partial(probe, steps=2))
+    good = window.to_bytes()
+    header = window.header()
+    import json
+
+    import numpy as np
+    from safetensors.numpy import load
+
+    arrays = load(good)
+
+    def with_header(change: dict[str, Any]) -> bytes:
+        return save(arrays, metadata={"window": json.dumps({**header, **change})})
+
+    return {
+        "nothing": b"",
+        "text": b"hello, this is no window at all",
+        "truncated": good[:-100],
+        "huge header": b"\xff" * 8 + good[8:],
+        "no metadata": save(arrays),
+        "another schema": with_header({"schema": "numerics-advisor/window/999"}),
+        "no slots": with_header({"slots": []}),
+        "twice the slot": with_header({"slots": [header["slots"][0]] * len(header["slots"])}),
+        "wrong type": with_header({"steps": "many"}),
+        "null site": with_header({"sites": [None]}),
+        "array missing": save({"bins": arrays["bins"]}, metadata={"window": json.dumps(header)}),
+        "negative length": save({**arrays, "lengths": -arrays["lengths"]}, metadata={"window": json.dumps(header)}),
+        "bin out of range": save({**arrays, "bins": arrays["bins"] + 3000}, metadata={"window": json.dumps(header)}),
+        "wrong dtype": save({**arrays, "amax": arrays["amax"].astype(np.int64)}, metadata={"window": json.dumps(header)}),
+        "NaN amax": save({**arrays, "amax": arrays["amax"] * np.nan}, metadata={"window": json.dumps(header)}),
+    }
+
+
+def test_malformed_files_are_refused() -> None:
+    for name, data in junk().items():
+        with pytest.raises(MalformedWindow):
+            pytest.fail(f"accepted: {name} {window_from_bytes(data)}")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(WindowError, match=r"nowhere\.safetensors"):
+        load_window(tmp_path / "nowhere.safetensors")
+
+
+def test_names_that_are_not_there() -> None:
+    _, _, window = train(convnet, 2, partial(probe, steps=2))
+    assert isinstance(window, Window)
+    with pytest.raises(WindowError, match="no site '00'"):
+        window.history("00", "input")
+    with pytest.raises(WindowError, match="it has input, weight, grad_output"):
+        window.history("0", "query")
