@@ -27,10 +27,10 @@ _HOME = {
     "connect": "advisor.client",
     "load_plan": "advisor.plan",
     "load_window": "probes.windowfile",
-    "probe": "probes.window",
+    "probe": "probes.probing",
     "recommend": "advisor.advice",
     "score": "advisor.scores",
-    "uniform": "advisor.uniform",
+    "uniform": "advisor.recipe",
 }
 
 __all__ = sorted(_HOME)

@@ -22,7 +22,7 @@ _HOME = {
     "Window": "window",
     "format_named": "formats",
     "load_window": "windowfile",
-    "probe": "window",
+    "probe": "probing",
 }
 
 __all__ = sorted(_HOME)

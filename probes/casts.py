@@ -139,9 +139,7 @@ class Cast:
         """
         if self._needs_no_scale or not amax > 0:
             return 1.0
-        return float(
-            np.float32(min(max(amax / self.format.largest, _SMALLEST_SCALE), _largest_scale(self.format)))
-        )
+        return float(np.float32(min(max(amax / self.format.largest, _SMALLEST_SCALE), _largest_scale(self.format))))
 
     def __call__(self, x: Tensor, state: CastState | None = None) -> Tensor:
         """What is read back after writing x: a new tensor of its shape and dtype, outside the autograd graph.

@@ -10,7 +10,9 @@ rounding errors are alike; for a weight a sample's sum is ⟨grad_output_s, inpu
 downstream) the whole batch is one sample: unbiased still, with a larger spread, so more draws are taken.
 
 Gradient noise. In the training backward of the same steps, each candidate cast's error is put into the products that
-make the gradients, and its energy is compared with theirs.
+make the gradients, and its energy is compared with theirs: over the whole gradient where the optimizer takes it as it
+is (SGD), and channel by channel, then averaged, where it divides each element by its own size (Adam and its kin),
+because there a channel whose small gradients are flushed to zero loses as much as any other.
 
 All draws come from generators of our own, and `torch.autograd.grad` towards the products' results touches no `.grad`
 and no parameter's hooks. A tensor hook that the user has put on an activation does run once more.
@@ -33,6 +35,7 @@ from probes.records import Slot
 from probes.sites import ProductCall
 
 DRAWS = 2  # a scored step; with 32 samples and 2 scored steps the spread is about 13%
+DRAWS_AT_ONCE = 2  # held in memory together: this many times the products' results
 DRAWS_WHOLE_BATCH = 8  # a whole-batch draw is a chi-square of one degree of freedom: the spread of 16 is 35%
 
 
@@ -79,64 +82,66 @@ def curvature_sums(loss: LossCall, met: Sequence[Met], casts: Sequence[Cast], se
     reached = [product for product in met if product.intact]
     if not reached:
         return sums
+    edges = [product.edge for product in reached]
     with undisturbed():
-        for _ in range(draws):
-            gradients = torch.autograd.grad(
-                loss.outputs,
-                [product.edge for product in reached],
-                loss.draw(generator),
-                retain_graph=True,
-                allow_unused=True,
-            )
-            for product, gradient in zip(reached, gradients, strict=True):
-                if gradient is not None:
-                    for slot, part in _product_sums(product, gradient, casts).items():
+        for start in range(0, draws, DRAWS_AT_ONCE):
+            count = min(DRAWS_AT_ONCE, draws - start)
+            # Each draw's gradients at the products' results, so that a cast's error is computed once for all of them.
+            drawn = [
+                torch.autograd.grad(loss.outputs, edges, loss.draw(generator), retain_graph=True, allow_unused=True)
+                for _ in range(count)
+            ]
+            for product, *gradients in zip(reached, *drawn, strict=True):
+                if gradients[0] is not None:
+                    for slot, part in _product_sums(product, gradients, casts).items():
                         sums[slot].add(part, 1 / draws)
     return sums
 
 
-def _product_sums(product: Met, gradient: Tensor, casts: Sequence[Cast]) -> dict[Slot, Sums]:
+def _product_sums(product: Met, gradients: Sequence[Tensor], casts: Sequence[Cast]) -> dict[Slot, Sums]:
+    """Sums of one product over some draws, given each draw's gradient at its result."""
     call, batch = product.call, None if product.whole_batch else product.batch
     operands = [operand.detach().float() for operand in call.operands]
-    gradient = gradient.float()
+    gradients = [gradient.float() for gradient in gradients]
+    at_operands = [vjp(call, operands, gradient, range(len(operands))) for gradient in gradients]
     sums: dict[Slot, Sums] = defaultdict(Sums)
-    operand_gradients = vjp(call, operands, gradient, range(len(operands)))
-    for i, (role, operand, g) in enumerate(zip(call.roles, operands, operand_gradients, strict=True)):
+    for i, (role, operand) in enumerate(zip(call.roles, operands, strict=True)):
         part = sums[Slot(call.site, role)]
-        part.curvature += float(g.square().sum(dtype=torch.float64))
+        part.curvature += sum(_energy(found[i]) for found in at_operands)
         for cast in casts:
             error = cast(operand) - operand
             if role == "weight" and batch is not None:
-                changed = [error if j == i else other for j, other in enumerate(operands)]
-                terms = sample_sums(gradient * call.plain(changed), batch)
+                moved = call.plain([error if j == i else other for j, other in enumerate(operands)])
+                terms = [sample_sums(gradient, moved, batch) for gradient in gradients]
             else:
-                terms = sample_sums(g * error, batch)
-            halves = 0.5 * terms.square()
+                terms = [sample_sums(found[i], error, batch) for found in at_operands]
+            halves = 0.5 * torch.cat(terms).square()
             part.directional[str(cast)] += float(halves.sum())
             part.squares[str(cast)] += float(halves.square().sum())
     return sums
 
 
-def sample_sums(values: Tensor, batch: int | None) -> Tensor:
-    """Sums within each sample, float64 [batch]; [1] where the tensor has no dimension that holds the samples.
+def sample_sums(a: Tensor, b: Tensor, batch: int | None) -> Tensor:
+    """Inner products of two tensors of one shape within each sample, float64 [batch].
 
-    The batch is the leading dimension, alone or flattened with others ([B·T, D]), or another dimension of its size.
+    The batch is the leading dimension, alone or flattened with others ([B·T, D]), or another dimension of its size;
+    [1] where the tensors have no dimension that holds the samples, and for batch None.
     """
-    values = values.double()
-    if batch is None or values.dim() == 0:
-        return values.sum().reshape(1)
-    leading = values.shape[0]
-    if leading != batch and batch in values.shape:
-        values = values.movedim(values.shape.index(batch), 0)
-    elif leading % batch:
-        return values.sum().reshape(1)
-    return values.reshape(batch, -1).sum(1)
+    rows = 1
+    if batch is not None and a.dim():
+        if a.shape[0] != batch and batch in a.shape:
+            a, b = (values.movedim(values.shape.index(batch), 0) for values in (a, b))
+        if a.shape[0] % batch == 0:
+            rows = batch
+    return torch.bmm(a.reshape(rows, 1, -1), b.reshape(rows, -1, 1)).flatten().double()
 
 
-def noise_ratios(call: ProductCall, gradient: Tensor, casts: Sequence[Cast]) -> dict[Slot, dict[str, float]]:
+def noise_ratios(
+    call: ProductCall, gradient: Tensor, casts: Sequence[Cast], adaptive: bool
+) -> dict[Slot, dict[str, float]]:
     """For each role and cast: the energy of the cast's error in the gradients it enters, over those gradients' energy.
 
-    `grad_output` enters the weight gradient (both gradients where neither operand is a parameter); an operand enters
+    `adaptive`: the optimizer divides each element by its own size. `grad_output` enters the weight gradient (both gradients where neither operand is a parameter); an operand enters
     the other's gradient. Attention is not bilinear: there the error is the difference of two backward passes.
     """
     operands = [operand.detach().float() for operand in call.operands]
@@ -148,8 +153,7 @@ def noise_ratios(call: ProductCall, gradient: Tensor, casts: Sequence[Cast]) -> 
         for cast in casts:
             for i, role in enumerate([*call.roles, "grad_output"]):
                 wanted = _enters(call, i, trained)
-                energy = sum(_energy(exact[j]) for j in wanted)
-                if not energy:
+                if not any(bool(exact[j].any()) for j in wanted):
                     continue
                 if i == len(operands):
                     errors = vjp(call, operands, cast(gradient) - gradient, wanted)
@@ -161,8 +165,8 @@ def noise_ratios(call: ProductCall, gradient: Tensor, casts: Sequence[Cast]) -> 
                 else:
                     changed = [cast(operand) - operand if j == i else operand for j, operand in enumerate(operands)]
                     errors = vjp(call, changed, gradient, wanted)
-                ratio = sum(_energy(error) for error in errors) / energy
-                ratios[Slot(call.site, role)][str(cast)] = ratio
+                pairs = [(error, exact[j]) for j, error in zip(wanted, errors, strict=True)]
+                ratios[Slot(call.site, role)][str(cast)] = _relative(pairs, adaptive and call.parameter is not None)
     return ratios
 
 
@@ -209,5 +213,21 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
+def _relative(pairs: Sequence[tuple[Tensor, Tensor]], by_channel: bool) -> float:
+    """Energy of errors over that of exact values; by channel, the larger mean over the first two dimensions."""
+    if not by_channel:
+        return sum(_energy(error) for error, _ in pairs) / sum(_energy(exact) for _, exact in pairs)
+    found = []
+    for error, exact in pairs:
+        for dimension in range(min(exact.dim(), 2)):
+            noise, signal = (_channel_energy(values, dimension) for values in (error, exact))
+            found.append(float((noise[signal > 0] / signal[signal > 0]).mean()) if bool((signal > 0).any()) else 0.0)
+    return max(found)
+
+
+def _channel_energy(values: Tensor, dimension: int) -> Tensor:
+    return torch.linalg.vector_norm(values.movedim(dimension, 0).flatten(1), dim=1).double().square()
+
+
 def _energy(values: Tensor) -> float:
-    return float(values.square().sum(dtype=torch.float64))
+    return float(torch.linalg.vector_norm(values)) ** 2

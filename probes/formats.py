@@ -14,6 +14,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from types import MappingProxyType
 
 from probes.errors import UnknownFormat
@@ -51,12 +52,12 @@ class Format:
         """Whether the values lie on one even grid. Symmetric: two's complement's -128 is not used."""
         return self.exponent_bits == 0
 
-    @property
+    @cached_property
     def emin(self) -> int:
         """Exponent of the smallest normal number; for an integer format, where its one octave would end."""
         return 1 - self.bias
 
-    @property
+    @cached_property
     def emax(self) -> int:
         """Exponent of the largest value."""
         if self.is_integer:
@@ -64,23 +65,23 @@ class Format:
         reserved = 1 if self.nonfinite is NonFinite.INF_AND_NAN else 0
         return 2**self.exponent_bits - 1 - reserved - self.bias
 
-    @property
+    @cached_property
     def largest(self) -> float:
         """Largest finite value."""
         last_mantissa_is_nan = self.nonfinite is NonFinite.NAN
         return 2.0 ** (self.emax + 1) - self.largest_spacing * (2 if last_mantissa_is_nan else 1)
 
-    @property
+    @cached_property
     def largest_spacing(self) -> float:
         """Distance between the two largest values that the grid has up to 2^(emax + 1)."""
         return 2.0 ** (max(self.emax, self.emin) - self.mantissa_bits)
 
-    @property
+    @cached_property
     def smallest_subnormal(self) -> float:
         """Smallest non-zero magnitude, and the spacing of the grid below the smallest normal number."""
         return 2.0 ** (self.emin - self.mantissa_bits)
 
-    @property
+    @cached_property
     def smallest_normal(self) -> float:
         """Smallest magnitude held with full precision; for an integer format, its step."""
         return self.smallest_subnormal if self.is_integer else 2.0**self.emin
@@ -93,9 +94,7 @@ class Format:
     @property
     def overflow(self) -> float | None:
         """What a magnitude beyond the largest becomes unless saturated; None if there is nothing."""
-        return {NonFinite.INF_AND_NAN: float("inf"), NonFinite.NAN: float("nan"), NonFinite.NONE: None}[
-            self.nonfinite
-        ]
+        return {NonFinite.INF_AND_NAN: float("inf"), NonFinite.NAN: float("nan"), NonFinite.NONE: None}[self.nonfinite]
 
     def __str__(self) -> str:
         return self.name

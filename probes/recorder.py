@@ -72,8 +72,9 @@ class PendingCurvature:
 class Recorder(SiteHook):
     """Records while `recording`; `end_step` closes a step."""
 
-    def __init__(self, model: nn.Module, casts: Sequence[Cast], seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, casts: Sequence[Cast], adaptive: bool, seed: int = 0) -> None:
         super().__init__(model)
+        self.adaptive = adaptive
         self.casts = tuple(casts)
         self.seed = seed
         self.recording = False
@@ -227,7 +228,7 @@ class Recorder(SiteHook):
             with torch._C.DisableTorchFunction():
                 self._sketch(slot, gradient)
             if self.scoring and met.intact:
-                for scored, ratios in noise_ratios(call, gradient, self.casts).items():
+                for scored, ratios in noise_ratios(call, gradient, self.casts, self.adaptive).items():
                     for cast, ratio in ratios.items():
                         self.noise_ratios[scored][cast].append(ratio)
 

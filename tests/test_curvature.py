@@ -132,14 +132,14 @@ def test_an_operand_changed_in_place_is_left_out() -> None:
 )
 def test_samples_are_found_in_a_tensor(shape: tuple[int, ...], batch: int | None, samples: int) -> None:
     values = torch.randn(shape, generator=generator())
-    sums = sample_sums(values, batch)
+    sums = sample_sums(values, values, batch)
     assert len(sums) == samples
-    torch.testing.assert_close(sums.sum(), values.double().sum())
+    torch.testing.assert_close(sums.sum(), values.double().square().sum(), rtol=1e-6, atol=0)
 
 
 def test_flattened_rows_are_grouped_by_sample() -> None:
     values = torch.arange(12.0).reshape(6, 2)
-    assert sample_sums(values, 3).tolist() == [0 + 1 + 2 + 3, 4 + 5 + 6 + 7, 8 + 9 + 10 + 11]
+    assert sample_sums(values, torch.ones_like(values), 3).tolist() == [0 + 1 + 2 + 3, 4 + 5 + 6 + 7, 8 + 9 + 10 + 11]
 
 
 def test_noise_is_that_of_the_gradients_computed_with_the_cast() -> None:
@@ -147,7 +147,7 @@ def test_noise_is_that_of_the_gradients_computed_with_the_cast() -> None:
     with Catcher(model, 5) as caught:
         result = model(x)
     g = torch.randn(5, 6)
-    ratios = noise_ratios(caught.met[0].call, g, [CAST])
+    ratios = noise_ratios(caught.met[0].call, g, [CAST], adaptive=False)
     w = model.weight.detach()
     x = x.detach()
     assert result.shape == g.shape
@@ -156,9 +156,26 @@ def test_noise_is_that_of_the_gradients_computed_with_the_cast() -> None:
         return float(error.square().sum() / exact.square().sum())
 
     name = str(CAST)
-    assert ratios[Slot("(root)", "grad_output")][name] == pytest.approx(relative((CAST(g) - g).T @ x, g.T @ x), rel=1e-4)
+    assert ratios[Slot("(root)", "grad_output")][name] == pytest.approx(
+        relative((CAST(g) - g).T @ x, g.T @ x), rel=1e-4
+    )
     assert ratios[Slot("(root)", "input")][name] == pytest.approx(relative(g.T @ (CAST(x) - x), g.T @ x), rel=1e-4)
     assert ratios[Slot("(root)", "weight")][name] == pytest.approx(relative(g @ (CAST(w) - w), g @ w), rel=1e-4)
+
+
+def test_a_channel_that_is_flushed_counts_where_each_element_has_its_own_step() -> None:
+    """One output channel's gradients vanish in int8: nothing to the whole gradient's energy, a quarter to Adam."""
+    model, x = nn.Linear(8, 4), torch.randn(50, 8)
+    with Catcher(model, 50) as caught:
+        model(x)
+    g = torch.randn(50, 4, generator=generator()) * torch.tensor([1.0, 1.0, 1.0, 1e-4])
+    cast = Cast.parse("int8")
+
+    def of(adaptive: bool) -> float:
+        return noise_ratios(caught.met[0].call, g, [cast], adaptive)[Slot("(root)", "grad_output")][str(cast)]
+
+    assert of(adaptive=False) < 0.001
+    assert of(adaptive=True) == pytest.approx(0.25, abs=0.01)
 
 
 @pytest.mark.parametrize("reduction", ["none"])

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import advisor
 from probes.errors import MalformedWindow, WindowError
 from probes.history import same_history
-from probes.window import Window, probe
+from probes.probing import probe
+from probes.window import Window
 from probes.windowfile import load_window, window_from_bytes
 from tests.models import INPUTS, convnet, encoder, mlp, train
 

@@ -1,0 +1,98 @@
+"""From windows to a plan: score, set the limits, and hand both to the planner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from advisor.errors import InvalidPlan
+from advisor.hardware import hardware_named
+from advisor.plan import Plan
+from advisor.planner import DEFAULT_TOLERANCE_SHARE, plan_from_rows
+from advisor.scores import DEFAULT_CASTS, score
+from probes.casts import Cast
+from probes.errors import WindowError
+from probes.window import Window
+
+WORST = (
+    "damage",
+    "damage_se",
+    "noise_ratio",
+    "lost_batch_share",
+    "underflow",
+    "subnormal",
+    "overflow",
+    "amax",
+)
+
+
+def recommend(
+    window: Window | Sequence[Window],
+    hardware: str = "h100",
+    tolerance: float | None = None,
+    max_lost_batch: float = 0.02,
+    casts: Sequence[str | Cast] | None = None,
+) -> Plan:
+    """The plan that puts most work into 8 bits within the limits, and says why.
+
+    window          one window, or several of the same model (early and late, say): each cast then counts with the
+                    worst that any of them saw
+    hardware        a name of the hardware table: which pairs of formats its matrix units take
+    tolerance       rise of the loss that all casts together may cost, in loss units; default 0.1% of the window's
+                    mean loss
+    max_lost_batch  share of the batch that rounding noise in the gradients may cost, at least 0 and below 1
+    casts           candidates; default: e4m3fn, e5m2 and int8 per tensor, bf16 and fp16
+
+    Raises InvalidPlan for limits that make no sense, UnknownHardware, and WindowError for windows of different models.
+    """
+    windows = [window] if isinstance(window, Window) else list(window)
+    if not windows:
+        raise WindowError("recommend needs a window, or a list of at least one")
+    target = hardware_named(hardware)
+    last = windows[-1]
+    _require_same_model(windows)
+    losses = [loss for each in windows for loss in each.losses if math.isfinite(loss)]
+    mean_loss = math.fsum(losses) / len(losses) if losses else math.nan
+    if tolerance is None:
+        if not losses:
+            raise InvalidPlan(
+                "the window saw no loss (no backward call on a scalar), so there is no default tolerance: "
+                "give tolerance=… in loss units"
+            )
+        tolerance = DEFAULT_TOLERANCE_SHARE * abs(mean_loss)
+    notes = [note for each in windows for note in each.notes]
+    if len(windows) > 1:
+        notes.append(f"made from {len(windows)} windows; each cast counts with the worst that any of them saw")
+    return plan_from_rows(
+        last.sites,
+        _worst([score(each, casts or DEFAULT_CASTS).rows for each in windows]),
+        hardware=target,
+        tolerance=tolerance,
+        max_lost_batch=max_lost_batch,
+        total_flops=last.total_flops,
+        mean_loss=mean_loss,
+        model_name=last.model_name,
+        notes=notes,
+    )
+
+
+def _require_same_model(windows: Sequence[Window]) -> None:
+    sites = {site.name for site in windows[-1].sites}
+    for each in windows:
+        other = sites.symmetric_difference(site.name for site in each.sites)
+        if other:
+            raise WindowError(f"the windows are not of one model: only some have {', '.join(sorted(other)[:5])}")
+
+
+def _worst(tables: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One row a slot and cast: the last window's, with the worst of each number that limits a plan."""
+    rows = {(row["site"], row["role"], row["cast"]): dict(row) for row in tables[-1]}
+    for table in tables[:-1]:
+        for other in table:
+            row = rows.setdefault((other["site"], other["role"], other["cast"]), dict(other))
+            for name in WORST:
+                values = [value for value in (row[name], other[name]) if value is not None]
+                row[name] = max(values) if values else None
+            row["sqnr_db"] = min(row["sqnr_db"], other["sqnr_db"])
+    return list(rows.values())

@@ -1,0 +1,177 @@
+"""Puts a plan together: assignments, what they cost and save in all, what is approximate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from advisor.castnames import KEEP, parse_cast
+from advisor.cost import APPROXIMATIONS as COST_APPROXIMATIONS
+from advisor.cost import GRADIENT, WEIGHT, has_backward, memory, own_operand, shares
+from advisor.hardware import Hardware
+from advisor.menu import Row, lost_share
+from advisor.plan import Assignment, FrontPoint, LossScaling, Plan, PlannedSite, Predicted
+from probes.casts import Cast
+from probes.records import Site
+
+APPROXIMATIONS = (
+    "damage: second order in the loss (Gauss-Newton curvature, few draws); damages of different slots add up",
+    "lost batch: noise ratios of all slots add up, which bounds the first layer and is too high behind it",
+    "bias: systematic errors of clipping and flushing to zero are reported by slot and are in neither sum",
+    *COST_APPROXIMATIONS,
+)
+
+SPEED_NOTE = (
+    "speedup is null: no speed is predicted; share_8bit and share_16bit say how much work gets narrower"
+)
+WATCH_NOTE = (
+    "a short window cannot certify a long run: largest values can grow late in training. Watch the loss, "
+    "and the overflow and underflow of the sites with the largest damage"
+)
+
+Slot = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a plan is made of. `casts`, `rows` (None: kept or not scored) and `reasons` have every slot."""
+
+    kind: str
+    sites: Sequence[Site]
+    hardware: Hardware
+    casts: Mapping[Slot, Cast]
+    rows: Mapping[Slot, Row | None]
+    reasons: Mapping[Slot, str]
+    total_flops: float
+    model_name: str
+    mean_loss: float | None = None
+    tolerance: float | None = None
+    max_lost_batch: float | None = None
+    damage: float | None = None
+    noise_ratio: float | None = None
+    optimal: bool | None = None
+    front: tuple[FrontPoint, ...] = ()
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+def assemble(draft: Draft) -> Plan:
+    """The plan of a draft; `damage` and `noise_ratio` are the exact sums that were held to the limits."""
+    seen = math.fsum(site.flops for site in draft.sites)
+    total = max(draft.total_flops, seen) if math.isfinite(draft.total_flops) else seen
+    assignments = [_assignment(draft, site, role) for site in draft.sites for role in site.roles]
+    narrow = shares(draft.sites, draft.casts, draft.hardware)
+    keep = parse_cast(KEEP)
+    before = memory(draft.sites, dict.fromkeys(draft.casts, keep))
+    widths = {own_operand(site, WEIGHT).format or "fp32" for site in draft.sites if WEIGHT in site.roles}
+    own_weights = "+".join(sorted(widths)) or "fp32"
+    return Plan(
+        schema="numerics-advisor/plan/1",
+        kind="planned" if draft.kind == "planned" else "uniform",
+        model=draft.model_name,
+        hardware=draft.hardware.name,
+        tolerance=draft.tolerance,
+        max_lost_batch=draft.max_lost_batch,
+        mean_loss=draft.mean_loss,
+        predicted=Predicted(
+            damage=draft.damage,
+            damage_se=_joint_error(assignments),
+            noise_ratio=draft.noise_ratio,
+            lost_batch_share=None if draft.noise_ratio is None else lost_share(draft.noise_ratio),
+            share_8bit=narrow.flops_8bit / total if total else 0.0,
+            share_16bit=narrow.flops_16bit / total if total else 0.0,
+            flops=total,
+            speedup=None,
+            memory_bytes=memory(draft.sites, draft.casts).total_bytes,
+            memory_bytes_before=before.total_bytes,
+            optimal=draft.optimal,
+        ),
+        loss_scaling=LossScaling(kind="none", reason=_loss_scaling(draft)),
+        master_weights=own_weights,
+        optimizer_state=own_weights,
+        assignments=tuple(assignments),
+        sites=tuple(_planned_site(site) for site in draft.sites),
+        front=draft.front,
+        notes=(*draft.notes, *_notes(draft, seen, total)),
+        approximations=APPROXIMATIONS,
+    )
+
+
+def _assignment(draft: Draft, site: Site, role: str) -> Assignment:
+    slot = (site.name, role)
+    cast, row = draft.casts[slot], draft.rows[slot]
+    kept = str(cast) == KEEP
+    score: Row = row or {}
+
+    def value(name: str, when_kept: float | None = None) -> float | None:
+        found: Any = when_kept if kept else score.get(name)
+        return None if found is None else float(found)
+
+    forward = role != GRADIENT
+    noise = value("noise_ratio", 0.0)
+    return Assignment(
+        site=site.name,
+        role=role,
+        cast=str(cast),
+        damage=value("damage", 0.0) if forward else None,
+        damage_se=value("damage_se", 0.0) if forward else None,
+        damage_from=None if kept else score.get("damage_from"),
+        noise_ratio=noise,
+        lost_batch_share=None if noise is None else lost_share(noise),
+        bias=value("bias"),
+        sqnr_db=value("sqnr_db"),
+        underflow=value("underflow"),
+        subnormal=value("subnormal"),
+        overflow=value("overflow"),
+        amax=value("amax"),
+        flags=() if kept else tuple(score.get("flags") or ()),
+        reason=draft.reasons[slot],
+    )
+
+
+def _planned_site(site: Site) -> PlannedSite:
+    return PlannedSite(
+        site=site.name,
+        op=site.op,
+        roles=site.roles,
+        parameter=site.parameter,
+        weight_shape=tuple(site.shapes[WEIGHT]) if WEIGHT in site.shapes else None,
+        flops=site.flops,
+    )
+
+
+def _joint_error(assignments: Sequence[Assignment]) -> float | None:
+    """Root of the sum of squared standard errors; None where a forward slot's is unknown."""
+    errors = [one.damage_se for one in assignments if one.role != GRADIENT]
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) if len(known) == len(errors) else None
+
+
+def _loss_scaling(draft: Draft) -> str:
+    """Why there is none: each gradient has a scale of its own, or was scored without one."""
+    bare = [slot for slot, cast in draft.casts.items() if slot[1] == GRADIENT and _bare(cast)]
+    if not bare:
+        return "every gradient that is cast has a scale of its own or a format with fp32's exponents"
+    shares = [row["underflow"] for slot in bare if (row := draft.rows[slot]) is not None]
+    worst = f"; at worst {100 * max(shares):.2g}% of a gradient underflows" if shares else ""
+    return f"{len(bare)} gradients are cast without a scale and were scored so{worst}"
+
+
+def _bare(cast: Cast) -> bool:
+    """Whether a cast has no scale and fewer exponents than fp32."""
+    return cast.scale is None and cast.format.exponent_bits < 8
+
+
+def _notes(draft: Draft, seen: float, total: float) -> list[str]:
+    notes = []
+    if total > seen:
+        notes.append(
+            f"{100 * (1 - seen / total):.2g}% of the matrix FLOPs were seen at no site; they stay "
+            "as they are and count as not narrow"
+        )
+    if any(not has_backward(site) for site in draft.sites):
+        names = [site.name for site in draft.sites if not has_backward(site)]
+        notes.append(f"no gradient reached {len(names)} sites in the window ({', '.join(names[:3])})")
+    notes.append("master weights and optimizer state stay as they are")
+    return [*notes, SPEED_NOTE, WATCH_NOTE]

@@ -1,0 +1,156 @@
+"""The occupied bins of a slot's sketches, and what a cast does to the elements in them.
+
+Within a bin elements are taken to be spread evenly, the highest bin ending at the largest magnitude seen and the
+lowest beginning at the smallest. Two things are known better, and used:
+
+- The largest element of a step is taken out of its bin and scored by itself: current scaling writes it without
+  error, and a single outlier may carry most of a tensor's energy.
+- The tensor's own precision. Elements of a bf16 tensor are multiples of 2^-7 of their octave. Where that lattice is
+  not much finer than the target's grid (bf16 values to fp16, e4m3fn values to e5m2), each of a bin's lattice points
+  is scored. Where it is no finer and the scale is a power of two, there is no error at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advisor.grid import Array, Expected, Grid
+from probes.casts import Cast
+from probes.formats import FORMATS
+from probes.history import SlotHistory
+from probes.sketch import BIN_EDGES
+
+BIN_BITS = 3  # eight bins an octave: a lattice of up to three mantissa bits has one point a bin, its lower edge
+_LATTICE_BITS = 7  # up to here (bf16, 16 points a bin) lattice points may be scored one by one
+_FINER_BITS = 4  # a lattice this much finer is as good as continuous: δ² is 1 + 2/4^4 times that of an even spread
+_SAME = 2.0**-23  # so near to the format's largest value does current scaling bring the largest element
+
+_SMALLEST_OF_DTYPE = {
+    "float16": FORMATS["fp16"].smallest_subnormal,
+    "bfloat16": FORMATS["bf16"].smallest_subnormal,
+}
+_SMALLEST = FORMATS["fp32"].smallest_subnormal  # a sketch holds float32
+
+
+@dataclass(frozen=True, eq=False)
+class Bins:
+    """N occupied bins, steps one after another, without each step's largest element.
+
+    step       int64 [N]: index of the step
+    bin        int64 [N]: rising within a step
+    low, high  float64 [N]: where the bin's elements lie, low ≤ high
+    count      float64 [N], positive
+    bits       int64 [N]: mantissa bits that the tensor uses at that step
+    """
+
+    step: NDArray[np.int64]
+    bin: NDArray[np.int64]
+    low: Array
+    high: Array
+    count: Array
+    bits: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, history: SlotHistory) -> Bins:
+        """The bins of a history."""
+        step = np.repeat(np.arange(len(history.steps)), np.diff(history.offsets))
+        bins = history.bins.astype(np.int64)
+        amax, amin = history.amax.astype(np.float64)[step], history.amin.astype(np.float64)[step]
+        low, high = BIN_EDGES[bins], BIN_EDGES[bins + 1]
+        count = history.counts - (high > amax)  # of a step's bins, the highest alone ends beyond its largest element
+        kept = count > 0
+        return cls(
+            step=step[kept],
+            bin=bins[kept],
+            low=np.maximum(low, amin)[kept],
+            high=np.minimum(high, amax)[kept],
+            count=count[kept].astype(np.float64),
+            bits=history.significant_bits.astype(np.int64)[step][kept],
+        )
+
+    def outcomes(self, cast: Cast, scale: Array, dtype: str | None) -> Expected:
+        """Mean outcomes of each bin's elements, [N]; errors in units of the scale.
+
+        scale  float64 [N]
+        dtype  the tensor's own, where known: fp16's subnormals are a lattice that `bits` does not tell of
+        """
+        finest = _SMALLEST_OF_DTYPE.get(dtype or "", _SMALLEST)
+        on_grid = self._on_grid(cast, scale, finest)
+        coarse = (self.bits <= _LATTICE_BITS) & (self.bits - cast.format.mantissa_bits < _FINER_BITS)
+        one_by_one = ~on_grid & (coarse | (self.high <= self.low))
+        found = Expected(*(np.zeros(len(self.low)) for _ in Expected._fields))
+        found.subnormal[on_grid] = self.low[on_grid] < cast.format.smallest_normal * scale[on_grid]
+        for chosen, outcomes in (
+            (one_by_one, lambda part, part_scale: part._of_lattice_points(cast, part_scale, finest)),
+            (~on_grid & ~one_by_one, lambda part, part_scale: part._of_intervals(cast, part_scale)),
+        ):
+            if chosen.any():
+                for whole, piece in zip(found, outcomes(self._only(chosen), scale[chosen]), strict=True):
+                    whole[chosen] = piece
+        return found
+
+    def total(self, quantity: Array, steps: int) -> Array:
+        """Sum over the elements of each step, float64 [steps], of a quantity that is given per bin and element."""
+        return np.bincount(self.step, weights=self.count * quantity, minlength=steps).astype(np.float64)
+
+    def unevenness(self) -> Array:
+        """How many of each bin's elements may well lie elsewhere in it than an even spread has them, [N].
+
+        An even spread is believed as far as the density of a neighbour supports it and chance (three standard
+        deviations of the count) explains; what is more may all sit in one place. And under a density that changes
+        evenly from one neighbour's to the other's, a sixteenth of the difference is in the other half.
+        """
+        width = self.high - self.low
+        density = np.divide(self.count, width, out=np.zeros_like(width), where=width > 0)
+        adjoining = (np.diff(self.bin) == 1) & (np.diff(self.step) == 0)
+        before, after = np.zeros_like(width), np.zeros_like(width)
+        before[1:] = np.where(adjoining, density[:-1], 0.0)
+        after[:-1] = np.where(adjoining, density[1:], 0.0)
+        unexplained = self.count - np.maximum(before, after) * width - 3 * np.sqrt(self.count)
+        return np.where(width > 0, np.maximum(unexplained, 0.0) + np.abs(after - before) * width / 16, 0.0)
+
+    def _only(self, chosen: NDArray[np.bool_]) -> Bins:
+        return Bins(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
+    def _on_grid(self, cast: Cast, scale: Array, finest: float) -> NDArray[np.bool_]:
+        """Whether every element that a bin can hold is a value of the format: a cast does nothing to them, [N]."""
+        octave = np.ldexp(1.0, np.maximum((self.bin >> BIN_BITS) - 127, -149).astype(np.int32))
+        lattice = np.maximum(octave * np.ldexp(1.0, -self.bits.astype(np.int32)), finest) / scale
+        power_of_two = np.frexp(scale)[0] == 0.5
+        low, high = self.low / scale, self.high / scale
+        return np.asarray(
+            power_of_two & (lattice >= Grid(cast).spacing(low)) & (high <= cast.format.largest), dtype=np.bool_
+        )
+
+    def _of_intervals(self, cast: Cast, scale: Array) -> Expected:
+        return Grid(cast).over(self.low / scale, self.high / scale)
+
+    def _of_lattice_points(self, cast: Cast, scale: Array, finest: float) -> Expected:
+        points = 2 ** (np.clip(self.bits, BIN_BITS, _LATTICE_BITS) - BIN_BITS)[:, None]
+        j = np.arange(points.max())
+        edge, end = BIN_EDGES[self.bin][:, None], BIN_EDGES[self.bin + 1][:, None]
+        values = edge + (end - edge) / points * j
+        possible = (j < points) & (values >= self.low[:, None]) & (values <= self.high[:, None])
+        weight = (possible & (values % finest == 0)).astype(np.float64)
+        none = weight.sum(axis=1) == 0
+        values[none, 0], weight[none, 0] = self.low[none], 1.0
+        weight /= weight.sum(axis=1, keepdims=True)
+        outcomes = Grid(cast).at(_in_units(values, cast, scale[:, None]))
+        return Expected(*(np.where(weight > 0, weight * outcome, 0.0).sum(axis=1) for outcome in outcomes))
+
+
+def at_largest(amax: Array, cast: Cast, scale: Array) -> Expected:
+    """Outcomes of each step's largest element, [S]; zeros where a step has none. Errors in units of the scale."""
+    some = amax > 0
+    outcomes = Grid(cast).at(_in_units(amax, cast, scale))
+    return Expected(*(np.where(some, outcome, 0.0) for outcome in outcomes))
+
+
+def _in_units(values: Array, cast: Cast, scale: Array) -> Array:
+    """Magnitudes over the scale, as the float32 division that precedes rounding has them where it matters."""
+    u = values / scale
+    largest = cast.format.largest
+    return np.where(np.abs(u - largest) <= _SAME * largest, largest, u) if cast.scale is not None else u

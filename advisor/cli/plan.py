@@ -1,0 +1,78 @@
+"""`advisor plan`: a precision plan from a model's recorded windows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from advisor.cli import options, output
+from advisor.cli.tables import plan_lines, plan_text
+
+
+def plan(
+    model: options.Model,
+    hardware: Annotated[str, typer.Option(help="What it will run on; GET /v1/hardware lists them.")] = "h100",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Rise of the loss that is allowed; default: 0.1% of the mean loss.", show_default=False
+        ),
+    ] = None,
+    max_lost_batch: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the batch that may be lost to rounding noise.")
+    ] = 0.02,
+    window: Annotated[
+        list[str] | None, typer.Option(help="Window id. May be repeated; default: the latest.", show_default=False)
+    ] = None,
+    cast: Annotated[
+        list[str] | None, typer.Option(help="Candidate cast. May be repeated; default: the usual.", show_default=False)
+    ] = None,
+    uniform: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The same recipe everywhere: ROLE=CAST, e.g. input=int8. May be repeated.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the plan file here.", show_default=False)
+    ] = None,
+    url: options.Url = options.DEFAULT_URL,
+    as_json: options.Json = False,
+) -> None:
+    """Make a plan: a format for every tensor of every matrix product, with the reasons."""
+    from advisor.client import connect
+
+    asked: dict[str, Any] = {
+        "hardware": hardware,
+        "tolerance": tolerance,
+        "max_lost_batch": max_lost_batch,
+        "windows": window,
+        "casts": cast,
+    }
+    if recipe := options.pairs(uniform, "--uniform"):
+        asked["uniform"] = recipe
+    with connect(url) as client:
+        made = client.plan(model, **asked)
+    if out is not None:
+        write_plan(made["plan"], out)
+    if as_json:
+        output.print_json(made)
+        return
+    console = output.console()
+    console.print(plan_text(made["plan"], console.width))
+    for line in plan_lines(made["plan"]):
+        console.print(line)
+    for note in made["plan"].get("notes", []):
+        console.print(f"note: {note}")
+    if out is not None:
+        console.print(f"written to {out}: advisor.load_plan({str(out)!r}) reads it")
+    console.print(f"next: advisor train {made['id']}")
+
+
+def write_plan(plan: dict[str, Any], path: Path) -> None:
+    """The plan as a plan file, checked on the way. Raises InvalidPlan, OSError."""
+    from advisor.plan import Plan
+
+    Plan.from_dict(plan, source="the service's plan").save(path)

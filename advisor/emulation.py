@@ -1,0 +1,139 @@
+"""Training with a plan, emulated: the site hook casts each operand, and each gradient that comes back.
+
+A product y = x·w is run as Q(x)·Q(w), so what autograd saves for the backward products are the cast operands, and a
+hook on the result casts the gradient before both of them: the three products of the plan, on any device, with the
+model's own code. The gradient passes a cast unchanged (straight-through); the master weights, which the optimizer
+updates, are the model's own parameters.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advisor.errors import PlanMismatch
+from advisor.plan import Plan
+from probes.casts import Cast, CastState
+from probes.names import ROOT
+from probes.records import Slot
+from probes.sites import ProductCall, SiteHook
+
+GRADIENT = "grad_output"
+
+
+class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, model) as applied
+    """Carry out a plan while the block runs: emulated casts at every site the plan names.
+
+    `report()` says, slot by slot, how each cast is carried out and how often it was. `seed` starts the stream of
+    stochastic rounding, which is the plan's own. Raises PlanMismatch at once if the plan's sites are not the model's.
+    """
+
+    def __init__(
+        self, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, seed: int = 0
+    ) -> None:
+        super().__init__(model)
+        _require_match(plan, model)
+        self.plan, self.optimizer = plan, optimizer
+        self.casts = {Slot(one.site, one.role): Cast.parse(one.cast) for one in plan.assignments}
+        self.states = {slot: CastState(seed=zlib.crc32(f"{seed}/{slot}".encode())) for slot in self.casts}
+        self.counts: Counter[Slot] = Counter()
+        self.unplanned: Counter[str] = Counter()
+
+    def report(self) -> list[dict[str, Any]]:
+        """site, role, cast, how ("emulated", or "kept" where the plan leaves the tensor as it is), count.
+
+        Products that were met but that the plan does not name come last, with cast None and how "not in the plan".
+        """
+        rows: list[dict[str, Any]] = [
+            {
+                "site": slot.site,
+                "role": slot.role,
+                "cast": str(cast),
+                "how": "kept" if _keeps(cast) else "emulated",
+                "count": self.counts[slot],
+            }
+            for slot, cast in self.casts.items()
+        ]
+        return rows + [
+            {"site": site, "role": None, "cast": None, "how": "not in the plan", "count": count}
+            for site, count in self.unplanned.items()
+        ]
+
+    def on_product(self, call: ProductCall) -> Tensor:
+        """Cast the operands, run the product, and see that its gradient is cast."""
+        if Slot(call.site, call.roles[0]) not in self.casts:
+            self.unplanned[call.site] += 1
+            return call.run()
+        result = call.run(
+            [
+                self._cast(Slot(call.site, role), operand)
+                for role, operand in zip(call.roles, call.operands, strict=True)
+            ]
+        )
+        slot = Slot(call.site, GRADIENT)
+        if result.requires_grad and slot in self.casts:
+            # A tensor hook and no autograd function: what the model then does to the result in place stays allowed.
+            result.register_hook(lambda gradient: self._cast(slot, gradient))
+        return result
+
+    def _cast(self, slot: Slot, values: Tensor) -> Tensor:
+        cast = self.casts[slot]
+        self.counts[slot] += 1
+        if _keeps(cast):
+            return values
+        with torch._C.DisableTorchFunction():
+            if values.requires_grad and torch.is_grad_enabled():
+                through: Tensor = _StraightThrough.apply(values, cast, self.states[slot])
+                return through
+            return cast(values, self.states[slot])
+
+    def __str__(self) -> str:
+        rows = self.report()
+        width = max((len(row["site"]) for row in rows), default=4)
+        lines = [f"{'site':<{width}}  {'role':<11}  {'how':<15}  {'count':>7}  cast"]
+        for row in rows:
+            role, cast = row["role"] or "", row["cast"] or ""
+            lines.append(f"{row['site']:<{width}}  {role:<11}  {row['how']:<15}  {row['count']:>7}  {cast}")
+        return "\n".join(lines)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The cast forward; the gradient as it comes, saturated elements included, because the scale leaves none out."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, cast: Cast, state: CastState) -> Tensor:
+        return cast(values, state)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], None, None
+
+
+def _keeps(cast: Cast) -> bool:
+    return cast.format.name == "fp32" and cast.granularity == "none"
+
+
+def _require_match(plan: Plan, model: nn.Module) -> None:
+    """Every site's place is in the model, and every weight has its shape. Raises PlanMismatch naming those that not."""
+    modules = {path or ROOT for path, _ in model.named_modules(remove_duplicate=False)}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    wrong = []
+    for site in plan.sites:
+        if site.parameter is not None:
+            found = shapes.get(site.parameter)
+            if found is None:
+                wrong.append(f"{site.site} (the model has no parameter {site.parameter})")
+            elif site.weight_shape is not None and sorted(found) != sorted(site.weight_shape):
+                wrong.append(f"{site.site} (its weight is {list(found)}, the plan's {list(site.weight_shape)})")
+        elif site.site.rsplit("/", 1)[0] not in modules:
+            wrong.append(f"{site.site} (the model has no module {site.site.rsplit('/', 1)[0]})")
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise PlanMismatch(
+            f"the plan was made for another model ({plan.model}); {len(wrong)} of its {len(plan.sites)} sites do not "
+            f"match: {'; '.join(wrong[:8])}{more}. Probe this model and ask for a plan of its own"
+        )

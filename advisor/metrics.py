@@ -1,0 +1,262 @@
+"""Metrics of a cast from sketches alone: underflow, subnormal results, overflow, SQNR, dynamic range.
+
+Each occupied bin contributes its count times what the cast does, on average, to an element in it (`bins.py`); every
+step is scored with its own scale. Outcomes are expected counts and energies, so steps add. Against casting the
+tensors themselves (`tests/test_metrics.py`) rates are within 0.005 and SQNR within 0.5 dB, unless a flag says why not:
+
+    few_values    so few distinct magnitudes, or so many more elements in one bin than in its neighbours, that they
+                  cannot be taken as spread evenly and it matters
+    few_elements  so few elements carry the error, or decide a rate, that chance within their bins is noticeable
+
+What is counted: rates are shares of the finite non-zero elements; overflow means rounding beyond the largest value,
+whether that saturates or not. NaN and Inf are in `nonfinite` and nowhere else. int8 has no subnormal results. Without
+elements to speak of (an empty slot, zeros only) rates and SQNR are NaN; without any error SQNR is +inf. Stochastic
+rounding is expected over its draws.
+
+A slot that met several tensors in a step is scored as if they had been one, with one scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from advisor.bins import BIN_BITS, Bins, at_largest
+from advisor.grid import Array, Expected, Grid
+from probes.casts import Cast
+from probes.history import SlotHistory
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """From where on a flag is raised. Ours; each from what is promised: SQNR within 0.5 dB, rates within 0.005."""
+
+    error_spread: float = 10 ** (0.2 / 10) - 1
+    """Relative standard deviation of the error energy, 0.2 dB: what is promised is two and a half of them."""
+    rate_spread: float = 0.002
+    """Standard deviation of a rate: what is promised is two and a half of them."""
+    rate_shift: float = 0.005
+    """What uneven bins may move a rate by."""
+    distinct: float = 360
+    """Distinct magnitudes in the sample. Each is one draw of δ², whose standard deviation is 0.89 times its mean if δ
+    is even: with 360 draws, 0.047, which is `error_spread`."""
+
+
+THRESHOLDS = Thresholds()
+
+Number = TypeVar("Number", float, Array)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured(Generic[Number]):
+    """What a cast does to one slot: arrays [S] step by step, or floats for all steps together. Counts are expected.
+
+    nonzero, elements      finite non-zero elements; all elements
+    nonfinite              NaN, +Inf and -Inf
+    underflows, subnormals, overflows   elements that round to zero; to a non-zero subnormal; beyond the largest value
+    signal_energy          Σx² over finite elements
+    error_energy           Σδ², δ the rounding error; inf where a cast that does not saturate may overflow
+    bias_energy            Σx·δ, which is -Σx² if all is flushed to zero
+    error_spread           standard deviation of error_energy, as elements may be anywhere in their bins
+    amax, amin             largest and smallest non-zero finite magnitude; 0 where there is none
+    flags                  for all steps together: "few_values", "few_elements"
+    """
+
+    nonzero: Number
+    elements: Number
+    nonfinite: Number
+    underflows: Number
+    subnormals: Number
+    overflows: Number
+    signal_energy: Number
+    error_energy: Number
+    bias_energy: Number
+    error_spread: Number
+    amax: Number
+    amin: Number
+    flags: tuple[str, ...]
+
+    @property
+    def underflow(self) -> Number:
+        """Share of the non-zero elements that round to zero; NaN where there are none."""
+        return _ratio(self.underflows, self.nonzero)
+
+    @property
+    def subnormal(self) -> Number:
+        """Share of the non-zero elements that round to a non-zero subnormal."""
+        return _ratio(self.subnormals, self.nonzero)
+
+    @property
+    def overflow(self) -> Number:
+        """Share of the non-zero elements that round beyond the format's largest value."""
+        return _ratio(self.overflows, self.nonzero)
+
+    @property
+    def sqnr_db(self) -> Number:
+        """Signal over error energy, dB; +inf without error, -inf for an infinite one, NaN without signal."""
+        with np.errstate(divide="ignore"):
+            return _as_given(10 * np.log10(_ratio(self.signal_energy, self.error_energy)))
+
+    @property
+    def dynamic_range_bits(self) -> Number:
+        """log2 of the largest over the smallest non-zero magnitude; NaN where there is none."""
+        return _as_given(np.log2(_ratio(self.amax, self.amin)))
+
+    @property
+    def exponent_bits(self) -> Number:
+        """Exponent bits that hold every non-zero element with full precision; NaN where there is none.
+
+        One code for each octave from the smallest to the largest magnitude and one for zero, in whole bits. (A format
+        that keeps its top code for Inf and NaN has one octave less to give.)
+        """
+        octaves = _octave(self.amax) - _octave(self.amin) + 1
+        return _as_given(np.where(np.greater(self.amax, 0), np.ceil(np.log2(octaves + 1)), np.nan))
+
+
+class PooledMetrics(Measured[float]):
+    """All steps of a slot as one."""
+
+
+class Metrics(Measured[Array]):
+    """A slot step by step: arrays [S], float64."""
+
+    def pooled(self) -> PooledMetrics:
+        """Counts and energies add; spreads add as variances; amax is the largest, amin the smallest non-zero."""
+        added = {name: float(getattr(self, name).sum()) for name in _ADDED}
+        amin = self.amin[self.amin > 0]
+        return PooledMetrics(
+            **added,
+            error_spread=float(np.sqrt((self.error_spread**2).sum())),
+            amax=float(self.amax.max(initial=0.0)),
+            amin=float(amin.min()) if len(amin) else 0.0,
+            flags=self.flags,
+        )
+
+
+_ADDED = (
+    "nonzero",
+    "elements",
+    "nonfinite",
+    "underflows",
+    "subnormals",
+    "overflows",
+    "signal_energy",
+    "error_energy",
+    "bias_energy",
+)
+
+
+def measure(history: SlotHistory, cast: Cast, dtype: str | None = None) -> Metrics:
+    """Metrics of a cast on one slot, for every recorded step; arithmetic on the sketches, no tensor needed.
+
+    dtype  the tensor's own ("float16", "bfloat16", "float32"), where known: fp16's subnormals are a coarse lattice
+           that the sketch does not tell of
+    """
+    steps, amax = len(history.steps), history.amax.astype(np.float64)
+    step_scale = np.array([cast.scale_for(float(value)) for value in amax])
+    bins = Bins.of(history)
+    scale = step_scale[bins.step]
+    expected = bins.outcomes(cast, scale, dtype)
+    largest = at_largest(amax, cast, step_scale)
+
+    def energy(moment: Array, of_largest: Array) -> Array:
+        return bins.total(moment * scale**2, steps) + of_largest * step_scale**2
+
+    metrics = Metrics(
+        nonzero=history.nonzero.astype(np.float64),
+        elements=history.elements.astype(np.float64),
+        nonfinite=history.nonfinite.astype(np.float64),
+        underflows=bins.total(expected.underflow, steps) + largest.underflow,
+        subnormals=bins.total(expected.subnormal, steps) + largest.subnormal,
+        overflows=bins.total(expected.overflow, steps) + largest.overflow,
+        signal_energy=history.sum_of_squares.astype(np.float64),
+        error_energy=energy(expected.squared, largest.squared),
+        bias_energy=energy(expected.product, largest.product),
+        error_spread=np.sqrt(
+            bins.total(_variance(expected) * (scale**2) ** 2, steps) + _variance(largest) * (step_scale**2) ** 2
+        ),
+        amax=amax,
+        amin=history.amin.astype(np.float64),
+        flags=(),
+    )
+    return replace(metrics, flags=_flags(history, bins, expected, scale, metrics.pooled(), cast))
+
+
+def _flags(
+    history: SlotHistory, bins: Bins, expected: Expected, scale: Array, pooled: PooledMetrics, cast: Cast
+) -> tuple[str, ...]:
+    if not pooled.nonzero:
+        return ()
+    rates = (expected.underflow, expected.subnormal, expected.overflow)
+    uneven = bins.unevenness()
+    few_values = (
+        _rounds_few_values(history, pooled)
+        or _rate_shift(rates, bins, uneven, scale, cast) > THRESHOLDS.rate_shift * pooled.nonzero
+        or _energy_shift(expected, bins, uneven, scale, cast) > THRESHOLDS.error_spread * pooled.error_energy
+    )
+    rate_spread = max(float(np.sqrt((bins.count * rate * (1 - rate)).sum())) for rate in rates)
+    few_elements = (
+        pooled.error_spread > THRESHOLDS.error_spread * pooled.error_energy
+        or rate_spread > THRESHOLDS.rate_spread * pooled.nonzero
+    )
+    return ("few_values",) * few_values + ("few_elements",) * few_elements
+
+
+def _rate_shift(rates: tuple[Array, ...], bins: Bins, uneven: Array, scale: Array, cast: Cast) -> float:
+    """How many elements' outcomes change if the uneven ones sit at one end of their bins."""
+    cut = np.any([(rate > 0) & (rate < 1) for rate in rates], axis=0).astype(np.float64)
+    if cast.rounding == "stochastic":  # no step there but a ramp, of which a bin sees its width
+        cut *= np.minimum(_cells(bins, scale, cast), 1.0)
+    return float((cut * uneven).sum())
+
+
+def _energy_shift(expected: Expected, bins: Bins, uneven: Array, scale: Array, cast: Cast) -> float:
+    """Standard deviation of the error energy if the uneven elements of a bin err alike, in every step the same way."""
+    deviation = np.sqrt(_variance(expected))
+    if cast.rounding == "stochastic":  # of that only what depends on the place: f·(1 − f) over a cell, or part of one
+        spacing = Grid(cast).spacing(bins.low / scale)
+        by_place = spacing**2 * np.minimum(_cells(bins, scale, cast) / 12**0.5, 1 / 180**0.5)
+        deviation = np.where(expected.overflow > 0, deviation, by_place)
+    each_bin = (uneven * deviation * scale**2) ** 2
+    return float(np.sqrt(np.bincount(bins.step, weights=each_bin)).sum())
+
+
+def _cells(bins: Bins, scale: Array, cast: Cast) -> Array:
+    """Width of each bin in spacings of the grid."""
+    return (bins.high - bins.low) / scale / Grid(cast).spacing(bins.low / scale)
+
+
+def _rounds_few_values(history: SlotHistory, pooled: PooledMetrics) -> bool:
+    """Whether error is made on too few distinct magnitudes, by the median step of those where they are uncertain.
+
+    They are certain where all magnitudes are one, and where a bin has a single lattice point.
+    """
+    uncertain = (history.amin < history.amax) & (history.significant_bits > BIN_BITS)
+    if not uncertain.any() or pooled.error_energy == 0:
+        return False
+    return bool(np.median(history.distinct[uncertain]) < THRESHOLDS.distinct)
+
+
+def _variance(expected: Expected) -> Array:
+    """Variance of δ²; zero where it is infinite."""
+    finite = np.isfinite(expected.squared)
+    mean, mean_square = (np.where(finite, moment, 0.0) for moment in (expected.squared, expected.fourth))
+    return np.maximum(mean_square - mean**2, 0.0)
+
+
+def _ratio(part: Any, whole: Any) -> Any:
+    """part / whole, and what its limit is where the whole is zero: inf, or NaN for 0/0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _as_given(np.divide(part, whole))
+
+
+def _as_given(result: Any) -> Any:
+    """Arrays for arrays, Python's own floats for floats."""
+    return result if np.ndim(result) else float(result)
+
+
+def _octave(magnitude: Any) -> Any:
+    """floor(log2(magnitude)), exact; 0 counts as 1."""
+    return np.frexp(np.where(np.equal(magnitude, 0), 1.0, magnitude))[1] - 1

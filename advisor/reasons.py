@@ -1,0 +1,270 @@
+"""One sentence for every choice, made of its numbers: what was chosen, which rival lost, and why.
+
+    e4m3fn: 31.5 dB, 0.02% underflow, predicted +3.0e-05 loss (0.3% of the tolerance); e5m2 would cost 4.1×;
+    int8 fails: 12.1 dB, +1.9e-02 loss is 190% of the tolerance; the largest value is 212× the RMS.
+
+A sentence uses the slot's own scores, the limits and the site's other casts, and nothing that another site's
+numbers could move.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from advisor.castnames import KEEP, parse_cast, short_cast
+from advisor.cost import GRADIENT, operand, own_operand, role_bytes, site_shares
+from advisor.hardware import Hardware
+from advisor.menu import Candidate, Limits, Menu, Row, candidate, lost_share
+from probes.casts import Cast
+from probes.records import Site
+
+# Ours: among 10^9 Gaussian values the largest is about 6× the RMS.
+OUTLIER_RATIO = 20.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A slot whose choice is to be explained. `rows`: every score of the slot, by canonical cast."""
+
+    menu: Menu
+    role: str
+    picked: Mapping[str, Candidate]
+    rows: Mapping[str, Row]
+    limits: Limits
+
+    @property
+    def site(self) -> Site:
+        return self.menu.site
+
+    @property
+    def hardware(self) -> Hardware:
+        return self.menu.hardware
+
+    @property
+    def chosen(self) -> Candidate:
+        return self.picked[self.role]
+
+    def gain_with(self, option: Candidate) -> tuple[float, float, float]:
+        """What the site would save if this role had `option` and the others kept their casts.
+
+        Shares of its FLOPs in at most 8 and at most 16 bits, and minus the bytes of this role.
+        """
+        casts = {role: pick.cast for role, pick in self.picked.items()} | {self.role: option.cast}
+        narrow = site_shares(self.site, casts, self.hardware)
+        flops = self.site.flops or 1.0
+        held = role_bytes(self.site, self.role, option.cast)
+        return narrow.flops_8bit / flops, narrow.flops_16bit / flops, -held
+
+
+def reason(case: Case) -> str:
+    """The sentence of a planned slot."""
+    chosen = case.chosen
+    if chosen.row is None:
+        own = own_operand(case.site, case.role).format
+        parts = [f"stays {own}"]
+    else:
+        parts = [f"{short_cast(chosen.cast)}: {_numbers(case, chosen.cast, chosen.row)}"]
+    parts += _rivals(case)
+    if not case.rows:
+        parts.append("no cast was scored for it")
+    parts += _remarks(case.rows, chosen)
+    return "; ".join(parts) + "."
+
+
+def uniform_reason(role: str, cast: Cast, row: Row | None) -> str:
+    """The sentence of a slot whose cast was given and not chosen."""
+    if str(cast) == KEEP:
+        return "left as it is: the recipe does not name this role."
+    said = f"{short_cast(cast)} as asked for every {role}"
+    if row is None:
+        return f"{said}; not scored."
+    parts = [f"{said}: {_quality(row)}"]
+    if role == GRADIENT:
+        noise = row.get("noise_ratio")
+        parts.append(
+            "noise unknown" if noise is None else f"loses {_percent(lost_share(noise))} of the batch"
+        )
+    else:
+        damage = row.get("damage")
+        parts.append("damage unknown" if damage is None else f"predicted {_loss(damage)} loss")
+    return "; ".join([", ".join(parts), *_remarks({str(cast): row}, None)]) + "."
+
+
+def _numbers(case: Case, cast: Cast, row: Row) -> str:
+    option = candidate(case.site, case.role, cast, row)
+    assert option is not None
+    parts = [_quality(row)]
+    if case.role != GRADIENT:
+        of = (
+            f" ({_percent(option.damage / case.limits.tolerance)} of the tolerance)"
+            if case.limits.tolerance
+            else ""
+        )
+        parts.append(f"predicted {_loss(option.damage)} loss{of}")
+    if case.role == GRADIENT or option.noise_ratio > 0.01 * case.limits.noise:
+        parts.append(f"loses {_percent(lost_share(option.noise_ratio))} of the batch")
+    return ", ".join(parts)
+
+
+def _rivals(case: Case) -> list[str]:
+    """Why rivals lost: the closest 8-bit cast, and the worst that fails alone or the best of 16 bits."""
+    width = operand(case.site, case.role, case.chosen.cast).bits
+    own = own_operand(case.site, case.role).bits
+    chosen_text = str(case.chosen.cast)
+    eight = [text for text in case.rows if text != chosen_text and parse_cast(text).bits <= 8]
+    sixteen = [text for text in case.rows if text != chosen_text and 8 < parse_cast(text).bits <= 16]
+    eight.sort(key=lambda text: _pressure(case, text))
+    sixteen.sort(key=lambda text: _pressure(case, text))
+    told = eight[:1]
+    if width <= 8:
+        told += [text for text in eight[1:][-1:] if _fails_alone(case, text)]
+    elif width == own and own > 16:
+        told += sixteen[:1]
+    return [_why_lost(case, text) for text in told]
+
+
+def _pressure(case: Case, text: str) -> tuple[float, float, float, str]:
+    """Sort key: how close a cast alone comes to a limit; unknown ones last."""
+    option = candidate(case.site, case.role, parse_cast(text), case.rows[text])
+    if option is None:
+        return (math.inf, math.inf, math.inf, text)
+    parts = (_part(option.damage, case.limits.tolerance), _part(option.noise_ratio, case.limits.noise))
+    return (max(parts), option.damage, option.noise_ratio, text)
+
+
+def _part(value: float, limit: float) -> float:
+    if limit > 0:
+        return value / limit
+    return math.inf if value > 0 else 0.0
+
+
+def _fails_alone(case: Case, text: str) -> bool:
+    option = candidate(case.site, case.role, parse_cast(text), case.rows[text])
+    return option is None or option.damage > case.limits.tolerance or option.noise_ratio > case.limits.noise
+
+
+def _why_lost(case: Case, text: str) -> str:
+    cast, row = parse_cast(text), case.rows[text]
+    name, limits = short_cast(cast), case.limits
+    option = candidate(case.site, case.role, cast, row)
+    if option is None:
+        what = (
+            "damage" if case.role != GRADIENT and not _known(row.get("damage")) else "noise in the gradients"
+        )
+        return f"{name} was no candidate: its {what} is unknown"
+    if option.damage > limits.tolerance:
+        said = f"{name} fails: {_quality(row)}, {_loss(option.damage)} loss"
+        if not limits.tolerance:
+            return f"{said}, and the tolerance is 0"
+        return f"{said} is {_percent(option.damage / limits.tolerance)} of the tolerance"
+    if option.noise_ratio > limits.noise:
+        return (
+            f"{name} fails: {_quality(row)}, it loses {_percent(lost_share(option.noise_ratio))} of the "
+            f"batch and the limit is {_percent(limits.max_lost_batch)}"
+        )
+    now, then = case.gain_with(case.chosen), case.gain_with(option)
+    if then[0] < now[0]:
+        return (
+            f"{name} would leave {_percent(then[0])} of the site's FLOPs in 8 bits instead of "
+            f"{_percent(now[0])}, because {case.hardware.name} does not multiply every pair of formats"
+        )
+    if cast.bits <= 8 < operand(case.site, case.role, case.chosen.cast).bits:
+        return _site_verdict(case, name, option)
+    if then > now:
+        return f"{name} fits alone ({_cost(case, option)}), but the limits are spent where they save more"
+    return _compared(case, name, option, same=then == now)
+
+
+def _compared(case: Case, name: str, option: Candidate, same: bool) -> str:
+    """Two casts that both keep the limits alone; `same`: and save the same."""
+    chosen = case.chosen
+    pairs = [(option.damage, chosen.damage, "loss"), (option.noise_ratio, chosen.noise_ratio, "noise")]
+    for rival, mine, kind in pairs if case.role != GRADIENT else reversed(pairs):
+        if rival > mine > 0:
+            return f"{name} would cost {_times(rival / mine)} the {kind}"
+        if rival > mine:
+            return f"{name} would cost {_cost(case, option)} and save no more"
+    if not same:
+        return f"{name} would save less"
+    return f"{name} would do as well"
+
+
+def _site_verdict(case: Case, name: str, option: Candidate) -> str:
+    """Why a narrow cast that keeps the limits by itself was not taken: the site as a whole decides."""
+    flops, damage, noise = case.menu.most_8bit(case.limits)
+    if flops == 0:
+        return f"{name} would gain nothing: no product here can run in 8 bits on {case.hardware.name}"
+    alone = f"{name} fits alone ({_cost(case, option)}), but"
+    if damage > case.limits.tolerance:
+        of = _percent(damage / case.limits.tolerance) if case.limits.tolerance else ""
+        said = f"{of} of the tolerance" if of else "and the tolerance is 0"
+        return f"{alone} this site's products in 8 bits would cost {_loss(damage)} loss, {said}"
+    if noise > case.limits.noise:
+        return (
+            f"{alone} this site's products in 8 bits would lose {_percent(lost_share(noise))} of the "
+            f"batch and the limit is {_percent(case.limits.max_lost_batch)}"
+        )
+    return f"{alone} the limits buy more 8-bit FLOPs elsewhere"
+
+
+def _cost(case: Case, option: Candidate) -> str:
+    if case.role == GRADIENT:
+        return f"{_percent(lost_share(option.noise_ratio))} of the batch"
+    return f"{_loss(option.damage)} loss"
+
+
+def _remarks(rows: Mapping[str, Row], chosen: Candidate | None) -> list[str]:
+    """Facts about the tensor: a largest value far above the RMS, and the flags of the scores in question."""
+    remarks = []
+    for row in rows.values():
+        rms, amax = row.get("rms"), row.get("amax")
+        if (
+            rms is not None
+            and amax is not None
+            and math.isfinite(amax)
+            and rms > 0
+            and amax > OUTLIER_RATIO * rms
+        ):
+            remarks.append(f"the largest value is {amax / rms:.0f}× the RMS")
+            break
+    told = rows.values() if chosen is None or chosen.row is None else [chosen.row]
+    flags = sorted({str(flag).replace("_", " ") for row in told for flag in row.get("flags") or ()})
+    return remarks + ([f"flagged: {', '.join(flags)}"] if flags else [])
+
+
+def _quality(row: Row) -> str:
+    """SQNR, and underflow and overflow where there is any."""
+    sqnr = row.get("sqnr_db")
+    if sqnr is None or math.isnan(sqnr):
+        parts = ["SQNR unknown"]
+    else:
+        parts = ["exact"] if sqnr == math.inf else [f"{sqnr:.1f} dB"]
+    for name in ("underflow", "overflow"):
+        share = row.get(name)
+        if share is not None and share > 0:
+            parts.append(f"{_percent(share)} {name}")
+    return ", ".join(parts)
+
+
+def _known(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _loss(damage: float) -> str:
+    return f"{damage:+.1e}" if damage else "+0"
+
+
+def _percent(share: float) -> str:
+    """0.0002 → 0.02%; two significant digits, whole numbers from 10% on."""
+    value = 100 * share
+    if math.isnan(value) or math.isinf(value):
+        return f"{value}%"
+    if 0 < abs(value) < 1e-4:
+        return "<0.0001%"
+    return f"{value:.0f}%" if abs(value) >= 10 or value == 0 else f"{value:.2g}%"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}×" if ratio < 100 else f"{ratio:.0f}×"

@@ -1,0 +1,98 @@
+"""The same recipe at every site: what a rule of thumb would do, as a plan to set beside a planned one.
+
+    uniform(window, input="int8/none", grad_output="e5m2/none")
+
+A keyword is a role, and its cast is given to exactly that role at every site that has it; other roles stay as
+they are. So `input=` reaches linear and convolution sites and not the `lhs` of a matmul: name that too where
+it is meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+
+from advisor.assemble import Draft, assemble
+from advisor.castnames import KEEP, parse_cast
+from advisor.cost import GRADIENT, has_backward
+from advisor.errors import InvalidPlan
+from advisor.hardware import hardware_named
+from advisor.menu import Row, by_slot
+from advisor.plan import Plan
+from advisor.reasons import uniform_reason
+from advisor.scores import score
+from probes.casts import Cast
+from probes.records import Site
+from probes.window import Window
+
+Slot = tuple[str, str]
+
+
+def uniform(window: Window, hardware: str = "h100", **casts_by_role: str | Cast) -> Plan:
+    """A plan with one cast a role, the same at every site; its cost is predicted from the window's scores.
+
+    Raises InvalidPlan for a role that no site of the window has, and for no role at all; UnknownFormat or
+    InvalidCast for a cast that cannot be read; UnknownHardware.
+    """
+    device = hardware_named(hardware)
+    roles = sorted({role for site in window.sites for role in site.roles})
+    if not casts_by_role:
+        raise InvalidPlan(
+            f"a uniform recipe needs a cast for at least one role; the window has {', '.join(roles)}"
+        )
+    for role in casts_by_role:
+        if role not in roles:
+            near = difflib.get_close_matches(role, roles, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InvalidPlan(
+                f"no site of the window has the role {role!r}: {hint}Its roles: {', '.join(roles)}."
+            )
+    recipe = {
+        role: Cast.parse(cast) if isinstance(cast, str) else cast for role, cast in casts_by_role.items()
+    }
+    keep = parse_cast(KEEP)
+    casts = {(site.name, role): recipe.get(role, keep) for site in window.sites for role in site.roles}
+    rows = _scored(window, casts)
+    losses = [loss for loss in window.losses if math.isfinite(loss)]
+    return assemble(
+        Draft(
+            kind="uniform",
+            sites=window.sites,
+            hardware=device,
+            casts=casts,
+            rows=rows,
+            reasons={slot: uniform_reason(slot[1], cast, rows[slot]) for slot, cast in casts.items()},
+            total_flops=window.total_flops,
+            model_name=window.model_name,
+            mean_loss=math.fsum(losses) / len(losses) if losses else None,
+            damage=_sum(window.sites, rows, casts, "damage"),
+            noise_ratio=_sum(window.sites, rows, casts, "noise_ratio"),
+            notes=[*window.notes, "a recipe that was given: no limit on damage or lost batch was applied"],
+        )
+    )
+
+
+def _scored(window: Window, casts: Mapping[Slot, Cast]) -> dict[Slot, Row | None]:
+    """The score of every slot's cast; None for what stays as it is."""
+    wanted = sorted({str(cast) for cast in casts.values()} - {KEEP})
+    if not wanted:
+        return dict.fromkeys(casts)
+    table = by_slot(window.sites, score(window, casts=[Cast.parse(text) for text in wanted]).rows)
+    return {slot: table[slot].get(str(cast)) for slot, cast in casts.items()}
+
+
+def _sum(
+    sites: Sequence[Site], rows: Mapping[Slot, Row | None], casts: Mapping[Slot, Cast], what: str
+) -> float | None:
+    """The total over the slots that are cast; None where one of them is unknown."""
+    values = []
+    for site in sites:
+        for role in site.roles:
+            slot = (site.name, role)
+            counts = role != GRADIENT if what == "damage" else has_backward(site)
+            if counts and str(casts[slot]) != KEEP:
+                row = rows[slot]
+                values.append(None if row is None else row.get(what))
+    known = [float(value) for value in values if value is not None]
+    return math.fsum(known) if len(known) == len(values) else None

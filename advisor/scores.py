@@ -1,0 +1,158 @@
+"""The score: what each candidate cast would do to each slot of a window.
+
+Metrics come from the sketches (`metrics.py`), for any cast. Damage and gradient noise come from the scored steps
+where the cast was a candidate there; for any other cast they are estimated from the sketches and brought to scale by
+the slot's coherence, the ratio of the two estimates for the casts that have both:
+
+    damage (forward roles)  directional: ½·Σ_samples (g·δ)²          from sketches: ½·Σg²·mean(δ²) × coherence
+    noise (all roles)       measured in the gradient products        from sketches: error/signal energy × coherence
+
+Noise is divided by the minibatch's own: `lost_batch_share` = 1 − 1/(1 + ratio). What is approximate: Gauss-Newton for
+the Hessian, a few draws of it, second order in δ, and the weight gradient's noise standing for all that lies upstream.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from advisor.metrics import PooledMetrics, measure
+from probes.casts import Cast
+from probes.records import Evidence, Slot
+from probes.window import Window
+
+DEFAULT_CASTS = tuple(map(Cast.parse, ("e4m3fn", "e5m2", "int8", "bf16", "fp16")))
+GRADIENT = "grad_output"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`rows`: one dict a slot and cast, in the window's order.
+
+    site, role, cast           the slot, and the cast's canonical string
+    underflow, subnormal, overflow  shares of the non-zero elements, pooled over the window
+    sqnr_db, dynamic_range_bits, exponent_bits, amax, rms
+    damage, damage_se          predicted rise of the loss and its standard error; None for gradients, and where no
+                               known loss was met
+    damage_from                "directional" (measured at the scored steps) or "sketch" (estimated)
+    noise_ratio                noise energy that the cast adds to gradients, over the minibatch's own
+    lost_batch_share           1 − 1/(1 + noise_ratio)
+    bias                       Σx·δ/Σx²: what clipping and flushing to zero take off systematically
+    flags                      why the metrics may be less exact than they look
+    """
+
+    rows: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def of(self, site: str, role: str | None = None) -> list[dict[str, Any]]:
+        """The rows of one site, or of one slot."""
+        return [row for row in self.rows if row["site"] == site and role in (None, row["role"])]
+
+
+def score(window: Window, casts: Sequence[str | Cast] | None = None) -> Scores:
+    """Score casts (default: the usual 8-bit and 16-bit ones) on every slot of a window; no training, no tensors.
+
+    Raises UnknownFormat or InvalidCast for a cast that is none, WindowError for a window that is still open.
+    """
+    chosen = [Cast.parse(cast) if isinstance(cast, str) else cast for cast in casts or DEFAULT_CASTS]
+    return Scores([row for slot in window.slots for row in _slot_rows(window, slot, chosen)])
+
+
+def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[str, Any]]:
+    history, evidence = window.history(*slot), window.evidence(*slot)
+
+    dtype = window.site(slot.site).dtypes.get(slot.role)
+
+    def pooled(cast: Cast) -> PooledMetrics:
+        return measure(history, cast, dtype).pooled()
+
+    known = {str(cast): cast for cast in map(Cast.parse, {*evidence.directional, *evidence.relative_noise})}
+    known |= {str(cast): cast for cast in casts}
+    metrics = {name: pooled(cast) for name, cast in known.items()}
+    forward = slot.role != GRADIENT
+    damage = _Estimate(
+        evidence.directional if forward else {},
+        {name: _damage_from_sketch(found, evidence) for name, found in metrics.items()} if forward else {},
+    )
+    noise = _Estimate(
+        evidence.relative_noise,
+        {name: _ratio(found.error_energy, found.signal_energy) for name, found in metrics.items()},
+    )
+    return [_row(slot, str(cast), metrics[str(cast)], evidence, damage, noise) for cast in casts]
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """A measured value where there is one, otherwise the sketch's, times the coherence of those that have both."""
+
+    measured: dict[str, float]
+    sketched: dict[str, float | None]
+
+    @property
+    def coherence(self) -> float | None:
+        pairs = [(value, self.sketched.get(cast)) for cast, value in self.measured.items()]
+        ratios = [value / sketched for value, sketched in pairs if sketched and value > 0]
+        return statistics.median(ratios) if ratios else None
+
+    def of(self, cast: str) -> tuple[float | None, str | None]:
+        if cast in self.measured:
+            return self.measured[cast], "directional"
+        sketched = self.sketched.get(cast)
+        if sketched is None:
+            return None, None
+        return sketched * (1.0 if self.coherence is None else self.coherence), "sketch"
+
+
+def _row(
+    slot: Slot, cast: str, metrics: PooledMetrics, evidence: Evidence, damage: _Estimate, noise: _Estimate
+) -> dict[str, Any]:
+    predicted, source = damage.of(cast)
+    relative = noise.of(cast)[0] if evidence.relative_noise else None
+    ratio = None if relative is None or not evidence.batch_noise else relative / evidence.batch_noise
+    return {
+        "site": slot.site,
+        "role": slot.role,
+        "cast": cast,
+        "underflow": float(metrics.underflow),
+        "subnormal": float(metrics.subnormal),
+        "overflow": float(metrics.overflow),
+        "sqnr_db": float(metrics.sqnr_db),
+        "dynamic_range_bits": float(metrics.dynamic_range_bits),
+        "exponent_bits": float(metrics.exponent_bits),
+        "amax": float(metrics.amax),
+        "rms": _ratio(metrics.signal_energy, metrics.elements, power=0.5),
+        "damage": predicted,
+        "damage_se": _spread(cast, predicted, source, evidence),
+        "damage_from": source,
+        "coherence": damage.coherence,
+        "noise_ratio": ratio,
+        "lost_batch_share": None if ratio is None else ratio / (1 + ratio),
+        "bias": _ratio(metrics.bias_energy, metrics.signal_energy),
+        "whole_batch": evidence.whole_batch,
+        "flags": list(metrics.flags),
+    }
+
+
+def _damage_from_sketch(metrics: PooledMetrics, evidence: Evidence) -> float | None:
+    if evidence.curvature is None or not metrics.elements:
+        return None
+    return 0.5 * evidence.curvature * metrics.error_energy / metrics.elements
+
+
+def _spread(cast: str, predicted: float | None, source: str | None, evidence: Evidence) -> float | None:
+    """Standard error: measured, or the relative one of the measured casts taken over."""
+    if predicted is None:
+        return None
+    if source == "directional":
+        return evidence.directional_se[cast]
+    relative = [evidence.directional_se[name] / value for name, value in evidence.directional.items() if value > 0]
+    return predicted * statistics.median(relative) if relative else None
+
+
+def _ratio(part: float, whole: float, power: float = 1.0) -> float:
+    """(part/whole)^power; NaN where the whole is nothing."""
+    return float((part / whole) ** power) if whole else float("nan")

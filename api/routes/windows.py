@@ -1,0 +1,154 @@
+"""Windows: opened as a job, pushed as a file, shown, handed out as a file."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+
+from advisor import Cast
+from api import recording
+from api.context import Services, ServicesDep
+from api.idempotency import KeyHeader, Once, fingerprint
+from api.limits import WINDOW_TYPES
+from api.pages import Cursor, Limit, after_of, next_of
+from api.problems import Refusal, validation_response
+from api.schemas import Page, WindowCreated, WindowRequest, WindowView
+from api.views import job_view, window_view, window_views
+from api.windowcache import decode
+from db.store import jobs, models, windows
+from probes.windowfile import load_window
+
+router = APIRouter(tags=["windows"])
+
+FILE_TYPE = "application/vnd.safetensors"
+
+# The route reads its body itself, so it describes it itself.
+BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": WindowRequest.model_json_schema(),
+            },
+            **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in sorted(WINDOW_TYPES)},
+        },
+    }
+}
+
+
+@router.post(
+    "/models/{model_id}/windows",
+    status_code=202,
+    response_model=WindowCreated,
+    responses={201: {"model": WindowView, "description": "The pushed window"}},
+    openapi_extra=BODY,
+)
+async def open_or_push(model_id: str, request: Request, services: ServicesDep, key: KeyHeader = None) -> Response:
+    """Open a probing window as a job (JSON, 202), or push a window file that was recorded elsewhere (201)."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        body = await request.body()
+        try:
+            wanted = WindowRequest.model_validate_json(body)
+        except ValidationError as error:
+            return validation_response(request.url.path, error.errors())
+        once = Once(services, key, fingerprint(request, hashlib.sha256(body).digest()))
+        return await run_in_threadpool(_open, services, once, model_id, wanted)
+    if kind in WINDOW_TYPES:
+        path, digest = await _receive(request, services.settings.uploads)
+        try:
+            once = Once(services, key, fingerprint(request, digest))
+            return await run_in_threadpool(_push, services, once, model_id, path)
+        finally:
+            path.unlink()
+    raise Refusal(
+        415,
+        f"the Content-Type {kind!r} is not taken here; application/json opens a window as a job, "
+        f"{' or '.join(sorted(WINDOW_TYPES))} pushes a window file",
+    )
+
+
+@router.get("/models/{model_id}/windows")
+def list_windows(model_id: str, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50) -> Page[WindowView]:
+    """A model's windows, newest first."""
+    with services.database.reading() as session:
+        model = models.get(session, model_id)
+        rows, after = windows.listed(session, model.id, after_of(cursor), limit)
+        return Page(items=window_views(session, rows), next=next_of(after))
+
+
+@router.get("/windows/{window_id}")
+def show(window_id: str, services: ServicesDep) -> WindowView:
+    """One window."""
+    with services.database.reading() as session:
+        return window_view(session, windows.get(session, window_id))
+
+
+@router.get(
+    "/windows/{window_id}/file",
+    response_class=Response,
+    responses={200: {"content": {FILE_TYPE: {"schema": {"type": "string", "format": "binary"}}}}},
+)
+def file(window_id: str, services: ServicesDep) -> Response:
+    """The window as a safetensors file, which `advisor.load_window` reads."""
+    content = decode(services.database, window_id).to_bytes()
+    disposition = f'attachment; filename="{window_id}.safetensors"'
+    return Response(content, media_type=FILE_TYPE, headers={"Content-Disposition": disposition})
+
+
+def _open(services: Services, once: Once, model_id: str, wanted: WindowRequest) -> Response:
+    for text in wanted.casts or []:
+        Cast.parse(text)
+    with once, services.database.writing() as session:
+        model = models.get(session, model_id)
+        if model.kind == "external":
+            raise Refusal(
+                409,
+                f"the model {model.name!r} is external: it is not here to be trained. Record a window where it "
+                "trains (with advisor.probe(model, optimizer) as window: …) and push it: "
+                f"advisor.connect(<this service>).push(window, model={model.name!r})",
+            )
+        window = windows.add(session, model_id=model.id, request=wanted.model_dump(mode="json"))
+        job = jobs.add(session, kind="window", model_id=model.id, window_id=window.id)
+        created = WindowCreated(window=window_view(session, window), job=job_view(session, job))
+        return once.answer(session, 202, created, f"/v1/jobs/{job.id}")
+
+
+def _push(services: Services, once: Once, model_id: str, path: Path) -> Response:
+    with once:
+        with services.database.reading() as session:
+            models.get(session, model_id)
+        window = load_window(path)
+        if not window.steps:
+            raise Refusal(
+                422,
+                "the window has 0 recorded steps; leave the `with advisor.probe(…)` block after at least one",
+            )
+        recorded = recording.pack(window)
+        with services.database.writing() as session:
+            model = models.get(session, model_id)
+            row = windows.add(session, model_id=model.id, request=None)
+            recorded.store(session, row.id, checkpoint=None)
+            session.refresh(row)
+            return once.answer(session, 201, window_view(session, row), f"/v1/windows/{row.id}")
+
+
+async def _receive(request: Request, folder: Path) -> tuple[Path, bytes]:
+    """The body as a file of its own, and its SHA-256. Nothing is left behind if it does not arrive whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=folder, suffix=".safetensors")
+    digest = hashlib.sha256()
+    try:
+        with os.fdopen(descriptor, "wb") as target:
+            async for chunk in request.stream():
+                digest.update(chunk)
+                target.write(chunk)
+    except BaseException:
+        Path(name).unlink()
+        raise
+    return Path(name), digest.digest()

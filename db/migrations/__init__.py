@@ -1,0 +1,1 @@
+"""The one migration history (Alembic). `db.migrate` runs it."""

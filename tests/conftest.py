@@ -1,0 +1,35 @@
+"""Fixtures that several files of tests share. Their imports wait: most tests need no service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from service import Service
+
+    from db.session import Database
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A server without a worker; windows are pushed."""
+    from service import quick_settings, serving
+
+    with serving(quick_settings(tmp_path_factory.mktemp("service"), json_limit_bytes=20_000)) as running:
+        yield running
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    """An empty database at the newest migration."""
+    from db import migrate
+    from db.session import Database
+
+    opened = Database(f"sqlite:///{tmp_path / 'folder' / 'advisor.sqlite'}")
+    migrate.upgrade(opened)
+    yield opened
+    opened.close()

@@ -1,0 +1,173 @@
+"""From a window to a plan: the right site reacts, the tolerance buys 8-bit share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import advisor
+from advisor.errors import InvalidPlan, UnknownHardware
+from probes.errors import InvalidCast, UnknownFormat, WindowError
+from probes.probing import probe
+from probes.window import Window
+from tests.models import convnet, encoder, mlp, train
+
+
+def window_of(build: Any = mlp, steps: int = 6) -> Window:
+    window: Window = train(build, steps, lambda model, optimizer: probe(model, optimizer, steps=steps))[2]
+    return window
+
+
+@pytest.mark.parametrize("build", [mlp, convnet, encoder])
+def test_every_slot_is_scored_for_every_cast(build: Any) -> None:
+    window = window_of(build)
+    rows = advisor.score(window).rows
+    assert len(rows) == 5 * len(window.slots)
+    for row in rows:
+        assert 0 <= row["underflow"] <= 1
+        assert row["sqnr_db"] > 10
+        if row["role"] == "grad_output":
+            assert row["damage"] is None
+        else:
+            assert row["damage"] > 0
+            assert 0 < row["damage_se"] < 2 * row["damage"]
+        if row["noise_ratio"] is not None:
+            assert row["lost_batch_share"] == pytest.approx(1 - 1 / (1 + row["noise_ratio"]))
+        assert all(type(value) in (str, float, bool, list, type(None)) for value in row.values()), row
+
+
+def test_a_cast_that_was_no_candidate_is_estimated_from_the_sketches() -> None:
+    torch.manual_seed(0)
+    casts = ["e4m3fn", "int8", "e5m2"]
+    _, _, told = train(mlp, 8, lambda model, optimizer: probe(model, optimizer, steps=8, casts=casts))
+    _, _, untold = train(mlp, 8, lambda model, optimizer: probe(model, optimizer, steps=8, casts=["bf16", "int8"]))
+    for slot in told.slots:
+        measured = advisor.score(told, ["e4m3fn"]).of(*slot)[0]
+        estimated = advisor.score(untold, ["e4m3fn"]).of(*slot)[0]
+        assert estimated["sqnr_db"] == measured["sqnr_db"]
+        if slot.role == "grad_output":
+            continue
+        assert (measured["damage_from"], estimated["damage_from"]) == ("directional", "sketch")
+        assert 0.4 < estimated["damage"] / measured["damage"] < 2.5
+
+
+class Stack(nn.Module):
+    """Four linear sites; one input channel of `second` may be multiplied, and its weights divided, by a factor."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 64), nn.Linear(64, 64)
+        self.third, self.last = nn.Linear(64, 64), nn.Linear(64, 10)
+        self.register_buffer("scale", torch.ones(64).index_fill(0, torch.tensor([5]), factor))
+        with torch.no_grad():
+            self.second.weight.div_(self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.first(x)) * self.scale
+        return self.last(F.gelu(self.third(F.gelu(self.second(hidden)))))
+
+
+def plan_of(factor: float) -> Any:
+    torch.manual_seed(0)
+    model = Stack(factor)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    torch.manual_seed(1)
+    with probe(model, optimizer, steps=4) as window:
+        while not window.done:
+            F.cross_entropy(model(torch.randn(256, 32)), torch.randint(0, 10, (256,))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return advisor.recommend(window)
+
+
+def test_an_outlier_channel_changes_its_site_and_no_other() -> None:
+    plain, planted = plan_of(1.0), plan_of(300.0)
+    before = {(one.site, one.role): one for one in plain.assignments}
+    changed = {(one.site, one.role) for one in planted.assignments if one.cast != before[one.site, one.role].cast}
+    assert ("second", "input") in changed
+    assert {site for site, _ in changed} == {"second"}
+    after = next(one for one in planted.assignments if (one.site, one.role) == ("second", "input"))
+    assert after.reason != before["second", "input"].reason
+    assert "RMS" in after.reason
+
+
+def test_a_larger_tolerance_buys_more_8_bit_work() -> None:
+    window = window_of(encoder)
+    worst = max(row["damage"] or 0 for row in advisor.score(window).rows)
+    shares = [
+        advisor.recommend(window, tolerance=tolerance, max_lost_batch=0.5).predicted.share_8bit
+        for tolerance in (0.0, worst / 50, 10 * worst)
+    ]
+    assert shares[0] < shares[1] < shares[2]
+
+
+def test_less_lost_batch_allows_less() -> None:
+    window = window_of(encoder)
+    plans = [advisor.recommend(window, tolerance=1.0, max_lost_batch=share) for share in (0.0, 0.0005, 0.5)]
+    shares = [plan.predicted.share_8bit for plan in plans]
+    assert shares == sorted(shares)
+    assert shares[0] < shares[2]
+    for plan, limit in zip(plans, (0.0, 0.0005, 0.5), strict=True):
+        assert plan.predicted.lost_batch_share <= limit * (1 + 1e-9)
+
+
+def test_the_default_tolerance_is_a_thousandth_of_the_mean_loss() -> None:
+    window = window_of()
+    mean = math.fsum(window.losses) / len(window.losses)
+    plan = advisor.recommend(window)
+    assert plan.tolerance == pytest.approx(mean / 1000)
+    assert plan.predicted.damage <= plan.tolerance
+
+
+def test_several_windows_count_with_their_worst() -> None:
+    early, late = window_of(steps=4), window_of(steps=8)
+    both = advisor.recommend([early, late], tolerance=1.0, max_lost_batch=0.9)
+    for one in both.assignments:
+        rows = [advisor.score(window, [one.cast]).of(one.site, one.role)[0] for window in (early, late)]
+        damages = [row["damage"] for row in rows]
+        assert one.damage == (None if None in damages else max(damages))
+
+
+def test_windows_of_different_models_are_refused() -> None:
+    with pytest.raises(WindowError, match="not of one model"):
+        advisor.recommend([window_of(mlp), window_of(convnet)])
+
+
+def test_a_window_without_a_loss_asks_for_a_tolerance() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probe(model, optimizer, steps=1) as window:
+        model(torch.randn(3, 4)).backward(torch.ones(3, 4))
+        optimizer.step()
+    with pytest.raises(InvalidPlan, match="give tolerance"):
+        advisor.recommend(window)
+    plan = advisor.recommend(window, tolerance=0.1)
+    assert {one.cast for one in plan.assignments} == {"fp32/none/nearest"}
+    assert any("no loss function" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"hardware": "h1000"}, UnknownHardware, "h100"),
+        ({"tolerance": -1.0}, InvalidPlan, "tolerance"),
+        ({"tolerance": math.nan}, InvalidPlan, "tolerance"),
+        ({"max_lost_batch": 1.0}, InvalidPlan, "max_lost_batch"),
+        ({"casts": ["e4m3"]}, UnknownFormat, "e4m3fn"),
+        ({"casts": ["e4m3fn/diagonal"]}, InvalidCast, "diagonal"),
+    ],
+)
+def test_bad_arguments_say_what_is_allowed(arguments: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        advisor.recommend(window_of(), **arguments)
+
+
+def test_a_plan_for_old_hardware_uses_its_pairs() -> None:
+    plan = advisor.recommend(window_of(), hardware="a100", tolerance=1.0, max_lost_batch=0.9)
+    narrow = {one.cast.split("/")[0] for one in plan.assignments} - {"fp32", "bf16", "fp16"}
+    assert narrow == {"int8"}

@@ -1,0 +1,326 @@
+"""Pushed windows over HTTP, and what is asked of them: layers, history, scores, plans, the file."""
+
+import json
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from service import Service, quick_settings, serving, small_window, wait_until
+from test_api_models import problem
+
+import advisor
+from advisor.metrics import measure
+from probes.windowfile import window_from_bytes
+
+CASTS = ["e4m3fn/tensor/current/nearest", "e5m2/none/nearest"]
+
+
+@pytest.fixture(scope="module")
+def window() -> advisor.Window:
+    return small_window()
+
+
+@pytest.fixture(scope="module")
+def pushed(service: Service, window: advisor.Window) -> dict[str, Any]:
+    """A window in the external model "net"."""
+    service.post("/v1/models", {"name": "net", "kind": "external"}, status=201)
+    response = service.push("net", window.to_bytes())
+    assert response.status_code == 201, response.text
+    body: dict[str, Any] = response.json()
+    assert response.headers["location"] == f"/v1/windows/{body['id']}"
+    return body
+
+
+def test_a_pushed_window_is_shown(service: Service, pushed: dict[str, Any], window: advisor.Window) -> None:
+    assert service.get(f"/v1/windows/{pushed['id']}") == pushed
+    assert (pushed["state"], pushed["origin"], pushed["job_id"]) == ("recorded", "pushed", None)
+    assert pushed["steps"] == list(window.steps) == [0, 1, 2]
+    assert pushed["losses"] == pytest.approx(window.losses)
+    assert pushed["sites"] == len(window.sites) == 2
+    assert pushed["slots"] == len(window.slots) == 6
+    assert 0 < pushed["bytes_per_sketch"] < 2040
+    assert pushed["id"] in [row["id"] for row in service.get("/v1/models/net/windows")["items"]]
+
+
+def test_the_file_is_the_window_again(service: Service, pushed: dict[str, Any], window: advisor.Window) -> None:
+    response = service.client.get(f"/v1/windows/{pushed['id']}/file")
+    assert response.headers["content-type"] == "application/vnd.safetensors"
+    back = window_from_bytes(response.content)
+    assert back.header() == window.header()
+    for slot in window.slots:
+        assert back.history(*slot).pack() == window.history(*slot).pack()
+
+
+def test_layers_share_the_flops(service: Service, pushed: dict[str, Any], window: advisor.Window) -> None:
+    body = service.get("/v1/models/net/layers")
+    assert body["window"] == pushed["id"]
+    assert [row["site"] for row in body["items"]] == [site.name for site in window.sites] == ["0", "2"]
+    assert sum(row["share_of_flops"] for row in body["items"]) == pytest.approx(1)
+    first = body["items"][0]
+    assert first["shapes"]["weight"] == [16, 8]
+    assert first["parameter"] == "0.weight"
+
+
+def test_history_of_any_cast_is_computed_from_sketches(
+    service: Service, pushed: dict[str, Any], window: advisor.Window
+) -> None:
+    body = service.get("/v1/models/net/layers/2/history", role="grad_output", cast="e5m2/none")
+    assert body["cast"] == "e5m2/none/nearest"
+    assert body["steps"] == [0, 1, 2]
+    expected = measure(window.history("2", "grad_output"), advisor.Cast.parse("e5m2/none"))
+    for name in ("underflow", "sqnr_db", "amax"):
+        assert body["metrics"][name] == pytest.approx([float(value) for value in getattr(expected, name)])
+    only = service.get("/v1/models/net/layers/2/history", role="input", metric=["overflow", "amax"])
+    assert set(only["metrics"]) == {"overflow", "amax"}
+
+
+@pytest.mark.parametrize(
+    ("site", "query", "status", "says"),
+    [
+        ("22", {"role": "input"}, 404, "near it: 2"),
+        ("0", {"role": "key"}, 404, "input, weight, grad_output"),
+        ("0", {}, 422, "role"),
+        ("0", {"role": "input", "cast": "e9m9"}, 422, "e9m9"),
+        ("0", {"role": "input", "metric": "speed"}, 422, "underflow"),
+        ("0", {"role": "input", "window": "win_none"}, 404, "win_none"),
+    ],
+)
+def test_a_history_of_nothing_says_what_there_is(
+    service: Service, pushed: dict[str, Any], site: str, query: dict[str, str], status: int, says: str
+) -> None:
+    response = service.client.get(f"/v1/models/net/layers/{site}/history", params=query)
+    assert says in problem(response, status)["detail"]
+
+
+@pytest.mark.parametrize("encoded", [True, False])
+def test_site_names_with_slashes_and_brackets_work_in_paths(service: Service, encoded: bool) -> None:
+    import torch
+    from torch import nn
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.inner(x)
+            product: torch.Tensor = y @ y.transpose(0, 1)
+            return product
+
+    name = f"sites-{encoded}"
+    service.post("/v1/models", {"name": name, "kind": "external"}, status=201)
+    model = Product()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with advisor.probe(model, optimizer, steps=1) as window:
+        torch.nn.functional.mse_loss(model(torch.ones(3, 4)), torch.zeros(3, 3)).backward()
+        optimizer.step()
+    assert service.push(name, window.to_bytes()).status_code == 201
+    sites = [row["site"] for row in service.get(f"/v1/models/{name}/layers")["items"]]
+    assert any("/" in site and "(root)" in site for site in sites)
+    for site in sites:
+        path = quote(site, safe="" if encoded else "/()")
+        role = window.site(site).roles[0]
+        assert service.get(f"/v1/models/{name}/layers/{path}/history", role=role)["site"] == site
+
+
+# Scores
+
+
+def test_scores_are_the_library_s(service: Service, pushed: dict[str, Any], window: advisor.Window) -> None:
+    body = service.get("/v1/models/net/scores")
+    expected = advisor.score(window).rows
+    assert body["window"] == pushed["id"]
+    assert len(body["items"]) == len(expected)
+    for row, wanted in zip(body["items"], expected, strict=True):
+        assert (row["site"], row["role"], row["cast"]) == (wanted["site"], wanted["role"], wanted["cast"])
+        assert row["underflow"] == pytest.approx(wanted["underflow"])
+        assert row["damage"] == (None if wanted["damage"] is None else pytest.approx(wanted["damage"]))
+
+
+def test_scores_are_filtered_and_paged(service: Service, pushed: dict[str, Any]) -> None:
+    one = service.get("/v1/models/net/scores", site="0", role="weight", cast=CASTS)["items"]
+    assert [(row["site"], row["role"], row["cast"]) for row in one] == [("0", "weight", cast) for cast in CASTS]
+    everything = service.get("/v1/models/net/scores")
+    first = service.get("/v1/models/net/scores", limit=4)
+    rest = service.get("/v1/models/net/scores", cursor=first["next"])
+    assert first["items"] + rest["items"] == everything["items"]
+    assert everything["next"] is None
+    foreign = service.client.get("/v1/models/net/scores", params={"cursor": first["next"], "site": "0"})
+    assert "cursor" in problem(foreign, 422)["detail"]
+
+
+def test_nan_and_infinity_come_through(service: Service) -> None:
+    service.post("/v1/models", {"name": "zeros", "kind": "external"}, status=201)
+    window = small_window(zero_weights=True)
+    assert service.push("zeros", window.to_bytes()).status_code == 201
+    expected = advisor.score(window).rows
+    words = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+    found = set()
+    for row, wanted in zip(service.get("/v1/models/zeros/scores")["items"], expected, strict=True):
+        for name, value in wanted.items():
+            if isinstance(value, float) and str(value) in words:
+                assert row[name] == words[str(value)], name
+                found.add(row[name])
+    assert found  # weights that are all zero have no SQNR or an infinite one
+    history = service.get("/v1/models/zeros/layers/2/history", role="weight")
+    assert {"NaN", "Infinity"} & {value for values in history["metrics"].values() for value in values}
+
+
+# Plans
+
+
+def test_a_plan_is_made_and_shown(service: Service, pushed: dict[str, Any], window: advisor.Window) -> None:
+    response = service.post("/v1/models/net/plans", {"tolerance": 0.5, "max_lost_batch": 0.9}, status=201)
+    body = response.json()
+    assert response.headers["location"] == f"/v1/plans/{body['id']}"
+    assert body["windows"] == [pushed["id"]]
+    assert advisor.Plan.from_dict(body["plan"]).to_dict() == body["plan"]
+    assert body["plan"] == advisor.recommend(window, tolerance=0.5, max_lost_batch=0.9).to_dict()
+    assert service.get(f"/v1/plans/{body['id']}") == body
+    assert body["id"] in [row["id"] for row in service.get("/v1/models/net/plans")["items"]]
+
+
+def test_a_uniform_plan_is_the_recipe(service: Service, pushed: dict[str, Any]) -> None:
+    recipe = {"input": "int8/none", "grad_output": "e5m2/none"}
+    plan = service.post("/v1/models/net/plans", {"uniform": recipe}, status=201).json()["plan"]
+    casts = {row["role"]: row["cast"] for row in plan["assignments"]}
+    assert casts["input"] == "int8/none/nearest"
+    assert casts["grad_output"] == "e5m2/none/nearest"
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"hardware": "h1000"}, "h100"),
+        ({"casts": ["e4m3"]}, "e4m3fn"),
+        ({"tolerance": -1}, "tolerance"),
+        ({"tolerance": "NaN"}, "tolerance"),
+        ({"max_lost_batch": 2}, "max_lost_batch"),
+        ({"uniform": {"inputs": "int8"}}, "input"),
+        ({"uniform": {"hardware": "int8"}}, "no role"),
+        ({"uniform": {"input": "int9"}}, "int8"),
+        ({"windows": []}, "windows"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_says_why(
+    service: Service, pushed: dict[str, Any], body: dict[str, Any], says: str
+) -> None:
+    before = service.get("/v1/models/net/plans")["items"]
+    assert says in problem(service.post("/v1/models/net/plans", body), 422)["detail"]
+    assert service.get("/v1/models/net/plans")["items"] == before
+
+
+def test_a_window_of_another_model_makes_no_plan(service: Service, pushed: dict[str, Any]) -> None:
+    service.post("/v1/models", {"name": "stranger", "kind": "external"}, status=201)
+    assert "no recorded window" in problem(service.post("/v1/models/stranger/plans", {}), 409)["detail"]
+    body = {"windows": [pushed["id"]]}
+    assert "another model" in problem(service.post("/v1/models/stranger/plans", body), 422)["detail"]
+
+
+def test_a_plan_repeated_under_its_key_is_made_once(service: Service, pushed: dict[str, Any]) -> None:
+    answers: list[Any] = []
+
+    def post() -> None:
+        answers.append(service.post("/v1/models/net/plans", {"tolerance": 0.25}, key="plan-key"))
+
+    threads = [threading.Thread(target=post) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    answers.append(service.post("/v1/models/net/plans", {"tolerance": 0.25}, key="plan-key"))
+    assert {answer.status_code for answer in answers} <= {201, 409}
+    assert len({answer.json()["id"] for answer in answers if answer.status_code == 201}) == 1
+
+
+# External models
+
+
+def test_an_external_model_is_not_trained_here(service: Service, pushed: dict[str, Any]) -> None:
+    assert ".push(window" in problem(service.post("/v1/models/net/windows", {"steps": 2}), 409)["detail"]
+    plan = service.post("/v1/models/net/plans", {}, status=201).json()
+    assert "advisor.apply" in problem(service.post(f"/v1/plans/{plan['id']}/runs", {"steps": 2}), 409)["detail"]
+    assert service.get(f"/v1/plans/{plan['id']}/runs")["items"] == []
+
+
+# Bad windows
+
+
+def hostile(window: advisor.Window) -> Iterator[tuple[str, bytes]]:
+    """Bodies that are no window."""
+    good = window.to_bytes()
+    size = int.from_bytes(good[:8], "little")
+    header = json.loads(good[8 : 8 + size])
+    yield "empty", b""
+    yield "noise", bytes(range(256)) * 8
+    yield "cut", good[: len(good) // 2]
+    yield "a huge header", struct.pack("<Q", 2**60) + good[8:]
+    yield "zip", b"PK\x03\x04" + bytes(100)
+    for name, change in {
+        "no metadata": {"__metadata__": {}},
+        "no object": {"__metadata__": {"window": "[]"}},
+        "another schema": {"__metadata__": {"window": '{"schema": "other/1"}'}},
+        "deep": {"__metadata__": {"window": "[" * 100_000}},
+    }.items():
+        changed = json.dumps({**header, **change}).encode()
+        yield name, struct.pack("<Q", len(changed)) + changed + good[8 + size :]
+    told = json.loads(header["__metadata__"]["window"])
+    for name, part in {"no steps": {"steps": None}, "foreign slot": {"slots": told["slots"][::-1][1:]}}.items():
+        changed = json.dumps({**header, "__metadata__": {"window": json.dumps({**told, **part})}}).encode()
+        yield name, struct.pack("<Q", len(changed)) + changed + good[8 + size :]
+
+
+def test_a_malformed_window_is_refused_and_leaves_nothing(service: Service, window: advisor.Window) -> None:
+    service.post("/v1/models", {"name": "clean", "kind": "external"}, status=201)
+    for name, body in hostile(window):
+        response = service.push("clean", body, **{"Idempotency-Key": f"hostile {name}"})
+        assert problem(response, 422)["type"].endswith("MalformedWindow"), name
+    assert service.get("/v1/models/clean/windows")["items"] == []
+    assert list(service.settings.uploads.iterdir()) == []
+
+
+def test_a_window_of_no_steps_is_refused(service: Service) -> None:
+    service.post("/v1/models", {"name": "none", "kind": "external"}, status=201)
+    assert "0 recorded steps" in problem(service.push("none", small_window(steps=0).to_bytes()), 422)["detail"]
+    assert service.get("/v1/models/none/windows")["items"] == []
+
+
+@pytest.mark.parametrize("body", [{"steps": 0}, {"steps": "many"}, {"warmup": -1}, {"casts": ["e4m3"]}, {"step": 1}])
+def test_a_window_that_cannot_be_opened_is_refused(service: Service, body: dict[str, Any]) -> None:
+    problem(service.post("/v1/models/net/windows", body), 422)
+
+
+def test_another_type_of_body_is_refused(service: Service, pushed: dict[str, Any]) -> None:
+    response = service.client.post("/v1/models/net/windows", content=b"x", headers={"Content-Type": "text/csv"})
+    assert "application/vnd.safetensors" in problem(response, 415)["detail"]
+
+
+def test_a_pushed_window_repeated_under_its_key_is_stored_once(service: Service, window: advisor.Window) -> None:
+    service.post("/v1/models", {"name": "twice-pushed", "kind": "external"}, status=201)
+    first = service.push("twice-pushed", window.to_bytes(), **{"Idempotency-Key": "p1"})
+    again = service.push("twice-pushed", window.to_bytes(), **{"Idempotency-Key": "p1"})
+    assert (first.status_code, again.status_code) == (201, 201)
+    assert again.headers["idempotent-replayed"] == "true"
+    assert len(service.get("/v1/models/twice-pushed/windows")["items"]) == 1
+    other = service.push("twice-pushed", small_window(seed=1).to_bytes(), **{"Idempotency-Key": "p1"})
+    problem(other, 422)
+
+
+def test_a_window_over_the_limit_is_refused_while_it_streams(tmp_path: Path, window: advisor.Window) -> None:
+    with serving(quick_settings(tmp_path, window_limit_bytes=10_000)) as small:
+        small.post("/v1/models", {"name": "m", "kind": "external"}, status=201)
+
+        def chunks() -> Iterator[bytes]:
+            for _ in range(40):
+                yield bytes(1_000)
+
+        headers = {"Content-Type": "application/octet-stream"}
+        response = small.client.post("/v1/models/m/windows", content=chunks(), headers=headers)
+        assert "10,000" in problem(response, 413)["detail"]
+        problem(small.push("m", bytes(10_001)), 413)
+        assert small.get("/v1/models/m/windows")["items"] == []
+        wait_until(lambda: not list(small.settings.uploads.iterdir()))

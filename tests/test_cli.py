@@ -1,0 +1,346 @@
+"""The command line: what it sends, what it prints, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_server import Server, serving, stream
+from typer.main import get_command
+
+from advisor.cli import app, curves, main, numbers_text, tables
+from advisor.cli.curves import Curve
+
+Run = Callable[..., tuple[int, str, str]]
+
+# Every command's arguments and options. A change here is a change of what users type.
+FLAGS = {
+    "demo": "--model --keep --json",
+    "serve": "--host --port --data-dir",
+    "worker": "--data-dir",
+    "submit": "file --name --family --data --set --url --json",
+    "probe": "model --steps --warmup --every --curvature-steps --cast --seed -o --output --detach --url --json",
+    "plan": "model --hardware --tolerance --max-lost-batch --window --cast --uniform -o --output --url --json",
+    "train": "plan --steps --baseline --no-baseline --baseline-run --window --evaluate-batches --seed --detach "
+    "--url --json",
+    "history": "model site role --cast --metric --window --url --json",
+    "show": "what --url --json",
+}
+
+MODEL = {"id": "mdl_1", "name": "m", "kind": "architecture", "family": "gpt", "parameters": 123_456}
+WINDOW = {
+    "id": "win_1",
+    "state": "recorded",
+    "steps": [5, 6],
+    "sites": 3,
+    "slots": 9,
+    "coverage": {"share": 1.0, "unseen": []},
+    "bytes_stored": 12_345,
+    "notes": [],
+}
+JOB = {"id": "job_1", "kind": "window", "state": "queued", "error": None}
+STEP = {"phase": "window", "step": 1, "steps": 2, "loss": 1.5, "steps_per_s": 3.0, "seconds_left": 61.0}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `advisor …` in this process: its exit status, stdout and stderr."""
+
+    def command(*arguments: str, server: Server | None = None) -> tuple[int, str, str]:
+        monkeypatch.setenv("ADVISOR_URL", server.url if server else "http://127.0.0.1:9")
+        monkeypatch.setattr(sys, "argv", ["advisor", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return command
+
+
+def posted(server: Server, path: str) -> Any:
+    return next(json.loads(seen.body) for seen in server.seen if (seen.method, seen.path) == ("POST", path))
+
+
+def job_answers(ends: str = "succeeded", error: Any = None) -> dict[str, list[Any]]:
+    return {
+        "GET /v1/jobs/job_1/events": [stream((1, "step", STEP), (2, "state", {"state": ends}))],
+        "GET /v1/jobs/job_1": [(200, {**JOB, "state": ends, "error": error})],
+    }
+
+
+def test_flags_are_as_agreed() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    found = {}
+    for name, command in commands.items():
+        flags = [flag for one in command.params for flag in (*one.opts, *one.secondary_opts)]
+        found[name] = " ".join(flags)
+    assert found == FLAGS
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['advisor', '--help']; from advisor.cli import main\n"
+        "try: main()\n"
+        "finally: print([name for name in ('torch', 'numpy', 'httpx', 'pydantic', 'api') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(command in done.stdout for command in FLAGS)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_every_command_explains_itself(run: Run, command: str) -> None:
+    status, out, err = run(command, "--help")
+    assert (status, err) == (0, "")
+    assert f"Usage: advisor {command}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["show", "mdl_1"], "start one with `advisor serve`"),
+        (["show", "nothing.json"], "nothing.json: No such file"),
+        (["show", "nothing.safetensors"], "nothing.safetensors"),
+        (["submit", "nothing.toml"], "nothing.toml: No such file"),
+        (["serve", "--host", "0.0.0.0"], "does not bind '0.0.0.0'"),
+        (["probe", "m", "--url", "localhost"], "is no URL of a service"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence_and_status_1(
+    run: Run, arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("advisor.client.FIRST_PAUSE_S", 0.0)
+    status, out, err = run(*arguments)
+    assert (status, out) == (1, "")
+    assert err.startswith("advisor: ")
+    assert says in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fly"],
+        ["probe"],
+        ["probe", "m", "--steps", "0"],
+        ["probe", "m", "--detach", "-o", "x"],
+        ["submit"],
+        ["submit", "--family", "gpt", "--set", "layers=2"],
+        ["submit", "--family", "gpt", "--set", "config.layers"],
+        ["submit", "w.safetensors"],
+        ["plan", "m", "--uniform", "int8"],
+        ["demo", "--model", "llama"],
+    ],
+)
+def test_a_wrong_call_is_status_2(run: Run, arguments: list[str]) -> None:
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert "Usage: advisor" in err
+
+
+def test_the_problem_of_the_service_is_what_the_user_reads(run: Run) -> None:
+    problem = {"title": "No such model", "status": 404, "detail": "there is no model 'm'"}
+    with serving({"POST /v1/models/m/windows": [(404, problem)]}) as server:
+        assert run("probe", "m", server=server) == (1, "", "advisor: No such model: there is no model 'm'\n")
+
+
+def test_submit_by_options(run: Run) -> None:
+    with serving({"POST /v1/models": [(201, MODEL)]}) as server:
+        options = ["--set", "config.layers=2", "--set", "training.optimizer=sgd", "--data", "python-text"]
+        status, out, _ = run("submit", "--family", "gpt", "--name", "m", *options, server=server)
+    assert status == 0
+    assert "123k parameters" in out
+    assert posted(server, "/v1/models") == {
+        "kind": "architecture",
+        "name": "m",
+        "family": "gpt",
+        "config": {"layers": 2},
+        "data": {"set": "python-text"},
+        "training": {"optimizer": "sgd"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("spec.json", '{"family": "gpt", "config": {"layers": 3, "width": 32}}'),
+        ("spec.toml", 'family = "gpt"\n[config]\nlayers = 3\nwidth = 32'),
+    ],
+)
+def test_submit_a_file_and_change_one_setting(run: Run, tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with serving({"POST /v1/models": [(201, MODEL)]}) as server:
+        status, out, _ = run("submit", str(tmp_path / name), "--set", "config.width=64", "--json", server=server)
+    assert status == 0
+    assert json.loads(out) == MODEL
+    assert posted(server, "/v1/models")["config"] == {"layers": 3, "width": 64}
+    assert posted(server, "/v1/models")["name"] == "gpt"
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.json", "{"), ("a.toml", "=")])
+def test_submit_a_broken_file(run: Run, tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    status, _, err = run("submit", str(tmp_path / name))
+    assert status == 1
+    assert f"{name} is not {name[2:].upper()}" in err
+
+
+def test_probe_shows_progress_and_writes_the_file(run: Run, tmp_path: Path) -> None:
+    answers = {
+        "POST /v1/models/m/windows": [(202, {"window": {"id": "win_1"}, "job": JOB})],
+        "GET /v1/windows/win_1": [(200, WINDOW)],
+        "GET /v1/windows/win_1/file": [(200, b"sketches")],
+        **job_answers(),
+    }
+    with serving(answers) as server:
+        status, out, err = run("probe", "m", "--steps", "2", "-o", str(tmp_path / "w.safetensors"), server=server)
+    assert status == 0
+    assert "win_1: 2 steps, 3 sites, 100% of the matrix FLOPs seen" in out
+    assert "training, probed" in err
+    assert "loss 1.5000" in err
+    assert (tmp_path / "w.safetensors").read_bytes() == b"sketches"
+    assert posted(server, "/v1/models/m/windows")["steps"] == 2
+
+
+def test_with_json_stdout_is_json_and_stderr_is_silent(run: Run) -> None:
+    answers = {
+        "POST /v1/models/m/windows": [(202, {"window": {"id": "win_1"}, "job": JOB})],
+        "GET /v1/windows/win_1": [(200, {**WINDOW, "losses": ["NaN", 1.0]})],
+        **job_answers(),
+    }
+    with serving(answers) as server:
+        status, out, err = run("probe", "m", "--json", server=server)
+    assert (status, err) == (0, "")
+    assert json.loads(out)["losses"] == ["NaN", 1.0]
+
+
+def test_a_failed_job_is_status_1_with_its_reason(run: Run) -> None:
+    error = {"title": "Training diverged", "detail": "the loss is nan at step 1"}
+    answers = {
+        "POST /v1/models/m/windows": [(202, {"window": {"id": "win_1"}, "job": JOB})],
+        **job_answers("failed", error),
+    }
+    with serving(answers) as server:
+        status, out, err = run("probe", "m", "--json", server=server)
+    assert (status, out) == (1, "")
+    assert "Training diverged: the loss is nan at step 1" in err
+
+
+def test_history_prints_a_line_a_step(run: Run) -> None:
+    found = {
+        "site": "a/b.0",
+        "role": "lhs",
+        "cast": "e5m2/none/nearest",
+        "window": "win_1",
+        "steps": [4, 5],
+        "metrics": {"underflow": [0.25, 0.5], "sqnr_db": [31.26, "Infinity"], "amax": ["NaN", 2.0]},
+    }
+    with serving({"GET /v1/models/m/layers/a/b.0/history?role=lhs&cast=e5m2%2Fnone": [(200, found)]}) as server:
+        status, out, _ = run("history", "m", "a/b.0", "lhs", "--cast", "e5m2/none", server=server)
+        missing = run("history", "m", "a/b.0", "lhs", "--cast", "e5m2/none", server=server)
+    assert status == missing[0] == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert ["step", "underflow", "sqnr_db", "amax"] in lines
+    four, five = (next(line for line in lines if line[:1] == [step]) for step in ("4", "5"))
+    assert (four[1], four[3]) == ("25%", "31.3")
+    assert five[1] == "50%"
+    assert len(five[2]) == 2 * len(four[2])  # twice the value, twice the bar
+
+
+# Numbers, curves, tables
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (1e-9, "<.01%"), (0.0003, "0.03%"), (0.0123, "1.2%"), (0.4711, "47%"), (1.0, "100%"), (None, "-")],
+)
+def test_shares(value: float | None, text: str) -> None:
+    assert numbers_text.share(value) == text
+
+
+@pytest.mark.parametrize(
+    ("canonical", "text"),
+    [
+        ("e4m3fn/tensor/current/nearest", "e4m3fn"),
+        ("bf16/none/nearest", "bf16"),
+        ("e5m2/none/nearest", "e5m2/none"),
+        ("int8/tensor/current/stochastic", "int8/tensor/current/stochastic"),
+    ],
+)
+def test_casts_lose_their_defaults(canonical: str, text: str) -> None:
+    assert numbers_text.short_cast(canonical) == text
+
+
+def test_counts_and_seconds() -> None:
+    assert [numbers_text.count(value) for value in (999, 9_999, 12_345, 4_560_000)] == [
+        "999",
+        "9,999",
+        "12.3k",
+        "4.56M",
+    ]
+    assert [numbers_text.seconds(value) for value in (0.4, 61, 3725, None)] == ["0:00", "1:01", "1:02:05", "-:--"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_panels_fit_and_show_where_each_curve_goes(width: int) -> None:
+    falling = Curve("falls", [(step, 4.0 - step / 50) for step in range(1, 101)])
+    flat = Curve("stays", [(step, 4.0) for step in range(1, 101)])
+    lost = Curve("breaks", [(step, 4.0 if step < 9 else float("nan")) for step in range(1, 101)])
+    lines = curves.panels([falling, flat, lost], width).plain.splitlines()
+    assert max(map(len, lines)) <= width
+    assert "NaN or inf fro" in lines[-1]
+    rows = [line.split("│") for line in lines[1 : 1 + curves.ROWS]]
+    drawn = [[any(character > "\u2800" for character in row[panel]) for row in rows] for panel in (1, 2, 3)]
+    assert all(drawn[0])  # through the whole height
+    assert [row for row, seen in enumerate(drawn[1]) if seen] == [0]  # along the top
+    assert [row for row, seen in enumerate(drawn[2]) if seen] == [0]
+
+
+def test_a_wild_value_does_not_flatten_the_other_curves() -> None:
+    falling = Curve("falls", [(step, 4.0 - step / 50) for step in range(1, 101)])
+    wild = Curve("wild", [(step, 1e9) for step in range(1, 31)])
+    lines = curves.panels([falling, wild], 80).plain.splitlines()
+    assert float(lines[1].split("│")[0]) == pytest.approx(3.98)
+
+
+def test_curves_without_a_number() -> None:
+    assert "no loss is finite" in curves.panels([Curve("a", [(1, float("inf"))])], 80).plain
+
+
+def row(site: str, role: str, cast: str, underflow: float, sqnr_db: float) -> dict[str, Any]:
+    return {"site": site, "role": role, "cast": cast, "underflow": underflow, "sqnr_db": sqnr_db}
+
+
+def printed(renderable: Any, width: int = 100) -> list[list[str]]:
+    from rich.console import Console
+
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(renderable)
+    console.file.close()
+    return [line.split() for line in console.export_text().splitlines()]
+
+
+def test_the_worst_of_each_role_names_the_layer() -> None:
+    rows = [
+        row("a", "input", "int8/tensor/current/nearest", 0.1, 30.0),
+        row("b", "input", "int8/tensor/current/nearest", 0.2, 40.0),
+        row("c", "input", "int8/tensor/current/nearest", float("nan"), float("nan")),
+        row("a", "weight", "int8/tensor/current/nearest", 0.0, 50.0),
+    ]
+    lines = printed(tables.worst_table(rows))
+    assert ["input", "int8", "20%", "b", "30", "a"] in lines
+    assert ["weight", "int8", "0", "50", "a"] in lines
+
+
+def test_the_layer_table_has_a_line_a_slot_and_a_column_a_cast() -> None:
+    casts = ["e4m3fn/tensor/current/nearest", "bf16/none/nearest"]
+    rows = [row("blocks.0.mlp.up", role, cast, 0.0123, 31.4) for role in ("input", "weight") for cast in casts]
+    lines = printed(tables.layers_table(rows))
+    assert ["tensor", "e4m3fn", "bf16"] in lines
+    at = lines.index(["blocks.0.mlp.up"])
+    assert lines[at + 1 : at + 3] == [[role, "1.2%", "31", "1.2%", "31"] for role in ("input", "weight")]

@@ -1,0 +1,153 @@
+"""A plan carried out: every product computed from cast operands, every gradient cast before it is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import advisor
+from advisor.errors import PlanMismatch
+from advisor.plan import Plan
+from probes.casts import Cast
+from probes.probing import probe
+from probes.window import Window
+from tests.models import convnet, encoder, mlp, train
+
+RECIPE = {"input": "e4m3fn", "weight": "int8", "grad_output": "e5m2"}
+
+
+def window_of(model: nn.Module, *shape: int) -> Window:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probe(model, optimizer, steps=1) as window:
+        result = model(torch.randn(shape))
+        F.mse_loss(result, torch.zeros_like(result)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return window
+
+
+def test_the_three_products_are_those_of_the_cast_tensors() -> None:
+    model, x, g = nn.Linear(8, 6), torch.randn(5, 8, requires_grad=True), torch.randn(5, 6)
+    plan = advisor.uniform(window_of(model, 5, 8), **RECIPE)
+    with advisor.apply(plan, model) as applied:
+        y = model(x)
+    y.backward(g)
+    q = {role: Cast.parse(cast) for role, cast in RECIPE.items()}
+    qx, qw, qg = q["input"](x.detach()), q["weight"](model.weight.detach()), q["grad_output"](g)
+    assert torch.equal(y, F.linear(qx, qw, model.bias))
+    assert torch.equal(x.grad, qg @ qw)
+    assert torch.equal(model.weight.grad, qg.T @ qx)
+    assert torch.equal(model.bias.grad, qg.sum(0))
+    assert [(row["role"], row["how"], row["count"]) for row in applied.report()] == [
+        ("input", "emulated", 1),
+        ("weight", "emulated", 1),
+        ("grad_output", "emulated", 1),
+    ]
+
+
+@pytest.mark.parametrize("build", [mlp, convnet, encoder])
+def test_training_with_a_plan_and_its_report(build: Any) -> None:
+    def watch(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        return probe(model, optimizer, steps=3)
+
+    _, plain, window = train(build, 6, watch)
+    plan = advisor.recommend(window, tolerance=1.0, max_lost_batch=0.5)
+    assert plan.predicted.share_8bit > 0.5
+
+    _, losses, applied = train(build, 6, lambda model, optimizer: advisor.apply(plan, model, optimizer))
+    assert losses != plain
+    assert losses == pytest.approx(plain, rel=0.05)
+    rows = applied.report()
+    assert {row["how"] for row in rows} <= {"emulated", "kept"}
+    assert all(row["count"] == 6 for row in rows), rows
+    assert "emulated" in str(applied)
+
+
+def test_a_kept_plan_changes_no_bit() -> None:
+    _, plain, window = train(mlp, 4, lambda model, optimizer: probe(model, optimizer, steps=2))
+    _, losses, _ = train(mlp, 4, lambda model, optimizer: advisor.apply(advisor.uniform(window, input="fp32"), model, optimizer))
+    assert losses == plain
+
+
+def test_stochastic_casts_are_reproducible_and_leave_the_users_stream_alone() -> None:
+    _, _, window = train(mlp, 3, lambda model, optimizer: probe(model, optimizer, steps=2))
+    plan = advisor.uniform(window, grad_output="e5m2/tensor/current/stochastic")
+
+    def losses(seed: int) -> list[float]:
+        return train(mlp, 4, lambda model, optimizer: advisor.apply(plan, model, optimizer, seed=seed))[1]
+
+    assert losses(1) == losses(1)
+    assert losses(1) != losses(2)
+
+
+def other_model(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 10))
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (nn.Sequential(nn.Linear(16, 32)), r"3 \(the model has no parameter 3\.weight\)"),
+        (nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.ReLU(), nn.Linear(8, 10)), r"0 \(its weight is \[8, 16\]"),
+    ],
+)
+def test_a_plan_for_another_model_is_refused_with_the_sites(model: nn.Module, says: str) -> None:
+    _, _, window = train(mlp, 2, lambda model, optimizer: probe(model, optimizer, steps=2))
+    with pytest.raises(PlanMismatch, match=says):
+        advisor.apply(advisor.recommend(window), model)
+
+
+def test_products_that_the_plan_does_not_name_are_reported() -> None:
+    class Grown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.both = nn.Linear(4, 4), nn.Linear(4, 4), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x)) if self.both else self.first(x)
+
+    model = Grown()
+    plan = advisor.uniform(window_of(model, 3, 4), **RECIPE)
+    model.both = True
+    with advisor.apply(plan, model) as applied:
+        model(torch.randn(3, 4)).sum().backward()
+    assert applied.report()[-1] == {
+        "site": "second",
+        "role": None,
+        "cast": None,
+        "how": "not in the plan",
+        "count": 1,
+    }
+
+
+def test_a_plan_is_applied_to_what_is_recomputed() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 6))
+    plan = advisor.uniform(window_of(model, 5, 8), **RECIPE)
+    x = torch.randn(5, 8)
+
+    def gradients(recompute: bool) -> list[Tensor]:
+        model.zero_grad()
+        with advisor.apply(plan, model):
+            result = checkpoint(model, x, use_reentrant=False) if recompute else model(x)
+            result.square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    for plain, recomputed in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_watching_a_training_with_a_plan() -> None:
+    model = nn.Linear(8, 6)
+    plan: Plan = advisor.uniform(window_of(model, 5, 8), **RECIPE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with advisor.apply(plan, model, optimizer) as applied, probe(model, optimizer, steps=1) as window:
+        model(torch.randn(5, 8)).sum().backward()
+        optimizer.step()
+    assert window.history("(root)", "input").elements.tolist() == [40]
+    assert all(row["count"] == 1 for row in applied.report())
