@@ -23,9 +23,7 @@ APPROXIMATIONS = (
     *COST_APPROXIMATIONS,
 )
 
-SPEED_NOTE = (
-    "speedup is null: no speed is predicted; share_8bit and share_16bit say how much work gets narrower"
-)
+SPEED_NOTE = "speedup is null: no speed is predicted; share_8bit and share_16bit say how much work gets narrower"
 WATCH_NOTE = (
     "a short window cannot certify a long run: largest values can grow late in training. Watch the loss, "
     "and the overflow and underflow of the sites with the largest damage"

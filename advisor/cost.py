@@ -103,8 +103,7 @@ def product_operands(site: Site, product: Product, casts: Mapping[str, Cast]) ->
     A name that is no role of the site ("probabilities" inside fused attention) is out of reach of every cast.
     """
     left, right = (
-        operand(site, name, casts[name]) if name in site.roles else Operand(None, 32)
-        for name in product.operands
+        operand(site, name, casts[name]) if name in site.roles else Operand(None, 32) for name in product.operands
     )
     return left, right
 
@@ -112,8 +111,7 @@ def product_operands(site: Site, product: Product, casts: Mapping[str, Cast]) ->
 def site_shares(site: Site, casts: Mapping[str, Cast], hardware: Hardware) -> Shares:
     """FLOPs of the site's products in at most 8 and at most 16 bits; `casts` has every role of the site."""
     bits = [
-        (product_bits(*product_operands(site, product, casts), hardware), product.flops)
-        for product in site.products
+        (product_bits(*product_operands(site, product, casts), hardware), product.flops) for product in site.products
     ]
     return Shares(
         flops_8bit=math.fsum(flops for width, flops in bits if width <= 8),
@@ -123,9 +121,7 @@ def site_shares(site: Site, casts: Mapping[str, Cast], hardware: Hardware) -> Sh
 
 def shares(sites: Iterable[Site], casts: Mapping[tuple[str, str], Cast], hardware: Hardware) -> Shares:
     """The same, of all sites; `casts` by (site, role)."""
-    parts = [
-        site_shares(site, {role: casts[site.name, role] for role in site.roles}, hardware) for site in sites
-    ]
+    parts = [site_shares(site, {role: casts[site.name, role] for role in site.roles}, hardware) for site in sites]
     return Shares(
         flops_8bit=math.fsum(part.flops_8bit for part in parts),
         flops_16bit=math.fsum(part.flops_16bit for part in parts),

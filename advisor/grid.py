@@ -92,6 +92,20 @@ class Grid:
         """Distance between neighbours of the grid at each magnitude."""
         return self._octave(u) * 2.0**-self.cast.format.mantissa_bits
 
+    def is_cut(self, low: Array, high: Array) -> NDArray[np.bool_]:
+        """Whether the outcome of nearest rounding changes in [low, high]: to zero, to a normal value, to overflow."""
+        if self._is_random:
+            return np.zeros(low.shape, dtype=np.bool_)
+        steps = ((value - below / 2) for value, below in self._outcome_values)
+        return np.any([(low <= step) & (step <= high) for step in steps], axis=0)
+
+    @property
+    def _outcome_values(self) -> tuple[tuple[float, float], ...]:
+        """The smallest non-zero value, the smallest normal one, and what overflows; each with the spacing below it."""
+        target = self.cast.format
+        step, top = target.smallest_subnormal, target.largest_spacing
+        return (step, step), (target.smallest_normal, step), (target.largest + top, top)
+
     @property
     def _is_random(self) -> bool:
         return self.cast.rounding == "stochastic"
@@ -137,10 +151,8 @@ class Grid:
 
     def _rates(self, reached: Callable[[float, float], Array]) -> tuple[Array, Array, Array]:
         """Underflow, subnormal and overflow from the probability to reach a grid value with a spacing below it."""
-        target = self.cast.format
-        step, top = target.smallest_subnormal, target.largest_spacing
-        nonzero, normal = reached(step, step), reached(target.smallest_normal, step)
-        return 1 - nonzero, nonzero - normal, reached(target.largest + top, top)
+        nonzero, normal, beyond = (reached(value, below) for value, below in self._outcome_values)
+        return 1 - nonzero, nonzero - normal, beyond
 
     def _reached(self, u: Array, value: float, below: float) -> Array:
         """Probability that u rounds to `value` or more, `below` being the spacing under it."""

@@ -1,17 +1,26 @@
 """The multiple-choice knapsack, exact: one item from every group, goals in strict order, sums under limits.
 
-Of every group one item is taken. The first goal's sum is made as large as the limits allow; among the choices
-that reach it, the second goal's sum; and so on. Each goal is one mixed-integer program (HiGHS, through scipy,
-zero gap).
+Of every group one item is taken. The first goal's sum is made as large as the limits allow; among the choices that
+reach it, the second goal's sum; and so on. A goal that is reached becomes a limit for the next ones: no more regret
+(distance to the group's best item) than the choice that reached it. Each goal is a mixed-integer program (HiGHS
+through scipy, zero gap). Three things make that fast and true.
 
-Why not trust the solver's word. HiGHS holds a row to an absolute 1e-6 and stops at an absolute gap of 1e-6,
-and scipy 1.17 exposes neither; damages run from 1e-9 to 1e-1. So each row is scaled to its limit and each
-objective to its range, an item that breaks a limit alone is taken out beforehand, and the sums of every
-answer are checked exactly (`math.fsum`, rounded once). An answer that breaks a limit is cut off by a cover
-inequality, which no permitted choice breaks, and the program is solved again. A goal that is reached becomes
-a limit for the next ones: no more regret (distance to the group's best) than the choice that reached it.
+A core. Prices on the limits give each item a least regret that any choice with it must have (Lagrange's bound,
+computed here and not taken from the solver). HiGHS is given the items that look best by these prices; whatever it
+leaves out is shown to be in no better choice, or comes into the next, larger core. 1,600 groups of about 15 items: 3
+s; without the core HiGHS had not finished after 9 minutes.
 
-What is left: two choices whose goal differs by less than 1e-12 of its range count as equal.
+Whole steps. FLOPs and bytes are multiples of some number. In units of it the objective is whole, HiGHS rounds its
+bounds up, and does not search through the many layers that are alike.
+
+Exact checks. HiGHS holds a row to an absolute 1e-6 and stops at an absolute gap of 1e-6, and scipy 1.17 exposes
+neither; damages run from 1e-9 to 1e-1. So each row is scaled to what the limit leaves, each objective to its range,
+and the sums of every answer are checked exactly (`math.fsum`, rounded once). An answer that breaks a limit is cut off
+by a cover inequality, which no permitted choice breaks, and the program is solved again; after several such answers
+the limits are tightened by 4e-6, so that a choice closer to a limit than that may be missed. A limit is never
+exceeded.
+
+What is left: choices whose regret differs by less than 1e-8 of it count as equal.
 """
 
 from __future__ import annotations
@@ -34,9 +43,10 @@ Indices = NDArray[np.intp]
 # OBJECTIVE_SCALE, so its absolute gap of 1e-6 is 1e-12 of the range. With larger ones its arithmetic suffers.
 ROW_SCALE = 1024.0
 OBJECTIVE_SCALE = 1e6
-# Answers that may be cut off one by one; after them the limits are tightened to this share, more than HiGHS errs by.
+# Answers that may be cut off one by one; after them the limits are tightened to this share, which is more than HiGHS
+# errs by (a variable may be 1e-6 from whole).
 MOST_CUTS = 8
-TIGHTENED = 1.0 - 1e-8
+TIGHTENED = 1.0 - 4e-6
 # Part of a goal's regret by which two choices count as equal when the next goal is served.
 TIE = 1e-8
 # Items beyond one a group in the first core and in the largest that is tried; nodes of one search;
@@ -48,8 +58,8 @@ BOUND_SLACK = 1e-12
 # Rounding of a sum, as a share of its limit.
 ROUNDING = 1e-13
 # The search for prices: its longest, where it ends, and the highest price (regret's range over a row's limit).
-MOST_PLANES = 120
-PRICE_GAP = 1e-10
+MOST_PLANES = 40
+PRICE_GAP = 1e-8
 HIGHEST_PRICE = 1e4
 
 
@@ -69,7 +79,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Choice:
-    """One item index for every group, and its exact sums. `proven`, goal by goal: no choice is better."""
+    """One item index for every group, and its exact sums.
+
+    `proven`, goal by goal: no choice that leaves 4e-6 of every limit free is better (see the module).
+    """
 
     items: tuple[int, ...]
     gains: tuple[float, ...]
@@ -109,7 +122,7 @@ def solve(groups: Sequence[Group], limits: Sequence[float], *, prune: bool = Tru
     starts = np.cumsum([0] + [len(index) for index in kept[:-1]])
     group_of = np.repeat(np.arange(len(kept)), [len(index) for index in kept])
     rows = [_Row(costs[:, column], group_of, float(limit)) for column, limit in enumerate(limits)]
-    picked: Indices | None = None
+    picked = _frugal(rows, starts)
     proven: list[bool] = []
     for goal in range(gains.shape[1]):
         regret = np.maximum.reduceat(gains[:, goal], starts)[group_of] - gains[:, goal]
@@ -125,6 +138,17 @@ def solve(groups: Sequence[Group], limits: Sequence[float], *, prune: bool = Tru
         costs=tuple(math.fsum(column) for column in costs[picked].T),
         proven=tuple(proven),
     )
+
+
+def _frugal(rows: list[_Row], starts: Indices) -> Indices | None:
+    """Every group's item of least part of the limits, if these keep them: a choice to fall back upon."""
+    if not rows:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        parts = sum(np.nan_to_num(row.costs / row.limit, nan=0.0, posinf=np.inf) for row in rows)
+    task = _Task(np.asarray(parts, dtype=np.float64), rows[0].group_of, starts, rows)
+    picked = task.cheapest(task.regret)
+    return None if any(row.broken_by(picked) for row in rows) else picked
 
 
 # Below, all groups' items stand in one array, group after group; a choice is the index of one item of every group.
@@ -158,6 +182,10 @@ class _Row:
         floor = np.full(len(picked), costs[cover].max())
         floor[cover] = costs[cover]
         self.cuts.append((self.costs >= floor[self.group_of], len(cover) - 1))
+        # Items that are nearly alike: any so many of them, each above its even part of the limit, break it.
+        above = self.costs * len(cover) > self.limit * (1.0 + self.slack)
+        if above[picked].sum() >= len(cover):
+            self.cuts.append((above, len(cover) - 1))
 
 
 @dataclass(frozen=True)
@@ -227,6 +255,8 @@ def _least(task: _Task, fallback: Indices | None) -> tuple[Indices | None, bool]
     """
     if fallback is not None and math.fsum(task.regret[fallback]) == 0.0:
         return fallback, True
+    if len(task.regret) <= len(task.starts) + CORE_SIZE:
+        return _within(task, np.ones(len(task.regret), dtype=bool), fallback)
     bound, reduced = _priced(task)
     if not np.isfinite(np.minimum.reduceat(reduced, task.starts)).all():
         return None, True
@@ -350,9 +380,11 @@ def _program(task: _Task, core: NDArray[np.bool_], tightened: float) -> tuple[In
     constraints = [LinearConstraint(_one_a_group(task.group_of[free]), 1.0, 1.0)]
     if table:
         constraints.append(LinearConstraint(np.array(table), -np.inf, np.array(bounds)))
-    span = task.span
+    span, step = task.span, _step(task.regret)
+    # In whole steps HiGHS sees that the objective is whole and rounds its bounds: else likeness of sites costs hours.
+    scale = 1.0 / step if 0 < span <= step * OBJECTIVE_SCALE else OBJECTIVE_SCALE / (span or 1.0)
     result = milp(
-        task.regret[free] * (OBJECTIVE_SCALE / span if span > 0 else 1.0),
+        task.regret[free] * scale,
         integrality=np.ones(len(free)),
         bounds=Bounds(0.0, 1.0),
         constraints=constraints,

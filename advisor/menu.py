@@ -77,9 +77,7 @@ def lost_share(noise_ratio: float) -> float:
 
 def by_slot(sites: Sequence[Site], rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
     """Rows by slot and canonical cast, casts in alphabetical order. InvalidPlan for a row of no slot."""
-    table: dict[tuple[str, str], dict[str, Row]] = {
-        (site.name, role): {} for site in sites for role in site.roles
-    }
+    table: dict[tuple[str, str], dict[str, Row]] = {(site.name, role): {} for site in sites for role in site.roles}
     for row in rows:
         slot = (row["site"], row["role"])
         if slot not in table:
@@ -128,10 +126,7 @@ class Menu:
     def picked(self, item: int) -> dict[str, Candidate]:
         """The candidates of one combination, by role."""
         indices = np.unravel_index(item, self.shape) if self.shape else ()
-        return {
-            role: self.candidates[role][int(index)]
-            for role, index in zip(self.site.roles, indices, strict=True)
-        }
+        return {role: self.candidates[role][int(index)] for role, index in zip(self.site.roles, indices, strict=True)}
 
     def most_8bit(self, limits: Limits) -> tuple[float, float, float]:
         """(8-bit FLOPs, damage, noise) of the combination with most 8-bit FLOPs, whatever it costs.
@@ -159,9 +154,7 @@ class Menu:
             if len(names) < 2 or names[0] == names[1]:
                 total = total + self._lone_product(product.operands, most_bits) * product.flops
                 continue
-            left, right = (
-                [operand(self.site, name, c.cast) for c in self.candidates[name]] for name in names
-            )
+            left, right = ([operand(self.site, name, c.cast) for c in self.candidates[name]] for name in names)
             fits = np.array(
                 [[product_bits(a, b, self.hardware) <= most_bits for b in right] for a in left],
                 dtype=np.float64,
@@ -178,9 +171,7 @@ class Menu:
         if left != right or left not in self.site.roles:
             return np.zeros(self.shape)
         seen = [operand(self.site, left, option.cast) for option in self.candidates[left]]
-        column = np.array(
-            [product_bits(one, one, self.hardware) <= most_bits for one in seen], dtype=np.float64
-        )
+        column = np.array([product_bits(one, one, self.hardware) <= most_bits for one in seen], dtype=np.float64)
         return self._along(self.site.roles.index(left), column)
 
     def _along(self, axis: int, column: Array) -> Array:

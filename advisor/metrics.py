@@ -31,17 +31,18 @@ from probes.history import SlotHistory
 
 @dataclass(frozen=True)
 class Thresholds:
-    """From where on a flag is raised. Ours; each from what is promised: SQNR within 0.5 dB, rates within 0.005."""
+    """From where on a flag is raised. Ours: SQNR is promised within 0.5 dB and rates within 0.005, which is to be three
+    standard deviations."""
 
-    error_spread: float = 10 ** (0.2 / 10) - 1
-    """Relative standard deviation of the error energy, 0.2 dB: what is promised is two and a half of them."""
-    rate_spread: float = 0.002
-    """Standard deviation of a rate: what is promised is two and a half of them."""
+    error_spread: float = 10 ** (0.5 / 3 / 10) - 1
+    """Relative standard deviation of the error energy."""
+    rate_spread: float = 0.005 / 3
+    """Standard deviation of a rate."""
     rate_shift: float = 0.005
-    """What uneven bins may move a rate by."""
-    distinct: float = 360
-    """Distinct magnitudes in the sample. Each is one draw of δ², whose standard deviation is 0.89 times its mean if δ
-    is even: with 360 draws, 0.047, which is `error_spread`."""
+    """What uneven bins may move a rate by at most."""
+    distinct: float = 525
+    """Distinct magnitudes in the sample. Each is one draw of δ², whose standard deviation is 0.89 times its mean where
+    δ is spread evenly: with 525 draws, 0.039, which is `error_spread`."""
 
 
 THRESHOLDS = Thresholds()
@@ -218,7 +219,7 @@ def _energy_shift(expected: Expected, bins: Bins, uneven: Array, scale: Array, c
     if cast.rounding == "stochastic":  # of that only what depends on the place: f·(1 − f) over a cell, or part of one
         spacing = Grid(cast).spacing(bins.low / scale)
         by_place = spacing**2 * np.minimum(_cells(bins, scale, cast) / 12**0.5, 1 / 180**0.5)
-        deviation = np.where(expected.overflow > 0, deviation, by_place)
+        deviation = np.where(expected.overflow > 0, deviation, np.minimum(deviation, by_place))
     each_bin = (uneven * deviation * scale**2) ** 2
     return float(np.sqrt(np.bincount(bins.step, weights=each_bin)).sum())
 

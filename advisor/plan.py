@@ -155,13 +155,14 @@ class Plan(_Part):
     def _one_cast_a_slot(self) -> Self:
         slots = [(site.site, role) for site in self.sites for role in site.roles]
         given = [(one.site, one.role) for one in self.assignments]
+        had, has = set(given), set(slots)
         for what, wrong in (
             ("sites repeats", _repeated(slots)),
             ("assignments repeats", _repeated(given)),
-            ("assignments lacks", [slot for slot in slots if slot not in set(given)]),
+            ("assignments lacks", [slot for slot in slots if slot not in had]),
             (
                 "assignments has a slot that sites does not name:",
-                [slot for slot in given if slot not in set(slots)],
+                [slot for slot in given if slot not in has],
             ),
         ):
             if wrong:
@@ -183,14 +184,10 @@ class Plan(_Part):
     def from_dict(cls, data: object, source: str = "the plan") -> Self:
         """What `to_dict` gave, of this schema or an older one. InvalidPlan names the field at fault."""
         if not isinstance(data, dict):
-            raise InvalidPlan(
-                f"{source} is not a plan: a JSON object was expected, not {type(data).__name__}"
-            )
+            raise InvalidPlan(f"{source} is not a plan: a JSON object was expected, not {type(data).__name__}")
         schema = data.get("schema")
         if schema is None:
-            raise InvalidPlan(
-                f"{source} is not a plan: it has no field 'schema' (this release reads {SCHEMA!r})"
-            )
+            raise InvalidPlan(f"{source} is not a plan: it has no field 'schema' (this release reads {SCHEMA!r})")
         while schema in UPGRADES:
             data = UPGRADES[schema](data)
             schema = data["schema"]

@@ -26,8 +26,7 @@ def text(plan: Plan) -> str:
     if len(plan.front) > 1:
         lines += ["", "Tolerance → damage, 8-bit share"]
         lines += [
-            f"  {point.tolerance:.1e} → {point.damage:+.1e} loss, {100 * point.share_8bit:.1f}%"
-            for point in plan.front
+            f"  {point.tolerance:.1e} → {point.damage:+.1e} loss, {100 * point.share_8bit:.1f}%" for point in plan.front
         ]
     for title, told in (("Notes", plan.notes), ("Approximate", plan.approximations)):
         lines += ["", title, *(line for note in told for line in _wrapped(f"- {note}", "  "))]
@@ -52,7 +51,7 @@ def _summary(plan: Plan) -> Iterator[str]:
         f" loss scaling {plan.loss_scaling.kind}; master weights {plan.master_weights}"
     )
     if found.optimal is False:
-        yield "  not proven optimal: the solver's answers were kept to the limits with a margin"
+        yield "  the solver stopped before it could prove that no plan within the limits has more in 8 bits"
 
 
 def _table(plan: Plan, casts: dict[str, list[Assignment]]) -> Iterator[str]:

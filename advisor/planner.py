@@ -94,12 +94,14 @@ def plan_from_rows(
 
 @dataclass(frozen=True)
 class Selection:
-    """A candidate for every slot, and the exact sums that the limits were held to."""
+    """A candidate for every slot, and the exact sums that the limits were held to.
+
+    `proven`: no casts within the limits have more FLOPs in 8 bits.
+    """
 
     chosen: dict[tuple[str, str], Candidate]
     damage: float
     noise_ratio: float
-    flops_8bit: float
     proven: bool
 
 
@@ -111,23 +113,21 @@ def select(options: Sequence[Menu], limits: Limits) -> Selection:
         for menu, item in zip(options, choice.items, strict=True)
         for role, option in menu.picked(item).items()
     }
-    return Selection(
-        chosen, choice.costs[0], choice.costs[1], choice.gains[0] if options else 0.0, choice.proven
-    )
+    return Selection(chosen, choice.costs[0], choice.costs[1], proven=all(choice.proven[:1]))
 
 
 def front(options: Sequence[Menu], limits: Limits, unit: float, total_flops: float) -> list[FrontPoint]:
     """Points of the exact Pareto front of damage against 8-bit share, at the same limit on lost batch.
 
     One for each of FRONT_FACTORS times `unit` (the tolerance, or what stands for it where that is 0), leaving
-    out those that repeat the one before. Each is a true optimum; between two of them others may lie.
+    out those that repeat the one before, and any that the solver could not prove. Between two of them others may lie.
     """
     groups = [Group(menu.group.gains[:, [0, 3]], menu.group.costs) for menu in options]
     points: list[FrontPoint] = []
     for tolerance in sorted({factor * unit for factor in FRONT_FACTORS}):
         choice = _solved(groups, Limits(tolerance, limits.max_lost_batch))
         share = choice.gains[0] / total_flops if groups and total_flops else 0.0
-        if not points or share > points[-1].share_8bit:
+        if all(choice.proven) and (not points or share > points[-1].share_8bit):
             points.append(
                 FrontPoint(
                     tolerance=tolerance,

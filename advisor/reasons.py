@@ -83,9 +83,7 @@ def uniform_reason(role: str, cast: Cast, row: Row | None) -> str:
     parts = [f"{said}: {_quality(row)}"]
     if role == GRADIENT:
         noise = row.get("noise_ratio")
-        parts.append(
-            "noise unknown" if noise is None else f"loses {_percent(lost_share(noise))} of the batch"
-        )
+        parts.append("noise unknown" if noise is None else f"loses {_percent(lost_share(noise))} of the batch")
     else:
         damage = row.get("damage")
         parts.append("damage unknown" if damage is None else f"predicted {_loss(damage)} loss")
@@ -97,11 +95,7 @@ def _numbers(case: Case, cast: Cast, row: Row) -> str:
     assert option is not None
     parts = [_quality(row)]
     if case.role != GRADIENT:
-        of = (
-            f" ({_percent(option.damage / case.limits.tolerance)} of the tolerance)"
-            if case.limits.tolerance
-            else ""
-        )
+        of = f" ({_percent(option.damage / case.limits.tolerance)} of the tolerance)" if case.limits.tolerance else ""
         parts.append(f"predicted {_loss(option.damage)} loss{of}")
     if case.role == GRADIENT or option.noise_ratio > 0.01 * case.limits.noise:
         parts.append(f"loses {_percent(lost_share(option.noise_ratio))} of the batch")
@@ -150,9 +144,7 @@ def _why_lost(case: Case, text: str) -> str:
     name, limits = short_cast(cast), case.limits
     option = candidate(case.site, case.role, cast, row)
     if option is None:
-        what = (
-            "damage" if case.role != GRADIENT and not _known(row.get("damage")) else "noise in the gradients"
-        )
+        what = "damage" if case.role != GRADIENT and not _known(row.get("damage")) else "noise in the gradients"
         return f"{name} was no candidate: its {what} is unknown"
     if option.damage > limits.tolerance:
         said = f"{name} fails: {_quality(row)}, {_loss(option.damage)} loss"
@@ -220,13 +212,7 @@ def _remarks(rows: Mapping[str, Row], chosen: Candidate | None) -> list[str]:
     remarks = []
     for row in rows.values():
         rms, amax = row.get("rms"), row.get("amax")
-        if (
-            rms is not None
-            and amax is not None
-            and math.isfinite(amax)
-            and rms > 0
-            and amax > OUTLIER_RATIO * rms
-        ):
+        if rms is not None and amax is not None and math.isfinite(amax) and rms > 0 and amax > OUTLIER_RATIO * rms:
             remarks.append(f"the largest value is {amax / rms:.0f}× the RMS")
             break
     told = rows.values() if chosen is None or chosen.row is None else [chosen.row]

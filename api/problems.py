@@ -1,10 +1,9 @@
 """Errors as problem details (RFC 9457): one shape for all of them, and no traceback to the client.
 
-Errors of the lower floors carry their own sentence; the table below gives each its status. What is in no
-table is a fault of ours: the client gets 500 and a number to ask about, the log gets the traceback.
+The statuses of the lower floors' errors are in api.statuses. What is not there is a fault of ours: the client gets
+500 and a number to ask about, the log gets the traceback.
 """
 
-import http
 from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
@@ -15,28 +14,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from advisor.errors import AdvisorError
-from api.schemas import Problem
-from db.errors import NameTaken, NotFound, SchemaMismatch, StillRunning
-from probes.errors import ProbeError
+from api.statuses import STATUS, problem, problem_of
 
 MEDIA_TYPE = "application/problem+json"
-
-# The first class that fits decides. What a user can get wrong in a body is 422.
-STATUS: tuple[tuple[type[Exception], int], ...] = (
-    (NotFound, 404),
-    (NameTaken, 409),
-    (StillRunning, 409),
-    (SchemaMismatch, 503),
-    (AdvisorError, 422),
-    (ProbeError, 422),
-)
-
-TITLES: Mapping[int, str] = {
-    409: "Conflict with the present state",
-    413: "Body too large",
-    422: "Request cannot be carried out as it is",
-}
 
 
 class Refusal(HTTPException):
@@ -46,25 +26,11 @@ class Refusal(HTTPException):
         super().__init__(status, detail, headers)
 
 
-def problem(status: int, detail: str, **members: Any) -> dict[str, Any]:
-    """The members of a problem; None ones are left out."""
-    title = members.pop("title", None) or TITLES.get(status) or http.HTTPStatus(status).phrase
-    return Problem(title=title, status=status, detail=detail, **members).model_dump(exclude_none=True)
-
-
 def problem_response(
     status: int, detail: str, headers: Mapping[str, str] | None = None, **members: Any
 ) -> JSONResponse:
     """A problem as a response."""
     return JSONResponse(problem(status, detail, **members), status, headers, MEDIA_TYPE)
-
-
-def problem_of(error: Exception) -> dict[str, Any] | None:
-    """The problem of an error that the table knows; None if it is a fault of ours."""
-    for kind, status in STATUS:
-        if isinstance(error, kind):
-            return problem(status, str(error), type=f"urn:numerics-advisor:{type(error).__name__}")
-    return None
 
 
 def install(app: FastAPI) -> None:

@@ -6,8 +6,8 @@ branch and 32-bit integers only, so that the compiler makes vector code of them:
 allocated.
 
 Nearest-even comes from the adder itself: with c = 1.5·2^23·spacing, x + c has no bits below the spacing, and
-the sum is rounded to even; c is taken off again. `wide` formats, whose c would overflow float32, need another
-way.
+the sum is rounded to even; c is taken off again. For formats with float32's own exponents c would overflow; there
+a value's bits are an integer to be rounded, half of the last bit kept is added, and carries do the rest.
 
 NaN compares as False throughout and so comes out as NaN.
 """
@@ -26,11 +26,6 @@ _EXPONENT = np.int32(0x7F800000)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
-def is_wide(target: Format) -> bool:
-    """Whether `round_nearest` cannot serve this format."""
-    return target.emax + 24 - target.mantissa_bits > 127
-
-
 def finite_amax(values: NDArray[np.float32]) -> float:
     """Largest finite magnitude of a contiguous row; 0 where there is none."""
     return float(np.int32(_finite_amax(values.view(np.int32))).view(np.float32))
@@ -39,9 +34,15 @@ def finite_amax(values: NDArray[np.float32]) -> float:
 def round_nearest(
     values: NDArray[np.float32], out: NDArray[np.float32], scale: float, target: Format, saturate: bool
 ) -> None:
-    """out = cast(values / scale)·scale over contiguous rows, which may be one; not for `wide` formats."""
-    one_and_a_half = np.float32(1.5 * 2.0 ** (23 - target.mantissa_bits))
-    _nearest(values, out, np.float32(scale), one_and_a_half, *_bounds(target, saturate))
+    """out = cast(values / scale)·scale over contiguous rows, which may be the same."""
+    if target.emin == -126:
+        unused = 23 - target.mantissa_bits
+        below_half, odd = np.int32((1 << unused >> 1) - (unused > 0)), np.int32(unused > 0)
+        _, *limits = _bounds(target, saturate)
+        _nearest_by_bits(values, out, np.float32(scale), np.int32(unused), below_half, odd, *limits)
+    else:
+        one_and_a_half = np.float32(1.5 * 2.0 ** (23 - target.mantissa_bits))
+        _nearest(values, out, np.float32(scale), one_and_a_half, *_bounds(target, saturate))
 
 
 def round_stochastic(
@@ -90,6 +91,21 @@ def _nearest(  # type: ignore[no-untyped-def]
         rounded = (magnitude + adder) - adder
         rounded = beyond if rounded > largest else rounded
         out[i] = np.copysign(rounded * scale, value)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _nearest_by_bits(  # type: ignore[no-untyped-def]
+    values, out, scale, unused, below_half, odd, ceiling, largest, beyond
+):
+    for i in range(values.size):
+        value = values[i]
+        scaled = abs(value / scale)
+        magnitude = np.float32(ceiling if scaled > ceiling else scaled)
+        bits = magnitude.view(np.int32)
+        carried = np.int32(bits + below_half + np.int32(np.int32(bits >> unused) & odd))
+        rounded = np.int32(np.int32(carried >> unused) << unused).view(np.float32)
+        limited = beyond if rounded > largest else rounded
+        out[i] = np.copysign((limited if magnitude == magnitude else magnitude) * scale, value)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

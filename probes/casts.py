@@ -30,6 +30,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from probes import cast_kernels, rounding
@@ -162,7 +163,7 @@ class Cast:
         if self._is_random or not _is_dense(x):
             x = x.contiguous()  # so that a draw belongs to a position in the tensor, not in memory
         wide = x.to(calculated_in)
-        if wide.dtype == torch.float32 and wide.device.type == "cpu" and self._has_kernel:
+        if wide.dtype == torch.float32 and wide.device.type == "cpu":
             result = self._by_kernel(wide, stream, in_place=wide is not x)
         else:
             result = self._by_expressions(wide, stream)
@@ -178,13 +179,9 @@ class Cast:
     def _is_random(self) -> bool:
         return self.rounding == "stochastic"
 
-    @property
-    def _has_kernel(self) -> bool:
-        return not cast_kernels.is_wide(self.format) or (self._is_random and self.format.name != "fp32")
-
     def _by_kernel(self, wide: Tensor, stream: int, in_place: bool) -> Tensor:
         result = wide if in_place else torch.empty_like(wide)
-        values, out = in_memory_order(wide).numpy(), in_memory_order(result).numpy()
+        values, out = _row(wide), _row(result)
         scale = 1.0 if self._needs_no_scale else self.scale_for(cast_kernels.finite_amax(values))
         if self._is_random:
             cast_kernels.round_stochastic(values, out, scale, self.format, self.saturate, stream)
@@ -203,8 +200,6 @@ class Cast:
         if self._is_random:
             draws = rounding.dither(stream, values.numel(), values.device).view(values.shape)
             return rounding.round_stochastic(values, self.format, draws)
-        if values.dtype == torch.float32 and self.format.name in _NEAREST_BY_TORCH:
-            return values.to(_NEAREST_BY_TORCH[self.format.name]).to(values.dtype)
         return rounding.round_nearest(values, self.format)
 
     def _scale(self, amax: Tensor) -> Tensor:
@@ -217,15 +212,17 @@ class Cast:
         return torch.where(amax > 0, scale, 1.0).to(amax.dtype)
 
 
-# torch's dtype casts are exact and to nearest even, and these two are fast both ways (torch 2.13).
-_NEAREST_BY_TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
 _PROCESS_STATE = CastState()
 
 
 def _is_dense(x: Tensor) -> bool:
     """Whether the elements fill their memory, in any order: only then does empty_like repeat the strides."""
     return x.is_contiguous() or torch.empty_like(x, device="meta").stride() == x.stride()
+
+
+def _row(x: Tensor) -> NDArray[np.float32]:
+    """The memory of a dense tensor."""
+    return (x.view(-1) if x.is_contiguous() else in_memory_order(x)).numpy()
 
 
 @cache

@@ -170,7 +170,12 @@ def _close(
         for name, tally in recorder.tallies.items()
         if any(slot.site == name for slot in rows)
     ]
-    if recorder.tried and not recorder.scored:
+    if recorder.recorded and not sites:
+        notes.append(
+            "no matrix product was met: the hook sees torch's own functions, and not what a fused kernel "
+            "(nn.LSTM, say) multiplies inside"
+        )
+    elif recorder.tried and not recorder.knew_the_loss:
         notes.append(
             "no loss function with a known curvature was met (F.cross_entropy, F.mse_loss), so damage is not predicted"
         )

@@ -87,6 +87,7 @@ class Recorder(SiteHook):
         self.curvature: dict[Slot, list[Sums]] = defaultdict(list)
         self.scored: list[int] = []
         self.tried = 0
+        self.knew_the_loss = False
         self.noise_ratios: dict[Slot, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         self.gradient_noise: dict[str, GradientNoise] = defaultdict(GradientNoise)
         self.whole_batch: set[str] = set()
@@ -236,6 +237,7 @@ class Recorder(SiteHook):
 
     def _score(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         loss = loss_call(function, args, kwargs)
+        self.knew_the_loss |= loss is not None
         if loss is None or not self._met:
             return
         self._drawing = True

@@ -35,7 +35,7 @@ class Product:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Product:
         first, second = data["operands"]
-        return cls(str(data["name"]), (str(first), str(second)), float(data["flops"]))
+        return cls(str(data["name"]), (str(first), str(second)), _amount(data["flops"]))
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,13 @@ class Site:
             name=str(data["name"]),
             op=str(data["op"]),
             roles=tuple(map(str, data["roles"])),
-            shapes={role: tuple(map(int, shape)) for role, shape in data["shapes"].items()},
+            shapes={role: _shape(shape) for role, shape in data["shapes"].items()},
             dtypes={role: str(dtype) for role, dtype in data["dtypes"].items()},
-            elements={role: float(count) for role, count in data["elements"].items()},
+            elements={role: _amount(count) for role, count in data["elements"].items()},
             products=tuple(map(Product.from_dict, data["products"])),
             parameter=None if data["parameter"] is None else str(data["parameter"]),
-            parameter_shape=None if data["parameter_shape"] is None else tuple(map(int, data["parameter_shape"])),
-            calls=float(data["calls"]),
+            calls=_amount(data["calls"]),
+            parameter_shape=None if data["parameter_shape"] is None else _shape(data["parameter_shape"]),
         )
 
 
@@ -107,10 +107,13 @@ class Evidence:
         def numbers(values: Mapping[str, Any]) -> dict[str, float]:
             return {str(key): float(from_json(value)) for key, value in values.items()}
 
+        directional, spread = numbers(data["directional"]), numbers(data["directional_se"])
+        if directional.keys() != spread.keys():
+            raise ValueError("directional and directional_se are of different casts")
         return cls(
             curvature=number(data["curvature"]),
-            directional=numbers(data["directional"]),
-            directional_se=numbers(data["directional_se"]),
+            directional=directional,
+            directional_se=spread,
             relative_noise=numbers(data["relative_noise"]),
             batch_noise=number(data["batch_noise"]),
             whole_batch=bool(data["whole_batch"]),
@@ -135,15 +138,33 @@ class Coverage:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Coverage:
         unseen = tuple(
-            {"where": str(entry["where"]), "op": str(entry["op"]), "flops": float(entry["flops"])}
+            {"where": str(entry["where"]), "op": str(entry["op"]), "flops": _amount(entry["flops"])}
             for entry in data["unseen"]
         )
         return cls(float(from_json(data["share"])), unseen)
+
+
+MOST = 1e30
+"""No FLOPs, elements or calls a step come near this: what a file may claim without overflowing a sum."""
+
+
+def _amount(value: Any) -> float:
+    amount = float(value)
+    if not 0 <= amount <= MOST:
+        raise ValueError(f"{value!r} is no amount between 0 and {MOST:g}")
+    return amount
+
+
+def _shape(sizes: Any) -> tuple[int, ...]:
+    shape = tuple(map(int, sizes))
+    if len(shape) > 16 or not all(0 <= size < 2**48 for size in shape):
+        raise ValueError(f"{shape} is no shape of a tensor")
+    return shape
 
 
 def read_record(kind: Any, data: Any) -> Any:
     """`kind.from_dict(data)`, with MalformedWindow for anything that is missing or of the wrong type."""
     try:
         return kind.from_dict(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise MalformedWindow(f"the window's header has a {kind.__name__} that cannot be read: {error!r}") from error

@@ -167,7 +167,7 @@ class Window:
             notes = [str(note) for note in header["notes"]]
             names = str(header["model"]), str(header["optimizer"])
             coverage = read_record(Coverage, header["coverage"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             if isinstance(error, MalformedWindow):
                 raise
             raise MalformedWindow(f"the window's header cannot be read: {error!r}") from error

@@ -2,11 +2,9 @@
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from torch import nn
 import advisor
 from api import log
 from api.app import create_app
-from api.jobs.worker import settings_text, work
+from api.jobs.worker import work
 from api.settings import Settings
 
 TINY_GPT: dict[str, Any] = {
@@ -32,6 +30,7 @@ TINY_GPT: dict[str, Any] = {
     "data": {"set": "python-text"},
     "training": {"batch_size": 4, "learning_rate": 0.003, "seed": 3},
 }
+TERMINAL = ("succeeded", "failed", "canceled")
 WAIT_S = 120.0  # for a job on a busy machine; nothing asserts on it
 
 
@@ -59,7 +58,7 @@ class Service:
 
     def finished(self, job_id: str) -> dict[str, Any]:
         """The job, once it is over."""
-        return self.when(job_id, lambda job: job["state"] in ("succeeded", "failed", "canceled"))
+        return self.when(job_id, lambda job: job["state"] in TERMINAL)
 
     def when(self, job_id: str, condition: Any) -> dict[str, Any]:
         """The job, once the condition holds."""
@@ -86,7 +85,7 @@ def wait_until(condition: Callable[[], bool], describe: Callable[[], Any] = str)
     until = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < until, describe()
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def frames(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
@@ -154,15 +153,17 @@ def working(settings: Settings) -> Iterator[None]:
         thread.join()
 
 
-@contextlib.contextmanager
-def worker_process(settings: Settings) -> Iterator["subprocess.Popen[bytes]"]:
-    """A worker in a process of its own, to be killed."""
-    process = subprocess.Popen([sys.executable, "-m", "api.jobs.worker", str(os.getpid()), settings_text(settings)])
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+def steps_of(events: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    return [(e["data"]["phase"], e["data"]["step"]) for e in events if e["event"] == "step"]
+
+
+def check_history(events: list[dict[str, Any]], last_state: str) -> None:
+    """Ids rise by one, no step is there twice, and the terminal state is last and alone."""
+    assert [event["id"] for event in events] == list(range(events[0]["id"], events[0]["id"] + len(events)))
+    assert max(Counter(steps_of(events)).values(), default=1) == 1
+    states = [event["data"]["state"] for event in events if event["event"] == "state"]
+    assert [state for state in states if state in TERMINAL] == [last_state]
+    assert events[-1]["data"]["state"] == last_state
 
 
 def small_window(steps: int = 3, zero_weights: bool = False, seed: int = 0) -> advisor.Window:

@@ -1,7 +1,9 @@
 """`api.serve` as a process of its own: the server, its worker, and an orderly end."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,8 +13,10 @@ from typing import Any
 
 import httpx
 import pytest
-from service import TINY_GPT, Service, quick_settings, wait_until
+from service import TINY_GPT, Service, check_history, quick_settings, steps_of, wait_until
 
+from advisor.training import Trainer
+from advisor.zoo.spec import ArchitectureSpec
 from api.hosts import HostRefused
 from api.jobs.worker import settings_text
 from api.serve import serve
@@ -57,30 +61,55 @@ def workers_of(parent: int) -> list[int]:
     return found
 
 
-def test_a_killed_worker_is_replaced_and_the_end_is_orderly(server: tuple[Service, Any]) -> None:
+def test_a_worker_killed_in_mid_job_leads_to_one_result_and_the_end_is_orderly(server: tuple[Service, Any]) -> None:
     service, process = server
     wait_until(lambda: service.client.get("/readyz").status_code == 200)
-    (first,) = workers_of(process.pid)
-    os.kill(first, signal.SIGKILL)
-    wait_until(lambda: [pid for pid in workers_of(process.pid) if pid != first] != [])
-
     service.post("/v1/models", TINY_GPT, status=201)
+    asked = {"steps": 30, "warmup": 150, "curvature_steps": 1}
+    created = service.post("/v1/models/tiny/windows", asked, status=202).json()
+    job_id = created["job"]["id"]
+    with streaming(service, job_id) as streamed:
+        service.when(job_id, lambda job: job["progress"] is not None and job["progress"]["step"] >= 40)
+        (first,) = workers_of(process.pid)
+        os.kill(first, signal.SIGKILL)
+        job = service.finished(job_id)
+    assert (job["state"], job["attempt"]) == ("succeeded", 2)
+    check_history(streamed, "succeeded")
+    assert steps_of(streamed) == [("warmup", s) for s in range(1, 151)] + [("window", s) for s in range(1, 31)]
+    # An undisturbed training from the same seed goes the same way, loss for loss.
+    trainer = Trainer(ArchitectureSpec.parse({k: v for k, v in TINY_GPT.items() if k not in ("name", "kind")}))
+    undisturbed = [trainer.step() for _ in range(180)]
+    assert [event["data"]["loss"] for event in streamed if event["event"] == "step"] == undisturbed
+    assert service.get(job["result"]["href"])["losses"] == undisturbed[150:]
+    assert len(service.get("/v1/models/tiny/windows")["items"]) == 1
+    (second,) = workers_of(process.pid)
+    assert second != first
+
     created = service.post("/v1/models/tiny/windows", {"steps": 1, "warmup": 1_000_000}, status=202).json()
     job_id = created["job"]["id"]
-    streamed: list[dict[str, Any]] = []
-    reader = threading.Thread(target=lambda: streamed.extend(service.events(job_id)))
-    reader.start()
-    service.when(job_id, lambda job: job["progress"] is not None)
-    process.send_signal(signal.SIGTERM)
-    reader.join()  # the open stream does not hold the server
+    with streaming(service, job_id) as streamed:
+        service.when(job_id, lambda job: job["progress"] is not None)
+        process.send_signal(signal.SIGTERM)
+    assert streamed  # the open stream ended and did not hold the server
     assert process.wait(60) == 0
-    assert streamed
     assert workers_of(process.pid) == []
     database = Database(service.settings.url)
     with database.reading() as session:
-        job = jobs.get(session, job_id)
+        row = jobs.get(session, job_id)
     database.close()
-    assert (job.state, job.crashes) == ("queued", 0)  # to be gone on with at the next start
+    assert (row.state, row.crashes) == ("queued", 0)  # to be gone on with at the next start
+
+
+@contextlib.contextmanager
+def streaming(service: Service, job_id: str) -> Iterator[list[dict[str, Any]]]:
+    """The job's events as they come; all of them after the block."""
+    events: list[dict[str, Any]] = []
+    reader = threading.Thread(target=lambda: events.extend(service.events(job_id)))
+    reader.start()
+    try:
+        yield events
+    finally:
+        reader.join()
 
 
 def test_other_addresses_are_refused(tmp_path: Path) -> None:
@@ -89,9 +118,9 @@ def test_other_addresses_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_port_in_use_says_what_to_do(server: tuple[Service, Any], tmp_path: Path) -> None:
-    service, _ = server
-    port = service.client.base_url.port
-    assert port is not None
-    with pytest.raises(OSError, match="another port"):
-        serve(Settings(data_dir=tmp_path / "second", port=port))
+def test_a_port_in_use_says_what_to_do(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match="another port"):
+            serve(Settings(data_dir=tmp_path, port=port))
+    assert list(tmp_path.iterdir()) == []

@@ -56,7 +56,12 @@ def test_each_claim_can_fail() -> None:
         (run_of(0.003, (-0.002, 0.008), 2.403, share=0.0), BAD, WINDOW, "puts products in 8 bits"),
         (run_of(0.3, (0.2, 0.4), 2.7), BAD, WINDOW, "the plan costs little: gap +0.3000"),
         (run_of(None, None, float("nan")), BAD, WINDOW, "the plan costs little: gap unknown"),
-        (GOOD, run_of(0.1, (0.05, 0.15), 2.5), WINDOW, "the bad recipe costs much: gap +0.1000"),
+        (
+            GOOD,
+            run_of(0.1, (0.05, 0.15), 2.5),
+            WINDOW,
+            "the bad recipe costs much: gap +0.1000, at least 5% of it (0.1089)",
+        ),
     ):
         assert any(says in said for said in failing(good, bad, window)), says
     hidden = run_of(0.3, (-0.1, 0.7), 2.7)  # large, but no more certain than the plan's

@@ -44,7 +44,7 @@ def saturations(target: Format) -> list[bool]:
     return [True] if target.overflow is None else [True, False]
 
 
-@pytest.mark.parametrize("target", [f for f in EVERY_FORMAT if not cast_kernels.is_wide(f)], ids=str)
+@pytest.mark.parametrize("target", EVERY_FORMAT, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.37, 2.0**-126])
 def test_nearest_kernel_equals_the_expressions(target: Format, scale: float) -> None:
     x = torch.cat([any_bits(200_000, seed=1), boundaries(target) if target.bits == 8 else torch.ones(3)])

@@ -236,6 +236,10 @@ def test_file_round_trip(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["window.safetensors"]
 
 
+def half(slot: dict[str, Any]) -> dict[str, Any]:
+    return {**slot["evidence"], "directional_se": {}, "directional": {"e4m3fn/tensor/current/nearest": 1.0}}
+
+
 def junk() -> dict[str, bytes]:
     from safetensors.numpy import save
 
@@ -263,6 +267,9 @@ def junk() -> dict[str, bytes]:
         "twice the slot": with_header({"slots": [header["slots"][0]] * len(header["slots"])}),
         "wrong type": with_header({"steps": "many"}),
         "null site": with_header({"sites": [None]}),
+        "endless work": with_header({"sites": [{**site, "calls": "Infinity"} for site in header["sites"]]}),
+        "no tensor's shape": with_header({"sites": [{**site, "shapes": {"input": [1e308]}} for site in header["sites"]]}),
+        "half the evidence": with_header({"slots": [{**slot, "evidence": half(slot)} for slot in header["slots"]]}),
         "array missing": save({"bins": arrays["bins"]}, metadata={"window": json.dumps(header)}),
         "negative length": save({**arrays, "lengths": -arrays["lengths"]}, metadata={"window": json.dumps(header)}),
         "bin out of range": save({**arrays, "bins": arrays["bins"] + 3000}, metadata={"window": json.dumps(header)}),

@@ -43,7 +43,8 @@ def panels(curves: Sequence[Curve], width: int) -> Text:
     values = [loss for curve in curves for _, loss in curve.finite]
     if not values:
         return Text("no loss is finite: there is no curve to draw")
-    low, high = _range(values)
+    start = min(curve.finite[0][1] for curve in curves if curve.finite)
+    low, high = _range(values, start)
     first = min(step for curve in curves for step, _ in curve.points)
     last = max(step for curve in curves for step, _ in curve.points)
     labels = [f"{high - (high - low) * row / (ROWS - 1):7.2f}" for row in range(ROWS)]
@@ -85,7 +86,7 @@ def bar(value: float, low: float, high: float, width: int) -> str:
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
+def _range(values: Sequence[float], start: float) -> tuple[float, float]:
     """The scale: all values, except that a few wild ones (more than 3× the median) do not flatten the rest."""
     ordered = sorted(values)
     low, high = ordered[0], ordered[-1]

@@ -58,7 +58,7 @@ SHOWS: Mapping[str, Show] = MappingProxyType(
                 "family": "convnet",
                 "config": {"widths": [16, 32]},
                 "data": {"set": "digits"},
-                "training": {"batch_size": 32},
+                "training": {"batch_size": 32, "learning_rate": 0.001},
             },
             warmup=30,
             window_steps=20,

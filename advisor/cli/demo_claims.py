@@ -12,8 +12,10 @@ from typing import Any
 
 LEAST_FALL = 1 / 3  # of the baseline's loss, from its first step to the mean of its last ones
 LAST_STEPS = 10
-LARGEST_PLAN_GAP = 0.02  # of the baseline's held-out loss
-SMALLEST_BAD_GAP = 0.10  # the same; and its interval must lie above the plan's
+# Gaps are held against what the baseline's training gained: its first loss minus its held-out loss at the end. Two
+# fp32 trainings that differ by a rounding error end up to 0.5% of that apart.
+LARGEST_PLAN_GAP = 0.02
+SMALLEST_BAD_GAP = 0.05  # and its interval must lie above the plan's
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ def claims(run: dict[str, Any], bad_run: dict[str, Any], window: dict[str, Any])
     """The demo's claims on a run with the plan, a run with a bad recipe, and the window that was recorded."""
     verdict, bad = run["verdict"], bad_run["verdict"]
     first, last = _ends([point["loss"] for point in run["curves"]["baseline"]])
-    base = verdict["baseline_loss"]
+    gained = first - verdict["baseline_loss"]
     gap, bad_gap = verdict["gap"], _or_infinite(bad["gap"])
     low = _or_infinite((bad["gap_interval"] or [None])[0])
     seen = window["coverage"]["share"]
@@ -43,14 +45,14 @@ def claims(run: dict[str, Any], bad_run: dict[str, Any], window: dict[str, Any])
             (verdict["share_8bit"] or 0) > 0,
         ),
         Claim(
-            f"the plan costs little: gap {_signed(gap)}, at most {100 * LARGEST_PLAN_GAP:.0f}% of the loss "
-            f"({LARGEST_PLAN_GAP * base:.4f})",
-            gap is not None and gap <= LARGEST_PLAN_GAP * base,
+            f"the plan costs little: gap {_signed(gap)}, at most {100 * LARGEST_PLAN_GAP:.0f}% of what "
+            f"training gained ({LARGEST_PLAN_GAP * gained:.4f})",
+            gap is not None and gap <= LARGEST_PLAN_GAP * gained,
         ),
         Claim(
-            f"the bad recipe costs much: gap {_signed(bad_gap)}, at least {100 * SMALLEST_BAD_GAP:.0f}% "
-            f"({SMALLEST_BAD_GAP * base:.4f}), intervals apart",
-            bad_gap >= SMALLEST_BAD_GAP * base and low > _or_infinite((verdict["gap_interval"] or [None, None])[1]),
+            f"the bad recipe costs much: gap {_signed(bad_gap)}, at least {100 * SMALLEST_BAD_GAP:.0f}% of it "
+            f"({SMALLEST_BAD_GAP * gained:.4f}), intervals apart",
+            bad_gap >= SMALLEST_BAD_GAP * gained and low > _or_infinite((verdict["gap_interval"] or [None, None])[1]),
         ),
     ]
 

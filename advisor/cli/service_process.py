@@ -28,6 +28,9 @@ STOP_LIMIT_S = 15.0
 POLL_S = 0.1
 # -P: a folder named `api` where the demo was started must not stand in for ours.
 SERVE = (sys.executable, "-P", "-m", "advisor.cli", "serve")
+# Threads of torch, unless the user says otherwise. Measured on two cores with matrices as small as the demo's: a
+# second thread gains nothing on an idle machine, and on a busy one the two wait for each other, 14 times slower.
+THREADS = "1"
 LOG_LINES, LOG_LINE = 8, 600
 
 
@@ -93,6 +96,7 @@ def running(keep: bool = False) -> Iterator[ServiceProcess]:
             with (folder / "service.log").open("wb") as log:
                 process = subprocess.Popen(
                     [*SERVE, "--port", str(port), "--data-dir", str(folder / "data")],
+                    env={"OMP_NUM_THREADS": THREADS, **os.environ},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

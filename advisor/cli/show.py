@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,8 +39,7 @@ def show(
         from advisor.client import connect
 
         with connect(url) as client:
-            kind = what.partition("_")[0]
-            found = _find(client, kind, what)
+            kind, found = _find(client, what)
             if as_json:
                 output.print_json(found)
                 return
@@ -91,16 +91,14 @@ def _show_window_file(path: Path, console: Console, as_json: bool) -> None:
     )
 
 
-def _find(client: Client, kind: str, what: str) -> dict[str, Any]:
-    if what.startswith("win_"):
-        return client.window(what)
-    if what.startswith("pln_"):
-        return client.saved_plan(what)
-    if what.startswith("run_"):
-        return client.saved_run(what)
-    if what.startswith("job_"):
-        return client.job(what)
-    return client.model(what)
+def _find(client: Client, what: str) -> tuple[str, dict[str, Any]]:
+    """What an id names, and its kind; whatever does not look like one of our ids is a model's name or id."""
+    calls = {"win": client.window, "pln": client.saved_plan, "run": client.saved_run, "job": client.job}
+    looks_like_id = re.fullmatch(r"(win|pln|run|job)_[0-9a-f]{16}", what)
+    if looks_like_id is not None:
+        kind = looks_like_id.group(1)
+        return kind, calls[kind](what)
+    return "mdl", client.model(what)
 
 
 def _show_found(client: Client, kind: str, found: dict[str, Any], console: Console) -> None:

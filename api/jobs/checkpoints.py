@@ -46,11 +46,6 @@ class Checkpoints:
         trainer.load(self._state(phase, steps[-1]))
         return steps[-1], json.loads(self._notes(phase, steps[-1]).read_text())
 
-    def forget(self, phase: str) -> None:
-        """Remove the checkpoints of a phase that is over."""
-        for step in self._steps(phase):
-            self._remove(phase, step)
-
     def _steps(self, phase: str) -> list[int]:
         names = (re.fullmatch(rf"{phase}-(\d+)\.pt", path.name) for path in self.folder.iterdir())
         return sorted(int(name.group(1)) for name in names if name is not None)

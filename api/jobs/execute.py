@@ -13,8 +13,8 @@ from advisor.errors import AdvisorError
 from api import log
 from api.jobs.attempt import Attempt, Canceled
 from api.jobs.parent import die_with
-from api.problems import problem, problem_of
 from api.settings import Settings
+from api.statuses import problem, problem_of
 from db.errors import StaleAttempt
 from db.session import Database
 from probes.errors import ProbeError
@@ -29,16 +29,17 @@ def main(arguments: list[str]) -> int:
     settings = Settings(**json.loads(settings_text))
     log.configure(settings.log_level)
     attempt = Attempt(Database(settings.url), job_id, int(number))
-    logger = structlog.get_logger("job").bind(job=job_id, attempt=attempt.number)
     try:
-        _end(attempt, settings, logger)
+        see_through(attempt, settings)
     except StaleAttempt as error:
-        logger.warning("attempt replaced", reason=str(error))
+        structlog.get_logger("job").warning("attempt replaced", reason=str(error))
         return STALE
     return 0
 
 
-def _end(attempt: Attempt, settings: Settings, logger: structlog.stdlib.BoundLogger) -> None:
+def see_through(attempt: Attempt, settings: Settings) -> None:
+    """Carry the job out and end it, one way or another. Raises StaleAttempt if another attempt owns it."""
+    logger = structlog.get_logger("job").bind(job=attempt.job_id, attempt=attempt.number)
     try:
         _carry_out(attempt, settings)
     except Canceled:

@@ -4,6 +4,8 @@ An arm's held-out losses are stored when it is through, so a later attempt does 
 arm it goes on from the last checkpoint. The curves are the step events, in which each step is once. A
 baseline that diverges fails the job, for then nothing can be compared; a plan that does is a finding, and the
 job's result.
+
+A resumed arm is bit-identical to one that was not cut short, but for stochastic rounding: its stream starts anew.
 """
 
 import contextlib
@@ -54,18 +56,18 @@ def train(attempt: Attempt, settings: Settings) -> None:
 
     own_baseline = wanted.baseline and wanted.baseline_run is None
     phases = {"baseline": wanted.steps} if own_baseline else {}
-    training = _Training(
+    arms = Arms(
         attempt,
         Checkpoints(settings.job_folder(job.id), settings.checkpoint_s),
         wanted,
         Pace({**phases, "plan": wanted.steps, "evaluate": 0}),
     )
     if own_baseline and "baseline" not in evaluations:
-        baseline, _ = training.arm("baseline", fresh(), _fp32, must_be_finite=True)
+        baseline, _ = arms.train("baseline", fresh(), _fp32, must_be_finite=True)
         evaluations["baseline"] = baseline.to_dict()
         attempt.write(_keep(run.id, "baseline", baseline))
     trainer = fresh()
-    arm, applied = training.arm(
+    arm, applied = arms.train(
         "plan",
         trainer,
         lambda: advisor.apply(plan, trainer.model, trainer.optimizer),
@@ -81,14 +83,16 @@ def train(attempt: Attempt, settings: Settings) -> None:
     attempt.succeed(finish)
 
 
-class _Training:
+class Arms:
+    """Trains the arms of one run."""
+
     def __init__(self, attempt: Attempt, checkpoints: Checkpoints, wanted: RunRequest, pace: Pace) -> None:
         self.attempt = attempt
         self.checkpoints = checkpoints
         self.wanted = wanted
         self.pace = pace
 
-    def arm(
+    def train(
         self,
         name: str,
         trainer: Trainer,

@@ -114,7 +114,7 @@ class Worker:
             left = self._watch(job, process)
         finally:
             kill_group(process)
-            self._settle(job, left)
+            self.settle(job, left)
         return True
 
     def _start(self, job: Job) -> "subprocess.Popen[bytes]":
@@ -137,7 +137,7 @@ class Worker:
             moment = time.monotonic()
             if moment - looked >= self.settings.poll_s:
                 looked = moment
-                if self._overdue(job):
+                if self.overdue(job):
                     return Left("it did not stop when it was canceled", crashed=False)
             if moment - renewed >= self.settings.heartbeat_s:
                 renewed = moment
@@ -151,18 +151,20 @@ class Worker:
                         process.wait(self.settings.cancel_grace_s)
                     return Left("another attempt owns the job", crashed=False)
 
-    def _overdue(self, job: Job) -> bool:
+    def overdue(self, job: Job) -> bool:
         """Whether the job was asked to stop longer ago than the grace period."""
         with self.database.reading() as session:
-            row = jobs.get(session, job.id)
-        if row.cancel_requested_at is None:
+            row = jobs.find(session, job.id)
+        if row is None or row.cancel_requested_at is None:
             return False
         return (now() - row.cancel_requested_at).total_seconds() > self.settings.cancel_grace_s
 
-    def _settle(self, job: Job, left: Left) -> None:
+    def settle(self, job: Job, left: Left) -> None:
         """Give the job back if the attempt has not ended it."""
         with self.database.writing() as session:
-            row = jobs.get(session, job.id)
+            row = jobs.find(session, job.id)
+            if row is None:  # its model was deleted as soon as it was over, with the files
+                return
             if row.state == "running" and row.attempt == job.attempt:
                 self._give_back(session, row, left)
         self.logger.info("attempt over", job=job.id, attempt=job.attempt, state=row.state, left=left.why)

@@ -62,6 +62,11 @@ def get(session: Session, job_id: str) -> Job:
     return job
 
 
+def find(session: Session, job_id: str) -> Job | None:
+    """The job of that id; None if it, or the model that owns it, was deleted."""
+    return session.get(Job, job_id)
+
+
 def of_windows(session: Session, window_ids: Iterable[str]) -> dict[str, Job]:
     """The job of each window that has one."""
     jobs = session.scalars(select(Job).where(Job.window_id.in_(list(window_ids))))

@@ -1,0 +1,141 @@
+"""The knapsack finds what enumeration finds, never exceeds a limit, and pruning loses nothing."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from advisor.knapsack import Choice, Group, solve, undominated
+
+GROUPS = 6
+
+
+def enumerated(groups: list[Group], limits: list[float]) -> tuple[float, ...] | None:
+    """The slow reference: goals of the best choice, in strict order."""
+    best = None
+    for items in itertools.product(*(range(len(group.gains)) for group in groups)):
+        costs = [math.fsum(group.costs[item, k] for group, item in zip(groups, items, strict=True)) for k in range(2)]
+        if any(cost > limit for cost, limit in zip(costs, limits, strict=True)):
+            continue
+        goals = tuple(
+            math.fsum(group.gains[item, k] for group, item in zip(groups, items, strict=True))
+            for k in range(groups[0].gains.shape[1])
+        )
+        best = goals if best is None else max(best, goals)
+    return best
+
+
+def instance(seed: int, items: int = 5, size: float = 1.0) -> tuple[list[Group], list[float]]:
+    """Whole gains with many ties, then bytes, then minus the first cost; costs over seven decades of `size`."""
+    draw = np.random.default_rng(seed)
+    groups = []
+    for _ in range(GROUPS):
+        costs = size * 10.0 ** draw.uniform(-7, 0, (items, 2))
+        costs[0] = 0.0
+        whole = draw.integers(0, 4, (items, 2)) * np.array([64.0, 8.0])
+        groups.append(Group(np.hstack([whole, -costs[:, :1]]), costs))
+    return groups, [size * 10.0 ** draw.uniform(-4, 0.5) for _ in range(2)]
+
+
+def keeps(choice: Choice, limits: list[float]) -> bool:
+    return all(cost <= limit for cost, limit in zip(choice.costs, limits, strict=True))
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-4, 1e-1, 1e6])
+@pytest.mark.parametrize("seed", range(12))
+def test_equals_enumeration(seed: int, size: float) -> None:
+    groups, limits = instance(seed, size=size)
+    choice = solve(groups, limits)
+    assert choice is not None
+    assert keeps(choice, limits)
+    assert choice.gains == pytest.approx(enumerated(groups, limits), rel=1e-7)
+    assert all(choice.proven)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_pruning_changes_nothing(seed: int) -> None:
+    groups, limits = instance(seed, items=12)
+    pruned, whole = solve(groups, limits), solve(groups, limits, prune=False)
+    assert pruned is not None
+    assert whole is not None
+    assert pruned.gains == pytest.approx(whole.gains, rel=1e-7)
+    assert any(len(undominated(group)) < 12 for group in groups), "an instance in which pruning has nothing to do"
+
+
+def test_undominated_is_what_the_definition_says() -> None:
+    draw = np.random.default_rng(5)
+    group = Group(draw.integers(0, 3, (60, 2)).astype(float), draw.integers(0, 3, (60, 2)).astype(float))
+    table = np.hstack([-group.gains, group.costs])
+
+    def dominated(item: int) -> bool:
+        no_worse = (table <= table[item]).all(axis=1)
+        alike = (table == table[item]).all(axis=1)
+        return bool((no_worse & ~alike).any() or alike[:item].any())
+
+    assert undominated(group).tolist() == [item for item in range(60) if not dominated(item)]
+
+
+def test_a_limit_that_is_met_exactly_is_kept() -> None:
+    """Ten costs of 0.1 add up to 1 exactly; nine and one that is a millionth of a millionth larger do not."""
+    fits = [Group(np.array([[0.0], [1.0]]), np.array([[0.0], [0.1]])) for _ in range(10)]
+    over = [*fits[:9], Group(np.array([[0.0], [1.0]]), np.array([[0.0], [0.1 + 1e-13]]))]
+    full, short = solve(fits, [1.0]), solve(over, [1.0])
+    assert full is not None
+    assert short is not None
+    assert full.gains == (10.0,)
+    assert short.gains == (9.0,)
+
+
+def test_many_near_misses_never_exceed_the_limit() -> None:
+    """Costs a billionth above a tenth of the limit: ten of them break it by less than the solver's own tolerance."""
+    draw = np.random.default_rng(1)
+    groups = [
+        Group(np.array([[0.0], [1.0]]), np.array([[0.0], [0.1 * (1 + 1e-9 * draw.uniform(0.5, 1))]])) for _ in range(40)
+    ]
+    choice = solve(groups, [1.0])
+    assert choice is not None
+    assert choice.costs[0] <= 1.0
+    assert choice.gains == (9.0,)
+
+
+def test_a_limit_of_zero_admits_what_costs_nothing() -> None:
+    group = Group(np.array([[0.0], [1.0], [2.0]]), np.array([[0.0], [0.0], [1e-300]]))
+    choice = solve([group, group], [0.0])
+    assert choice is not None
+    assert choice.items == (1, 1)
+
+
+def test_no_choice_within_the_limits_is_none() -> None:
+    assert solve([Group(np.array([[1.0]]), np.array([[2.0]]))], [1.0]) is None
+    pair = Group(np.array([[1.0], [2.0]]), np.array([[0.6], [0.7]]))
+    assert solve([pair, pair], [1.0]) is None
+
+
+def test_no_groups_is_an_empty_choice() -> None:
+    assert solve([], [1.0, 2.0]) == Choice((), (), (0.0, 0.0), ())
+
+
+def test_hundreds_of_groups_that_are_alike() -> None:
+    """Layers of a deep model are alike: the same gains, costs of the same size. The bound shows that it is the best."""
+    draw = np.random.default_rng(3)
+    groups = [
+        Group(
+            np.array([[0.0, 0.0], [1.0, 0.0], [3.0, -cost], [0.0, 0.0]]),
+            np.array([[0.0, 0.0], [cost / 3, cost / 9], [cost, cost / 2], [cost, cost]]),
+        )
+        for cost in 10.0 ** draw.uniform(-7, -3, 400)
+    ]
+    total = math.fsum(float(group.costs[2, 0]) for group in groups)
+    limits = [total / 10, total]
+    choice = solve(groups, limits)
+    assert choice is not None
+    assert choice.proven[0]
+    assert keeps(choice, limits)
+    # By weight: the cheapest groups in full, and one more step where the next group's third fits.
+    costs = sorted(float(group.costs[2, 0]) for group in groups)
+    greedy = max(n for n in range(401) if math.fsum(costs[:n]) <= limits[0])
+    assert 3 * greedy <= choice.gains[0] <= 3 * (greedy + 1) + 400
+    assert solve(groups, limits) == choice
