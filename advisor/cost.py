@@ -129,14 +129,22 @@ def shares(sites: Iterable[Site], casts: Mapping[tuple[str, str], Cast], hardwar
 
 
 def has_backward(site: Site) -> bool:
-    """Whether any product of the site uses the gradient of its result."""
-    return any(GRADIENT in product.operands for product in site.products)
+    """Whether the site has products in the backward pass."""
+    return any(_is_backward(product) for product in site.products)
+
+
+def enters_gradient(site: Site, role: str) -> bool:
+    """Whether the role is an operand of a backward product, and so must be kept for it and adds its noise to it.
+
+    The weight of a first layer is in none: nobody needs the gradient of the data.
+    """
+    return any(_is_backward(product) and role in product.operands for product in site.products)
 
 
 def role_bytes(site: Site, role: str, cast: Cast) -> float:
     """Bytes that the choice of this role's cast decides: the narrow copy of a weight, or a saved activation.
 
-    An activation is saved in the form in which the forward product used it, if the site has a backward pass.
+    An activation is saved in the form in which the forward product used it, if a backward product needs it.
     """
     own = own_operand(site, role)
     bits = operand(site, role, cast).bits
@@ -144,7 +152,7 @@ def role_bytes(site: Site, role: str, cast: Cast) -> float:
         return 0.0
     if role == WEIGHT:
         return _weight_elements(site) * bits / 8 if bits < own.bits else 0.0
-    return site.elements.get(role, 0.0) * bits / 8 if has_backward(site) else 0.0
+    return site.elements.get(role, 0.0) * bits / 8 if enters_gradient(site, role) else 0.0
 
 
 def memory(sites: Iterable[Site], casts: Mapping[tuple[str, str], Cast]) -> Memory:
@@ -166,6 +174,11 @@ def memory(sites: Iterable[Site], casts: Mapping[tuple[str, str], Cast]) -> Memo
         copies_bytes=round(math.fsum(copies.values())),
         activations_bytes=round(math.fsum(activations)),
     )
+
+
+def _is_backward(product: Product) -> bool:
+    """Whether an operand is a gradient: of the site's result, or of something inside it ("scores_grad")."""
+    return any(name == GRADIENT or name.endswith("_grad") for name in product.operands)
 
 
 def _weight_elements(site: Site) -> int:

@@ -19,7 +19,7 @@ from advisor.castnames import KEEP, parse_cast
 from advisor.cost import (
     GRADIENT,
     Operand,
-    has_backward,
+    enters_gradient,
     operand,
     own_operand,
     product_bits,
@@ -90,7 +90,7 @@ def candidate(site: Site, role: str, cast: Cast, row: Row) -> Candidate | None:
     """The row as a candidate, or None where its damage or its noise is unknown or not finite."""
     damage = 0.0 if role == GRADIENT else _finite(row.get("damage"))
     noise = _finite(row.get("noise_ratio"))
-    if noise is None and row.get("noise_ratio") is None and not has_backward(site):
+    if noise is None and row.get("noise_ratio") is None and not enters_gradient(site, role):
         noise = 0.0
     return None if damage is None or noise is None else Candidate(cast, damage, noise, row)
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from advisor.assemble import Draft, assemble
 from advisor.castnames import KEEP, parse_cast
-from advisor.cost import GRADIENT, has_backward
+from advisor.cost import GRADIENT, enters_gradient
 from advisor.errors import InvalidPlan
 from advisor.hardware import hardware_named
 from advisor.menu import Row, by_slot
@@ -90,7 +90,7 @@ def _sum(
     for site in sites:
         for role in site.roles:
             slot = (site.name, role)
-            counts = role != GRADIENT if what == "damage" else has_backward(site)
+            counts = role != GRADIENT if what == "damage" else enters_gradient(site, role)
             if counts and str(casts[slot]) != KEEP:
                 row = rows[slot]
                 values.append(None if row is None else row.get(what))

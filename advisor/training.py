@@ -55,9 +55,7 @@ class Trainer:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(self.step_index, self.spec.training)
-        inputs, targets = self._on_device(
-            self.data.batch(self.step_index, self.seed, self.spec.training.batch_size)
-        )
+        inputs, targets = self._on_device(self.data.batch(self.step_index, self.seed, self.spec.training.batch_size))
         with self._seeded(self.step_index, STEP_STREAM):
             loss = self._loss(inputs, targets)
             value = float(loss.detach())
@@ -105,9 +103,7 @@ class Trainer:
         if not isinstance(state, dict) or state.get("schema") != STATE_SCHEMA:
             raise InvalidModel(f"this is no training state of the schema {STATE_SCHEMA}")
         saved, own = state["spec"], self.spec.to_dict()
-        differing = [
-            part for part in ("family", "config", "data", "training") if saved.get(part) != own[part]
-        ]
+        differing = [part for part in ("family", "config", "data", "training") if saved.get(part) != own[part]]
         if differing:
             raise InvalidModel(
                 f"the saved training differs from this one in: {', '.join(differing)}; "
@@ -146,9 +142,7 @@ class Trainer:
             state = torch.load(path, map_location=self.device, weights_only=True)
         except FileNotFoundError:
             raise
-        except (
-            Exception
-        ) as error:  # torch.load raises whatever its unpickler met: RuntimeError, EOFError, KeyError…
+        except Exception as error:  # torch.load raises whatever its unpickler met: RuntimeError, EOFError, KeyError…
             raise InvalidModel(f"{os.fspath(path)} is not a file that Trainer.save wrote: {error}") from error
         self.restore(state)
 

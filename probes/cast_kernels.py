@@ -6,8 +6,9 @@ branch and 32-bit integers only, so that the compiler makes vector code of them:
 allocated.
 
 Nearest-even comes from the adder itself: with c = 1.5·2^23·spacing, x + c has no bits below the spacing, and
-the sum is rounded to even; c is taken off again. For formats with float32's own exponents c would overflow; there
-a value's bits are an integer to be rounded, half of the last bit kept is added, and carries do the rest.
+the sum is rounded to even; c is taken off again. For formats with float32's own exponents c would overflow.
+Their values are float32's with the last bits zero, so the bits are rounded as an integer, and a carry out of
+the mantissa is what the exponent needs.
 
 NaN compares as False throughout and so comes out as NaN.
 """

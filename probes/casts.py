@@ -90,7 +90,8 @@ class Cast:
         if self.granularity not in _SCALES:
             _refuse("granularity", self.granularity, tuple(_SCALES))
         if self.scale is None and _SCALES[self.granularity]:
-            raise InvalidCast(f"granularity {self.granularity!r} needs a scale: {_SCALES[self.granularity]}")
+            needed = " or ".join(_SCALES[self.granularity])
+            raise InvalidCast(f"granularity {self.granularity!r} needs a scale: {needed}")
         if self.scale is not None and self.scale not in _SCALES[self.granularity]:
             _refuse(f"scale at granularity {self.granularity!r}", self.scale, _SCALES[self.granularity])
         if self.rounding not in _ROUNDINGS:
@@ -156,7 +157,7 @@ class Cast:
         if calculated_in is None or x.layout != torch.strided:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _CALCULATED_IN)
             raise UnsupportedTensor(f"a cast takes dense {allowed} tensors, not {x.dtype}, {x.layout}")
-        x = x.detach()
+        x = x.detach().resolve_neg()
         if x.numel() == 0:
             return x.clone()
         stream = (_PROCESS_STATE if state is None else state).next_stream() if self._is_random else 0

@@ -68,9 +68,9 @@ def dither(stream: int, count: int, device: torch.device) -> Tensor:
 
     stream  64 bits that name the stream
 
-    A draw depends on the stream and its own index alone: two rounds of a 32-bit integer hash, each with half
-    of the stream as its key (from C. Wellons' collection hash-prospector; two rounds, bias
-    0.107). The indices of more than 2^32 elements wrap around.
+    A draw depends on the stream and its own index alone: two rounds of a 32-bit integer hash (the one of bias 0.107
+    in C. Wellons' collection hash-prospector), each with half of the stream as its key. The indices of more than
+    2^32 elements wrap around.
     """
     first, second = stream & _MASK, stream >> 32 & _MASK
     index = torch.arange(count, dtype=torch.int64, device=device)

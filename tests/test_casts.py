@@ -227,6 +227,18 @@ def test_a_dense_tensor_keeps_its_memory_format() -> None:
     assert Cast.parse("e4m3fn")(x).stride() == x.stride()
 
 
+@pytest.mark.parametrize("cast", ["e4m3fn", "bf16", "int8/none/stochastic", "e5m2/tensor/current/nearest:inf"])
+def test_no_value_is_waited_for(cast: str) -> None:
+    """On a device without values: what reads one back, as a synchronisation would, fails there."""
+    x = torch.empty(3, 4, device="meta", dtype=torch.bfloat16)
+    assert Cast.parse(cast)(x).shape == x.shape
+
+
+def test_a_lazily_negated_tensor() -> None:
+    z = torch.tensor([1 + 2.5j, 3 - 4.25j])
+    assert torch.equal(Cast.parse("fp32")(z.conj().imag), torch.tensor([-2.5, 4.25]))
+
+
 def test_the_autograd_graph_is_left_alone() -> None:
     x = torch.randn(8, requires_grad=True)
     parameter = torch.nn.Parameter(torch.randn(8))

@@ -344,3 +344,16 @@ def test_the_layer_table_has_a_line_a_slot_and_a_column_a_cast() -> None:
     assert ["tensor", "e4m3fn", "bf16"] in lines
     at = lines.index(["blocks.0.mlp.up"])
     assert lines[at + 1 : at + 3] == [[role, "1.2%", "31", "1.2%", "31"] for role in ("input", "weight")]
+
+
+def test_a_short_training_is_drawn_without_holes() -> None:
+    lines = curves.panels([Curve("a", [(1, 4.0), (2, 3.0), (3, 2.0)])], 60).plain.splitlines()
+    rows = [line.split("│")[1] for line in lines[1 : 1 + curves.ROWS]]
+    drawn = {column for row in rows for column, character in enumerate(row) if character > "\u2800"}
+    assert drawn == set(range(max(drawn) + 1))
+    assert len(drawn) > 40
+
+
+def test_losses_of_any_size_fit() -> None:
+    assert [numbers_text.loss(value) for value in (2.5, 3e10, float("nan"))] == ["2.5000", "3e+10", "NaN"]
+    assert numbers_text.loss(0.01, signed=True) == "+0.0100"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from planned import attention, linear
 
 from advisor.castnames import KEEP, parse_cast, short_cast
 from advisor.cost import Operand, memory, product_bits, role_bytes, shares, site_shares
@@ -14,6 +13,7 @@ from advisor.hardware import HARDWARE, hardware_named
 from probes.casts import Cast
 from probes.formats import FORMATS
 from probes.records import Site
+from tests.planned import attention, linear
 
 H100 = hardware_named("h100")
 

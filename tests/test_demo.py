@@ -144,7 +144,7 @@ def test_a_demo_too_short_to_learn_says_so_and_fails(
         "gap to fp32",
         "8-bit share of FLOPs",
         "[FAILED] the fp32 baseline learns",
-        "API docs",
+        "To open the API's docs",
     ):
         assert shown in err, shown
 

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from advisor import knapsack
 from advisor.knapsack import Choice, Group, solve, undominated
 
 GROUPS = 6
@@ -44,9 +45,12 @@ def keeps(choice: Choice, limits: list[float]) -> bool:
     return all(cost <= limit for cost, limit in zip(choice.costs, limits, strict=True))
 
 
+@pytest.mark.parametrize("core", [1, 400])
 @pytest.mark.parametrize("size", [1e-9, 1e-4, 1e-1, 1e6])
-@pytest.mark.parametrize("seed", range(12))
-def test_equals_enumeration(seed: int, size: float) -> None:
+@pytest.mark.parametrize("seed", range(8))
+def test_equals_enumeration(seed: int, size: float, core: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nearly everything is left out of the first core."""
+    monkeypatch.setattr(knapsack, "CORE_SIZE", core)
     groups, limits = instance(seed, size=size)
     choice = solve(groups, limits)
     assert choice is not None

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import attention, flops, linear, scores
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from advisor import plan as plan_module
@@ -17,6 +16,7 @@ from advisor.hardware import hardware_named
 from advisor.numbers import FiniteNumber, Number
 from advisor.plan import Plan, load_plan, plan_schema
 from advisor.planner import plan_from_rows
+from tests.planned import attention, flops, linear, scores
 
 PUBLISHED = Path(__file__).parent.parent / "docs" / "plan-1.schema.json"
 

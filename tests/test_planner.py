@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from planned import CASTS, attention, flops, linear, score, scores
 
 from advisor.castnames import KEEP, parse_cast
 from advisor.cost import memory, shares
@@ -20,6 +19,7 @@ from advisor.menu import Candidate, by_slot, candidate, lost_share, menus
 from advisor.plan import Assignment, Plan
 from advisor.planner import plan_from_rows
 from probes.records import Site
+from tests.planned import CASTS, attention, flops, linear, score, scores
 
 H100 = hardware_named("h100")
 
@@ -166,6 +166,10 @@ def test_unknown_noise_matters_only_where_there_is_a_gradient() -> None:
     site = linear()
     rows = [score("up", role, "e4m3fn", 1e-9, noise_ratio=None) for role in site.roles]
     assert formats(planned([site], rows), "up") == ["fp32"] * 3
+    first = Site(**{**vars(site), "products": (site.products[0], site.products[2])})  # no gradient of the data
+    known = [row | ({} if row["role"] == "weight" else {"noise_ratio": 1e-9}) for row in rows]
+    assert formats(planned([site], known), "up") == ["e4m3fn", "fp32", "e4m3fn"]
+    assert formats(planned([first], known), "up") == ["e4m3fn"] * 3
     frozen = Site(**{**vars(site), "roles": ("input", "weight"), "products": site.products[:1]})
     assert formats(planned([frozen], rows[:2]), "up") == ["e4m3fn"] * 2
 
@@ -190,6 +194,17 @@ def test_the_pair_that_the_hardware_takes_decides() -> None:
     reasons = [one.reason for one in plan.assignments if one.cast.startswith("e4m3fn")]
     assert any("h100 does not multiply every pair of formats" in reason for reason in reasons)
     assert planned([site], rows, hardware=hardware_named("a100")).predicted.share_8bit == 0
+
+
+def test_of_casts_that_bring_the_same_the_less_harmful_is_taken() -> None:
+    """Less damage at more noise, within both limits: neither cast is dominated, and damage is the last goal."""
+    site = linear()
+    rows = [score("up", role, "e4m3fn", 1e-6) for role in site.roles]
+    rows += [score("up", "weight", "e5m2", 9e-7, noise_ratio=1e-3), score("up", "input", "e5m2", 2e-6, noise_ratio=0.0)]
+    plan = planned([site], rows)
+    assert formats(plan, "up") == ["e4m3fn", "e5m2", "e4m3fn"]
+    assert "e4m3fn would cost 1.1× the loss" in assigned(plan, "up", "weight").reason
+    assert "e5m2 would leave 67%" in assigned(plan, "up", "input").reason
 
 
 def test_fused_attention_stays_within_what_casts_reach() -> None:

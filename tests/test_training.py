@@ -124,9 +124,7 @@ def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
         trainer(GPT).load(tmp_path / "state.pt")
 
 
-def test_a_failed_save_leaves_the_older_file_and_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_save_leaves_the_older_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = trainer(GPT)
     training.save(tmp_path / "state.pt")
     before = (tmp_path / "state.pt").read_bytes()

@@ -50,23 +50,15 @@ def test_gpt_ties_its_head_only_where_asked() -> None:
 
 
 def test_gpt_layers_have_readable_names() -> None:
-    names = {
-        name
-        for name, module in spec(config=SMALL_GPT).build().named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    block = {
-        f"blocks.{i}.{layer}" for i in (0, 1) for layer in ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
-    }
+    names = {name for name, module in spec(config=SMALL_GPT).build().named_modules() if isinstance(module, nn.Linear)}
+    block = {f"blocks.{i}.{layer}" for i in (0, 1) for layer in ("attn.qkv", "attn.out", "mlp.up", "mlp.down")}
     assert names == block | {"head"}
 
 
 def test_convnet_halves_the_image_once_a_stage() -> None:
     model = spec("convnet", config={"widths": [8, 16, 24], "blocks_per_stage": 2}).build()
     seen: list[torch.Size] = []
-    model.get_submodule("stages.2").get_submodule("1").register_forward_hook(
-        lambda m, i, o: seen.append(o.shape)
-    )
+    model.get_submodule("stages.2").get_submodule("1").register_forward_hook(lambda m, i, o: seen.append(o.shape))
     assert model(torch.randn(5, 1, 8, 8)).shape == (5, 10)
     assert seen == [torch.Size([5, 24, 2, 2])]
 
@@ -84,9 +76,7 @@ def test_convnet_halves_the_image_once_a_stage() -> None:
         ({"family": "convnet", "config": {"widths": [8, 8, 8, 8]}}, "fewer entries"),
     ],
 )
-def test_a_model_that_does_not_fit_its_data_is_told_what_to_change(
-    description: dict[str, Any], says: str
-) -> None:
+def test_a_model_that_does_not_fit_its_data_is_told_what_to_change(description: dict[str, Any], says: str) -> None:
     with pytest.raises(DataMismatch, match=says):
         ArchitectureSpec.parse(description)
 

@@ -87,36 +87,38 @@ def bar(value: float, low: float, high: float, width: int) -> str:
 
 
 def _range(values: Sequence[float], start: float) -> tuple[float, float]:
-    """The scale: all values, except that a few wild ones (more than 3× the median) do not flatten the rest."""
-    ordered = sorted(values)
-    low, high = ordered[0], ordered[-1]
-    median = ordered[len(ordered) // 2]
-    if median > 0 and high > 3 * median:
-        high = max(value for value in ordered if value <= 3 * median)
+    """The scale: all values, but for those far above where the trainings began: they would flatten the rest."""
+    low, high = min(values), max(values)
+    if start > 0:
+        high = min(high, 2 * start)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
 def _dots(
     points: Sequence[tuple[int, float]], width: int, steps: tuple[int, int], losses: tuple[float, float]
 ) -> list[str]:
-    """The rows of a panel: each column of dots shows the mean of its steps, joined by upright strokes."""
-    columns: list[list[float]] = [[] for _ in range(2 * width)]
+    """The rows of a panel: a column of dots shows the mean of its steps; columns are joined by strokes."""
+    columns: dict[int, list[float]] = {}
     span = max(steps[1] - steps[0], 1)
     for step, loss in points:
-        columns[min((step - steps[0]) * 2 * width // (span + 1), 2 * width - 1)].append(loss)
+        columns.setdefault(round((step - steps[0]) / span * (2 * width - 1)), []).append(loss)
     height = 4 * ROWS
     cells = [[BLANK] * width for _ in range(ROWS)]
-    previous: int | None = None
-    for column, inside in enumerate(columns):
-        if not inside:
-            continue
+    previous: tuple[int, int] | None = None
+    for column, inside in sorted(columns.items()):
         part = (sum(inside) / len(inside) - losses[0]) / (losses[1] - losses[0])
         dot = min(max(round((1 - part) * (height - 1)), 0), height - 1)
-        start = dot if previous is None else previous
-        for row in range(min(start, dot), max(start, dot) + 1):
-            cells[row // 4][column // 2] |= DOTS[row % 4][column % 2]
-        previous = dot
+        for x, y in _stroke(previous or (column, dot), (column, dot)):
+            cells[y // 4][x // 2] |= DOTS[y % 4][x % 2]
+        previous = (column, dot)
     return ["".join(map(chr, row)) for row in cells]
+
+
+def _stroke(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]:
+    """The dots of a straight line."""
+    (x0, y0), (x1, y1) = start, end
+    length = max(abs(x1 - x0), abs(y1 - y0), 1)
+    return [(x0 + round((x1 - x0) * k / length), y0 + round((y1 - y0) * k / length)) for k in range(length + 1)]
 
 
 def _axis(curve: Curve, first: int, last: int, width: int) -> str:

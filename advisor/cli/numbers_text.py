@@ -29,12 +29,13 @@ def decibels(value: float | None) -> str:
 
 
 def loss(value: float | None, signed: bool = False) -> str:
-    """A loss with four decimals; signed for differences."""
+    """A loss with four decimals (a huge one with three digits); signed for differences."""
     if value is None:
         return "-"
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("inf" if value > 0 else "-inf")
-    return f"{value:+.4f}" if signed else f"{value:.4f}"
+    digits = ".4f" if abs(value) < 1e4 else ".3g"
+    return f"{value:{'+' if signed else ''}{digits}}"
 
 
 def count(value: float) -> str:

@@ -12,7 +12,7 @@ from advisor.errors import ServiceError
 def worker(data_dir: options.DataDir = Path("advisor-data")) -> None:
     """Carry out the jobs of the service that has this data directory. Ctrl-C stops it."""
     from api.jobs.worker import work
-    from api.problems import problem_of
+    from api.statuses import problem_of
 
     settings = settings_of(data_dir=data_dir)
     try:

@@ -91,9 +91,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         if config.vocabulary is None:
-            raise ValueError(
-                "GPT needs a vocabulary size; ArchitectureSpec.fitted_config fills it in from the data"
-            )
+            raise ValueError("GPT needs a vocabulary size; ArchitectureSpec.fitted_config fills it in from the data")
         self.embed = nn.Embedding(config.vocabulary, config.width)
         self.position = nn.Embedding(config.context, config.width)
         self.dropout = nn.Dropout(config.dropout)

@@ -151,9 +151,7 @@ class ArchitectureSpec(BaseModel):
 def _sentence(fault: Any, *prefix: str) -> str:
     """One fault of pydantic's as `config.width: Input should be ... (got 7)`."""
     place = ".".join([*prefix, *(str(part) for part in fault["loc"])])
-    got = (
-        "" if fault["type"] in ("missing", "value_error", "extra_forbidden") else f" (got {fault['input']!r})"
-    )
+    got = "" if fault["type"] in ("missing", "value_error", "extra_forbidden") else f" (got {fault['input']!r})"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         message = "no such setting"
