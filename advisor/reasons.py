@@ -158,7 +158,7 @@ def _why_lost(case: Case, text: str) -> str:
         )
     now, then = case.gain_with(case.chosen), case.gain_with(option)
     if then[0] < now[0]:
-        return (
+        return _unpaired(case, text) or (
             f"{name} would leave {_percent(then[0])} of the site's FLOPs in 8 bits instead of "
             f"{_percent(now[0])}, because {case.hardware.name} does not multiply every pair of formats"
         )
@@ -167,6 +167,29 @@ def _why_lost(case: Case, text: str) -> str:
     if then > now:
         return f"{name} fits alone ({_cost(case, option)}), but the limits are spent where they save more"
     return _compared(case, name, option, same=then == now)
+
+
+def _unpaired(case: Case, text: str) -> str | None:
+    """Why a cast that the hardware multiplies only with its like lost: what it would cost at all of the site's roles.
+
+    None where some role of the site has no such candidate, or where it would cost less.
+    """
+    alike = [option for role in case.site.roles for option in case.menu.candidates[role] if str(option.cast) == text]
+    if len(alike) < len(case.site.roles):
+        return None
+    damage, noise = sum(option.damage for option in alike), sum(option.noise_ratio for option in alike)
+    mine = [math.fsum(getattr(pick, cost) for pick in case.picked.values()) for cost in ("damage", "noise_ratio")]
+    name, chosen = short_cast(parse_cast(text)), short_cast(case.chosen.cast)
+    said = f"{name} throughout this site ({case.hardware.name} does not multiply it with {chosen}) would"
+    if damage > case.limits.tolerance:
+        of = f", {_percent(damage / case.limits.tolerance)} of the tolerance" if case.limits.tolerance else ""
+        return f"{said} cost {_loss(damage)} loss{of}"
+    if noise > case.limits.noise:
+        limit = _percent(case.limits.max_lost_batch)
+        return f"{said} lose {_percent(lost_share(noise))} of the batch and the limit is {limit}"
+    costs = [(damage, mine[0], "loss"), (noise, mine[1], "noise")]
+    dearer = [f"{_times(rival / own)} the {kind}" for rival, own, kind in costs if rival > own > 0]
+    return f"{said} cost {' and '.join(dearer)}" if dearer else None
 
 
 def _compared(case: Case, name: str, option: Candidate, same: bool) -> str:

@@ -38,19 +38,13 @@ def uniform(window: Window, hardware: str = "h100", **casts_by_role: str | Cast)
     device = hardware_named(hardware)
     roles = sorted({role for site in window.sites for role in site.roles})
     if not casts_by_role:
-        raise InvalidPlan(
-            f"a uniform recipe needs a cast for at least one role; the window has {', '.join(roles)}"
-        )
+        raise InvalidPlan(f"a uniform recipe needs a cast for at least one role; the window has {', '.join(roles)}")
     for role in casts_by_role:
         if role not in roles:
             near = difflib.get_close_matches(role, roles, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise InvalidPlan(
-                f"no site of the window has the role {role!r}: {hint}Its roles: {', '.join(roles)}."
-            )
-    recipe = {
-        role: Cast.parse(cast) if isinstance(cast, str) else cast for role, cast in casts_by_role.items()
-    }
+            raise InvalidPlan(f"no site of the window has the role {role!r}: {hint}Its roles: {', '.join(roles)}.")
+    recipe = {role: Cast.parse(cast) if isinstance(cast, str) else cast for role, cast in casts_by_role.items()}
     keep = parse_cast(KEEP)
     casts = {(site.name, role): recipe.get(role, keep) for site in window.sites for role in site.roles}
     rows = _scored(window, casts)
@@ -82,9 +76,7 @@ def _scored(window: Window, casts: Mapping[Slot, Cast]) -> dict[Slot, Row | None
     return {slot: table[slot].get(str(cast)) for slot, cast in casts.items()}
 
 
-def _sum(
-    sites: Sequence[Site], rows: Mapping[Slot, Row | None], casts: Mapping[Slot, Cast], what: str
-) -> float | None:
+def _sum(sites: Sequence[Site], rows: Mapping[Slot, Row | None], casts: Mapping[Slot, Cast], what: str) -> float | None:
     """The total over the slots that are cast; None where one of them is unknown."""
     values = []
     for site in sites:

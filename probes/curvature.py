@@ -141,8 +141,9 @@ def noise_ratios(
 ) -> dict[Slot, dict[str, float]]:
     """For each role and cast: the energy of the cast's error in the gradients it enters, over those gradients' energy.
 
-    `adaptive`: the optimizer divides each element by its own size. `grad_output` enters the weight gradient (both gradients where neither operand is a parameter); an operand enters
-    the other's gradient. Attention is not bilinear: there the error is the difference of two backward passes.
+    `adaptive`: the optimizer divides each element by its own size. `grad_output` enters the weight gradient (both
+    gradients where neither operand is a parameter); an operand enters the other's gradient. Attention is not bilinear:
+    there the error is the difference of two backward passes.
     """
     operands = [operand.detach().float() for operand in call.operands]
     gradient = gradient.detach().float()

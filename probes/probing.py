@@ -64,7 +64,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         self._recorder = Recorder(model, chosen, adaptive=not isinstance(optimizer, torch.optim.SGD))
         self._scored = _spread(curvature_steps, range(0, steps, every))
         self._clock: Clock | None = None
-        self._window = Window()
+        self.window = Window()
         self._handles: list[Any] = []
         self._entered = False
 
@@ -79,7 +79,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
             self._optimizer.register_step_post_hook(self._after_step),
         ]
         self._plan_step(allowed=self._clock is None)
-        return self._window
+        return self.window
 
     def __exit__(self, kind: Any, *error: Any) -> None:
         self._stop()
@@ -89,8 +89,8 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
             notes.append(f"the window was left after {self._recorder.step} of {self._total} optimizer steps")
         if kind is not None:
             notes.append(f"the window was cut short by {kind.__name__} in step {self._recorder.step}")
-        self._window.done = True
-        _close(self._window, self._recorder, self._model, self._optimizer, notes)
+        self.window.done = True
+        _close(self.window, self._recorder, self._model, self._optimizer, notes)
 
     def _before_step(self, *_: Any) -> None:
         self._recorder.follow_gradients()
@@ -101,7 +101,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         recorder.end_step()
         if recorder.step >= self._total:
             self._stop()
-            self._window.done = True
+            self.window.done = True
             return
         allowed = True if self._clock is None else self._clock.lap(recorded)
         self._plan_step(allowed)

@@ -69,7 +69,9 @@ def test_training_with_a_plan_and_its_report(build: Any) -> None:
 
 def test_a_kept_plan_changes_no_bit() -> None:
     _, plain, window = train(mlp, 4, lambda model, optimizer: probe(model, optimizer, steps=2))
-    _, losses, _ = train(mlp, 4, lambda model, optimizer: advisor.apply(advisor.uniform(window, input="fp32"), model, optimizer))
+    _, losses, _ = train(
+        mlp, 4, lambda model, optimizer: advisor.apply(advisor.uniform(window, input="fp32"), model, optimizer)
+    )
     assert losses == plain
 
 

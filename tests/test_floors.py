@@ -18,7 +18,10 @@ MAY_IMPORT = {
     "api": {"api", "advisor", "db", "probes"},
 }
 LAZY = {"advisor/cli/serve.py", "advisor/cli/worker.py", "advisor/cli/demo.py"}
-FOREIGN = {"probes": {"fastapi", "starlette", "sqlalchemy", "alembic"}, "db": {"torch", "fastapi", "starlette", "numpy"}}
+FOREIGN = {
+    "probes": {"fastapi", "starlette", "sqlalchemy", "alembic"},
+    "db": {"torch", "fastapi", "starlette", "numpy"},
+}
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:

@@ -141,7 +141,9 @@ def test_gpt2_conv1d_is_met() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50, n_positions=16, bos_token_id=1, eos_token_id=1)
-    sites = [site for site, _ in met(GPT2LMHeadModel(config), lambda m: m(input_ids=torch.ones(2, 8, dtype=torch.long)))]
+    sites = [
+        site for site, _ in met(GPT2LMHeadModel(config), lambda m: m(input_ids=torch.ones(2, 8, dtype=torch.long)))
+    ]
     block = "transformer.h.0"
     assert sites == [
         f"{block}.attn.c_attn",

@@ -84,7 +84,9 @@ def test_reserve_keeps_what_is_recorded() -> None:
     assert torch.equal(array.sums[0], before)
 
 
-@pytest.mark.parametrize(("values", "bits"), [([1.0, 1.5, 3.0], 1), ([1.0, 2.0, 4.0], 0), ([1 + 2**-7], 7), ([0.1], 23)])
+@pytest.mark.parametrize(
+    ("values", "bits"), [([1.0, 1.5, 3.0], 1), ([1.0, 2.0, 4.0], 0), ([1 + 2**-7], 7), ([0.1], 23)]
+)
 def test_significant_bits(values: list[float], bits: int) -> None:
     _, extremes = sketched(torch.tensor(values))
     assert extremes[sketch.SIGNIFICANT_BITS] == bits

@@ -141,10 +141,17 @@ def test_accumulated_micro_batches_are_one_step() -> None:
 def test_an_exception_leaves_no_hook_and_closes_the_window() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(RuntimeError, match="the user's own"), probe(model, optimizer, steps=5) as window:
-        F.cross_entropy(model(torch.randn(4, 16)), torch.zeros(4, dtype=torch.long)).backward()
-        optimizer.step()
-        raise RuntimeError("the user's own")
+    watching = probe(model, optimizer, steps=5)
+
+    def interrupted() -> None:
+        with watching:
+            F.cross_entropy(model(torch.randn(4, 16)), torch.zeros(4, dtype=torch.long)).backward()
+            optimizer.step()
+            raise RuntimeError("the user's own")
+
+    with pytest.raises(RuntimeError, match="the user's own"):
+        interrupted()
+    window = watching.window
     assert window.done
     assert window.steps == (0,)
     assert "cut short by RuntimeError" in window.notes[-1]
@@ -268,12 +275,16 @@ def junk() -> dict[str, bytes]:
         "wrong type": with_header({"steps": "many"}),
         "null site": with_header({"sites": [None]}),
         "endless work": with_header({"sites": [{**site, "calls": "Infinity"} for site in header["sites"]]}),
-        "no tensor's shape": with_header({"sites": [{**site, "shapes": {"input": [1e308]}} for site in header["sites"]]}),
+        "no tensor's shape": with_header(
+            {"sites": [{**site, "shapes": {"input": [1e308]}} for site in header["sites"]]}
+        ),
         "half the evidence": with_header({"slots": [{**slot, "evidence": half(slot)} for slot in header["slots"]]}),
         "array missing": save({"bins": arrays["bins"]}, metadata={"window": json.dumps(header)}),
         "negative length": save({**arrays, "lengths": -arrays["lengths"]}, metadata={"window": json.dumps(header)}),
         "bin out of range": save({**arrays, "bins": arrays["bins"] + 3000}, metadata={"window": json.dumps(header)}),
-        "wrong dtype": save({**arrays, "amax": arrays["amax"].astype(np.int64)}, metadata={"window": json.dumps(header)}),
+        "wrong dtype": save(
+            {**arrays, "amax": arrays["amax"].astype(np.int64)}, metadata={"window": json.dumps(header)}
+        ),
         "NaN amax": save({**arrays, "amax": arrays["amax"] * np.nan}, metadata={"window": json.dumps(header)}),
     }
 
