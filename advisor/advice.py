@@ -57,8 +57,8 @@ def recommend(
     if tolerance is None:
         if not losses:
             raise InvalidPlan(
-                "the window saw no loss (no backward call on a scalar), so there is no default tolerance: "
-                "give tolerance=… in loss units"
+                "the window has no finite loss (no backward call on a scalar was seen, or the loss was NaN or "
+                "infinite), so there is no default tolerance: give tolerance=… in loss units"
             )
         tolerance = DEFAULT_TOLERANCE_SHARE * abs(mean_loss)
     notes = [note for each in windows for note in each.notes]
@@ -92,7 +92,13 @@ def _worst(tables: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         for other in table:
             row = rows.setdefault((other["site"], other["role"], other["cast"]), dict(other))
             for name in WORST:
-                values = [value for value in (row[name], other[name]) if value is not None]
-                row[name] = max(values) if values else None
-            row["sqnr_db"] = min(row["sqnr_db"], other["sqnr_db"])
+                row[name] = _worse(row[name], other[name])
+            row["sqnr_db"] = -float(_worse(-row["sqnr_db"], -other["sqnr_db"]) or 0.0)
     return list(rows.values())
+
+
+def _worse(one: float | None, other: float | None) -> float | None:
+    """The larger; unknown (None) is worse than any number, and NaN worse than any but that."""
+    if one is None or other is None:
+        return None
+    return math.nan if math.isnan(one) or math.isnan(other) else max(one, other)

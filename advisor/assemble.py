@@ -9,12 +9,12 @@ from typing import Any
 
 from advisor.castnames import KEEP, parse_cast
 from advisor.cost import APPROXIMATIONS as COST_APPROXIMATIONS
-from advisor.cost import GRADIENT, WEIGHT, has_backward, memory, own_operand, shares
+from advisor.cost import WEIGHT, has_backward, memory, own_operand, shares
 from advisor.hardware import Hardware
 from advisor.menu import Row, lost_share
 from advisor.plan import Assignment, FrontPoint, LossScaling, Plan, PlannedSite, Predicted
 from probes.casts import Cast
-from probes.records import Site
+from probes.records import GRADIENT, Site
 
 APPROXIMATIONS = (
     "damage: second order in the loss (Gauss-Newton curvature, few draws); damages of different slots add up",
@@ -134,7 +134,7 @@ def _planned_site(site: Site) -> PlannedSite:
         op=site.op,
         roles=site.roles,
         parameter=site.parameter,
-        weight_shape=tuple(site.shapes[WEIGHT]) if WEIGHT in site.shapes else None,
+        parameter_shape=site.parameter_shape,
         flops=site.flops,
     )
 

@@ -19,9 +19,8 @@ from typing import NamedTuple
 
 from advisor.hardware import Hardware
 from probes.casts import Cast
-from probes.records import Product, Site
+from probes.records import GRADIENT, Product, Site
 
-GRADIENT = "grad_output"
 WEIGHT = "weight"
 
 # Bits of the dtypes that no format of ours describes; torch's names for those that one does.

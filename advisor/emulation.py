@@ -2,8 +2,8 @@
 
 A product y = x·w is run as Q(x)·Q(w), so what autograd saves for the backward products are the cast operands, and a
 hook on the result casts the gradient before both of them: the three products of the plan, on any device, with the
-model's own code. The gradient passes a cast unchanged (straight-through); the master weights, which the optimizer
-updates, are the model's own parameters.
+model's own code. A bias or an addend is given the cast gradient too. The gradient passes a cast unchanged
+(straight-through); the master weights, which the optimizer updates, are the model's own parameters.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from advisor.errors import PlanMismatch
 from advisor.plan import Plan
 from probes.casts import Cast, CastState
 from probes.names import ROOT
-from probes.records import Slot
+from probes.ops import Operation
+from probes.records import GRADIENT, Slot
 from probes.sites import ProductCall, SiteHook
-
-GRADIENT = "grad_output"
 
 
 class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, model) as applied
@@ -42,26 +41,39 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
         self.states = {slot: CastState(seed=zlib.crc32(f"{seed}/{slot}".encode())) for slot in self.casts}
         self.counts: Counter[Slot] = Counter()
         self.unplanned: Counter[str] = Counter()
+        self.unplaced = 0
 
     def report(self) -> list[dict[str, Any]]:
-        """site, role, cast, how ("emulated", or "kept" where the plan leaves the tensor as it is), count.
+        """site, role, cast, how and count, slot by slot. How is one of
 
-        Products that were met but that the plan does not name come last, with cast None and how "not in the plan".
+        emulated         the tensor was cast
+        kept             the plan leaves it as it is
+        never met        the plan names the slot, and no such product was run
+        not in the plan  a product was run that the plan does not name: nothing was cast (cast None)
+        not placed       a product was recomputed in the backward pass outside any module's forward, so its site is
+                         unknown and nothing was cast (site None)
         """
         rows: list[dict[str, Any]] = [
             {
                 "site": slot.site,
                 "role": slot.role,
                 "cast": str(cast),
-                "how": "kept" if _keeps(cast) else "emulated",
+                "how": "never met" if not self.counts[slot] else "kept" if _keeps(cast) else "emulated",
                 "count": self.counts[slot],
             }
             for slot, cast in self.casts.items()
         ]
-        return rows + [
+        rows += [
             {"site": site, "role": None, "cast": None, "how": "not in the plan", "count": count}
             for site, count in self.unplanned.items()
         ]
+        if self.unplaced:
+            rows.append({"site": None, "role": None, "cast": None, "how": "not placed", "count": self.unplaced})
+        return rows
+
+    def on_unplaced(self, operation: Operation) -> None:
+        """Count what is recomputed where no site can be told."""
+        self.unplaced += 1
 
     def on_product(self, call: ProductCall) -> Tensor:
         """Cast the operands, run the product, and see that its gradient is cast."""
@@ -93,11 +105,11 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
 
     def __str__(self) -> str:
         rows = self.report()
-        width = max((len(row["site"]) for row in rows), default=4)
+        width = max((len(row["site"] or "") for row in rows), default=4)
         lines = [f"{'site':<{width}}  {'role':<11}  {'how':<15}  {'count':>7}  cast"]
         for row in rows:
-            role, cast = row["role"] or "", row["cast"] or ""
-            lines.append(f"{row['site']:<{width}}  {role:<11}  {row['how']:<15}  {row['count']:>7}  {cast}")
+            site, role, cast = row["site"] or "", row["role"] or "", row["cast"] or ""
+            lines.append(f"{site:<{width}}  {role:<11}  {row['how']:<15}  {row['count']:>7}  {cast}")
         return "\n".join(lines)
 
 
@@ -127,8 +139,8 @@ def _require_match(plan: Plan, model: nn.Module) -> None:
             found = shapes.get(site.parameter)
             if found is None:
                 wrong.append(f"{site.site} (the model has no parameter {site.parameter})")
-            elif site.weight_shape is not None and sorted(found) != sorted(site.weight_shape):
-                wrong.append(f"{site.site} (its weight is {list(found)}, the plan's {list(site.weight_shape)})")
+            elif site.parameter_shape is not None and found != site.parameter_shape:
+                wrong.append(f"{site.site} (its weight is {list(found)}, the plan's {list(site.parameter_shape)})")
         elif site.site.rsplit("/", 1)[0] not in modules:
             wrong.append(f"{site.site} (the model has no module {site.site.rsplit('/', 1)[0]})")
     if wrong:

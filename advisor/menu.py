@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from advisor.castnames import KEEP, parse_cast
 from advisor.cost import (
-    GRADIENT,
     Operand,
     enters_gradient,
     operand,
@@ -29,7 +28,7 @@ from advisor.errors import InvalidPlan
 from advisor.hardware import Hardware
 from advisor.knapsack import Group
 from probes.casts import Cast
-from probes.records import Site
+from probes.records import GRADIENT, Site
 
 Array = NDArray[np.float64]
 Row = Mapping[str, Any]

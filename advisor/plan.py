@@ -46,7 +46,7 @@ class PlannedSite(_Part):
     roles: tuple[str, ...]
     parameter: str | None
     """Dotted name of the parameter that is the weight, if one is."""
-    weight_shape: tuple[int, ...] | None
+    parameter_shape: tuple[int, ...] | None
     flops: Number
     """Matrix FLOPs a step in the window, forward and backward; not compared when the plan is applied."""
 

@@ -169,6 +169,7 @@ def _unknown(options: Sequence[Menu], table: dict[tuple[str, str], dict[str, Row
     return [
         (
             f"{len(slots)} of {count} slots stay as they are because no cast's damage or noise could be "
-            f"predicted for them ({named}); record a window with curvature_steps=2 or more"
+            f"predicted for them ({named}). That takes a loss of a known kind, curvature_steps of 1 or more, and a "
+            "gradient at two steps or more"
         )
     ]

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from advisor.castnames import KEEP, parse_cast, short_cast
-from advisor.cost import GRADIENT, operand, own_operand, role_bytes, site_shares
+from advisor.cost import operand, own_operand, role_bytes, site_shares
 from advisor.hardware import Hardware
 from advisor.menu import Candidate, Limits, Menu, Row, candidate, lost_share
 from probes.casts import Cast
-from probes.records import Site
+from probes.records import GRADIENT, Site
 
 # Ours: among 10^9 Gaussian values the largest is about 6× the RMS.
 OUTLIER_RATIO = 20.0

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from advisor.assemble import Draft, assemble
 from advisor.castnames import KEEP, parse_cast
-from advisor.cost import GRADIENT, enters_gradient
+from advisor.cost import enters_gradient
 from advisor.errors import InvalidPlan
 from advisor.hardware import hardware_named
 from advisor.menu import Row, by_slot
@@ -23,7 +23,7 @@ from advisor.plan import Plan
 from advisor.reasons import uniform_reason
 from advisor.scores import score
 from probes.casts import Cast
-from probes.records import Site
+from probes.records import GRADIENT, Site
 from probes.window import Window
 
 Slot = tuple[str, str]

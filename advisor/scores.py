@@ -20,11 +20,10 @@ from typing import Any
 
 from advisor.metrics import PooledMetrics, measure
 from probes.casts import Cast
-from probes.records import Evidence, Slot
+from probes.records import GRADIENT, Evidence, Slot
 from probes.window import Window
 
 DEFAULT_CASTS = tuple(map(Cast.parse, ("e4m3fn", "e5m2", "int8", "bf16", "fp16")))
-GRADIENT = "grad_output"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "BINS": "sketch",
+    "BINS": "layout",
     "BIN_EDGES": "sketch",
     "Cast": "casts",
     "CastState": "casts",

@@ -20,18 +20,19 @@ and no parameter's hooks. A tensor hook that the user has put on an activation d
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from probes.casts import Cast
 from probes.losses import LossCall
-from probes.records import Slot
+from probes.records import GRADIENT, Slot
 from probes.sites import ProductCall
 
 DRAWS = 2  # a scored step; with 32 samples and 2 scored steps the spread is about 13%
@@ -45,18 +46,62 @@ class Met:
 
     call: ProductCall
     edge: GradientEdge
+    keys: list[Key]
     versions: list[int]
     batch: int | None
     whole_batch: bool = False
 
     @classmethod
     def of(cls, call: ProductCall, result: Tensor, batch: int | None) -> Met:
-        return cls(call, get_gradient_edge(result), [operand._version for operand in call.operands], batch)
+        keys = [
+            Key(Slot(call.site, role), view_of(operand) if role == "weight" else object())
+            for role, operand in zip(call.roles, call.operands, strict=True)
+        ]
+        return cls(call, get_gradient_edge(result), keys, [operand._version for operand in call.operands], batch)
 
     @property
     def intact(self) -> bool:
         """No operand has been changed in place since."""
         return self.versions == [operand._version for operand in self.call.operands]
+
+
+def view_of(tensor: Tensor) -> object:
+    """What tells one view of a living tensor from another, and one state of it from the next."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor._version
+
+
+class Key(NamedTuple):
+    """What has one error: a slot's tensor, or for a weight the same view of it, however many products it enters."""
+
+    slot: Slot
+    tensor: object
+
+
+@dataclass
+class Part:
+    """One tensor's gradients [draws, *shape] and, per cast, the samples' inner products with its error [draws, B]."""
+
+    gradients: Tensor
+    terms: dict[str, Tensor]
+
+    def plus(self, other: Part) -> Part:
+        """The same tensor in two products: gradients and inner products add up."""
+        terms = {}
+        for cast, one in self.terms.items():
+            another = other.terms[cast]
+            if one.shape != another.shape:  # one product could be split into samples and the other not
+                one, another = (values.sum(1, keepdim=True) for values in (one, another))
+            terms[cast] = one + another
+        return Part(self.gradients + other.gradients, terms)
+
+    def sums(self) -> Sums:
+        """What the slot's sums grow by."""
+        found = Sums(curvature=_energy(self.gradients))
+        for cast, terms in self.terms.items():
+            halves = 0.5 * terms.square()
+            found.directional[cast] = float(halves.sum())
+            found.squares[cast] = float(halves.square().sum())
+        return found
 
 
 @dataclass
@@ -75,7 +120,10 @@ class Sums:
 
 
 def curvature_sums(loss: LossCall, met: Sequence[Met], casts: Sequence[Cast], seed: int) -> dict[Slot, Sums]:
-    """Sums over the products behind one loss call, mean a draw, for the summed loss (still to be scaled by c)."""
+    """Sums over the products behind one loss call, mean a draw, for the summed loss (still to be scaled by c).
+
+    A weight that enters several products of a slot has one error in all of them: their parts add up before the square.
+    """
     draws = DRAWS_WHOLE_BATCH if any(product.whole_batch for product in met) else DRAWS
     generator = torch.Generator(loss.outputs.device).manual_seed(seed)
     sums: dict[Slot, Sums] = defaultdict(Sums)
@@ -83,6 +131,7 @@ def curvature_sums(loss: LossCall, met: Sequence[Met], casts: Sequence[Cast], se
     if not reached:
         return sums
     edges = [product.edge for product in reached]
+    uses = Counter(key for product in reached for key in product.keys)
     with undisturbed():
         for start in range(0, draws, DRAWS_AT_ONCE):
             count = min(DRAWS_AT_ONCE, draws - start)
@@ -91,48 +140,64 @@ def curvature_sums(loss: LossCall, met: Sequence[Met], casts: Sequence[Cast], se
                 torch.autograd.grad(loss.outputs, edges, loss.draw(generator), retain_graph=True, allow_unused=True)
                 for _ in range(count)
             ]
+            parts: dict[Key, Part] = {}
+            left = uses.copy()
             for product, *gradients in zip(reached, *drawn, strict=True):
-                if gradients[0] is not None:
-                    for slot, part in _product_sums(product, gradients, casts).items():
-                        sums[slot].add(part, 1 / draws)
+                found = [] if gradients[0] is None else _parts(product, gradients, casts)
+                for key, part in zip(product.keys, found, strict=False):
+                    parts[key] = part if key not in parts else parts[key].plus(part)
+                for key in product.keys:
+                    left[key] -= 1
+                    if not left[key] and key in parts:
+                        sums[key.slot].add(parts.pop(key).sums(), 1 / draws)
     return sums
 
 
-def _product_sums(product: Met, gradients: Sequence[Tensor], casts: Sequence[Cast]) -> dict[Slot, Sums]:
-    """Sums of one product over some draws, given each draw's gradient at its result."""
-    call, batch = product.call, None if product.whole_batch else product.batch
+def _parts(product: Met, gradients: Sequence[Tensor], casts: Sequence[Cast]) -> list[Part]:
+    """Each operand's part in one product, for some draws, given each draw's gradient at the product's result."""
+    call = product.call
     operands = [operand.detach().float() for operand in call.operands]
     gradients = [gradient.float() for gradient in gradients]
     at_operands = [vjp(call, operands, gradient, range(len(operands))) for gradient in gradients]
-    sums: dict[Slot, Sums] = defaultdict(Sums)
+    activation = next((o for o, role in zip(call.operands, call.roles, strict=True) if role != "weight"), None)
+    batch = None if product.whole_batch else product.batch
+    parts = []
     for i, (role, operand) in enumerate(zip(call.roles, operands, strict=True)):
-        part = sums[Slot(call.site, role)]
-        part.curvature += sum(_energy(found[i]) for found in at_operands)
+        terms = {}
         for cast in casts:
             error = cast(operand) - operand
             if role == "weight" and batch is not None:
                 moved = call.plain([error if j == i else other for j, other in enumerate(operands)])
-                terms = [sample_sums(gradient, moved, batch) for gradient in gradients]
+                dimension = sample_dimension(gradients[0], batch, activation)
+                pairs = [(gradient, moved) for gradient in gradients]
             else:
-                terms = [sample_sums(found[i], error, batch) for found in at_operands]
-            halves = 0.5 * torch.cat(terms).square()
-            part.directional[str(cast)] += float(halves.sum())
-            part.squares[str(cast)] += float(halves.square().sum())
-    return sums
+                dimension = sample_dimension(operand, batch, call.operands[i])
+                pairs = [(found[i], error) for found in at_operands]
+            terms[str(cast)] = torch.stack([sample_sums(g, e, dimension, batch) for g, e in pairs])
+        parts.append(Part(torch.stack([found[i] for found in at_operands]), terms))
+    return parts
 
 
-def sample_sums(a: Tensor, b: Tensor, batch: int | None) -> Tensor:
-    """Inner products of two tensors of one shape within each sample, float64 [batch].
+def sample_dimension(values: Tensor, batch: int | None, like: Tensor | None) -> int | None:
+    """The dimension of a tensor that holds the samples, alone or as the outer part of a flattened one; None: none does.
 
-    The batch is the leading dimension, alone or flattened with others ([B·T, D]), or another dimension of its size;
-    [1] where the tensors have no dimension that holds the samples, and for batch None.
+    Of several that fit, the one that is outermost in the memory of `like`, a tensor with the same leading dimensions:
+    [T, B, D] that was transposed from [B, T, D] is told from a flattened [B·T, D] so.
     """
+    if not batch or values.dim() == 0:
+        return None
+    fits = [d for d in range(values.dim()) if values.shape[d] == batch or (d == 0 and values.shape[0] % batch == 0)]
+    if like is None or like.dim() != values.dim():
+        return fits[0] if fits else None
+    return max(fits, key=lambda d: (like.stride(d), -d), default=None)
+
+
+def sample_sums(a: Tensor, b: Tensor, dimension: int | None, batch: int | None) -> Tensor:
+    """Inner products of two tensors of one shape within each sample, float64 [batch]; [1] without such a dimension."""
     rows = 1
-    if batch is not None and a.dim():
-        if a.shape[0] != batch and batch in a.shape:
-            a, b = (values.movedim(values.shape.index(batch), 0) for values in (a, b))
-        if a.shape[0] % batch == 0:
-            rows = batch
+    if dimension is not None and batch:
+        a, b = a.movedim(dimension, 0), b.movedim(dimension, 0)
+        rows = batch
     return torch.bmm(a.reshape(rows, 1, -1), b.reshape(rows, -1, 1)).flatten().double()
 
 
@@ -152,7 +217,7 @@ def noise_ratios(
     with undisturbed():
         exact = dict(zip(trained, vjp(call, operands, gradient, trained), strict=True))
         for cast in casts:
-            for i, role in enumerate([*call.roles, "grad_output"]):
+            for i, role in enumerate([*call.roles, GRADIENT]):
                 wanted = _enters(call, i, trained)
                 if not any(bool(exact[j].any()) for j in wanted):
                     continue
@@ -198,6 +263,21 @@ def vjp(call: ProductCall, operands: Sequence[Tensor], gradient: Tensor, wanted:
         leaves = [operand.detach().requires_grad_(i in wanted) for i, operand in enumerate(operands)]
         result = call.plain(leaves)
         return list(torch.autograd.grad(result, [leaves[i] for i in wanted], gradient))
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Puts the model's buffers back: what checkpointing recomputes updates BatchNorm's running statistics again.
+
+    Through `.data`, whose version autograd does not watch, and only where something changed.
+    """
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, kept in before:
+            if not torch.equal(buffer, kept):
+                buffer.data.copy_(kept)
 
 
 @contextmanager

@@ -9,15 +9,15 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from probes.errors import MalformedWindow
+from probes.layout import BINS
 
-BINS = 2040  # as in sketch.py, which imports torch; a test holds them equal
 _MAGIC = b"NAS1"
 _HEADER = struct.Struct("<4sIQ")  # magic, steps, occupied bins
 _MOST_STEPS, _MOST_OCCUPIED = 1 << 20, 1 << 24  # what a hostile header may claim: some 200 MB inflated
@@ -171,11 +171,6 @@ def history_of(rows: Sequence[SparseRow]) -> SlotHistory:
         significant_bits=extremes[:, 2].astype(np.uint8),
         distinct=extremes[:, 3].astype(np.int32),
     )
-
-
-def same_history(a: SlotHistory, b: SlotHistory) -> bool:
-    """Whether two histories hold the same arrays."""
-    return all(np.array_equal(getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
 
 
 def _little_endian(array: NDArray[Any], dtype: Any) -> bytes:

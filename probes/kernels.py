@@ -17,14 +17,24 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-# The layout of a row, as `sketch.py` names it; a compiled function sees these as constants.
-_BINS, _SHIFT = 2040, 20
-_ZEROS, _NANS, _POSITIVE_INFS, _NEGATIVE_INFS, _SUM_OF_SQUARES = range(2040, 2045)
+from probes.layout import (
+    AMAX,
+    BIN_SHIFT,
+    BINS,
+    DISTINCT,
+    HASH_CELLS,
+    MINUS_AMIN,
+    NANS,
+    NEGATIVE_INFS,
+    POSITIVE_INFS,
+    SAMPLE,
+    SIGNIFICANT_BITS,
+    SUM_OF_SQUARES,
+    ZEROS,
+)
+
 _INF_BITS = 0x7F800000
 _CHUNK = 4096
-_SAMPLE, _CELLS = 8192, 4096
-
-Bits = NDArray[np.int32]
 
 
 def add(sums: NDArray[np.float64], extremes: NDArray[np.float32], values: Tensor) -> None:
@@ -52,36 +62,36 @@ def _add(sums, extremes, source, widen):  # type: ignore[no-untyped-def]
         for i in range(size):
             chunk[i] = np.int32(source[start + i]) << widen
         _add_chunk(sums, extremes, histogram, chunk[:size])
-    for b in range(_BINS):
+    for b in range(BINS):
         sums[b] += histogram[0, b] + histogram[1, b]
     hit = _cells_hit(source, widen)
     if hit > 0:
-        distinct = round(_CELLS * np.log(_CELLS / max(_CELLS - hit, 1)))
-        extremes[3] = max(extremes[3], np.float32(min(distinct, _CELLS)))
+        distinct = round(HASH_CELLS * np.log(HASH_CELLS / max(HASH_CELLS - hit, 1)))
+        extremes[DISTINCT] = max(extremes[DISTINCT], np.float32(min(distinct, HASH_CELLS)))
 
 
 @njit(cache=True, nogil=True, inline="always")
 def _add_chunk(sums, extremes, histogram, signed):  # type: ignore[no-untyped-def]
     largest, smallest, mantissas, zeros = _reduce(signed)
-    sums[_ZEROS] += zeros
+    sums[ZEROS] += zeros
     histogram[0, 0] -= zeros  # zero shares bin 0 with the smallest subnormals
     if largest >= _INF_BITS:
         largest, mantissas = _without_nonfinite(sums, histogram, signed)
     else:
-        sums[_SUM_OF_SQUARES] += _squares(signed.view(np.float32))
+        sums[SUM_OF_SQUARES] += _squares(signed.view(np.float32))
     for i in range(0, signed.size - 1, 2):
-        histogram[0, (signed[i] & 0x7FFFFFFF) >> _SHIFT] += 1
-        histogram[1, (signed[i + 1] & 0x7FFFFFFF) >> _SHIFT] += 1
+        histogram[0, (signed[i] & 0x7FFFFFFF) >> BIN_SHIFT] += 1
+        histogram[1, (signed[i + 1] & 0x7FFFFFFF) >> BIN_SHIFT] += 1
     if signed.size % 2:
-        histogram[0, (signed[signed.size - 1] & 0x7FFFFFFF) >> _SHIFT] += 1
+        histogram[0, (signed[signed.size - 1] & 0x7FFFFFFF) >> BIN_SHIFT] += 1
     if largest == 0:
         return
     magnitudes = np.array([largest, smallest], dtype=np.int32).view(np.float32)
-    extremes[0] = max(extremes[0], magnitudes[0])
-    extremes[1] = max(extremes[1], -magnitudes[1])
+    extremes[AMAX] = max(extremes[AMAX], magnitudes[0])
+    extremes[MINUS_AMIN] = max(extremes[MINUS_AMIN], -magnitudes[1])
     if smallest < 1 << 23:
-        extremes[2] = max(extremes[2], np.float32(_significant_subnormal(signed)))
-    extremes[2] = max(extremes[2], np.float32(_significant(mantissas)))
+        extremes[SIGNIFICANT_BITS] = max(extremes[SIGNIFICANT_BITS], np.float32(_significant_subnormal(signed)))
+    extremes[SIGNIFICANT_BITS] = max(extremes[SIGNIFICANT_BITS], np.float32(_significant(mantissas)))
 
 
 @njit(cache=True, nogil=True)
@@ -116,13 +126,13 @@ def _without_nonfinite(sums, histogram, signed):  # type: ignore[no-untyped-def]
         if bits < _INF_BITS:
             largest = max(largest, bits)
             mantissas |= bits & 0x7FFFFF if bits >= 0x800000 else 0
-            sums[_SUM_OF_SQUARES] += np.float64(values[i]) * np.float64(values[i])
+            sums[SUM_OF_SQUARES] += np.float64(values[i]) * np.float64(values[i])
         elif bits > _INF_BITS:
-            sums[_NANS] += 1
+            sums[NANS] += 1
         elif signed[i] > 0:
-            sums[_POSITIVE_INFS] += 1
+            sums[POSITIVE_INFS] += 1
         else:
-            sums[_NEGATIVE_INFS] += 1
+            sums[NEGATIVE_INFS] += 1
     return largest, mantissas
 
 
@@ -154,8 +164,8 @@ def _significant_subnormal(signed):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _cells_hit(source, widen):  # type: ignore[no-untyped-def]
     """Hash cells hit by a strided sample of the finite, non-zero magnitudes (linear counting)."""
-    cells = np.zeros(_CELLS, dtype=np.uint8)
-    stride = max(1, -(-source.size // _SAMPLE))
+    cells = np.zeros(HASH_CELLS, dtype=np.uint8)
+    stride = max(1, -(-source.size // SAMPLE))
     for i in range(0, source.size, stride):
         bits = np.int64(np.int32(source[i]) << widen) & 0x7FFFFFFF
         if 0 < bits < _INF_BITS:

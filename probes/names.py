@@ -32,13 +32,8 @@ class Owned:
     """Where a parameter lives: the module's path, the parameter's own name, and the site of a product with it."""
 
     path: str
-    name: str
     site: str
-
-    @property
-    def dotted(self) -> str:
-        """The name that `model.named_parameters()` gives it."""
-        return self.name if self.path == ROOT else f"{self.path}.{self.name}"
+    dotted: str  # the name that `model.named_parameters()` gives it: of a tied parameter, its first owner's
 
 
 class ParameterOwners:
@@ -46,11 +41,12 @@ class ParameterOwners:
 
     def __init__(self, model: nn.Module) -> None:
         self._owned: dict[int, list[Owned]] = {}
+        dotted = {id(parameter): name for name, parameter in model.named_parameters()}
         for path, module in model.named_modules(remove_duplicate=False):
             several = len(_matrix_parameters(module)) > 1
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 where = path or ROOT
-                owned = Owned(where, name, f"{where}/{name}" if several else where)
+                owned = Owned(where, f"{where}/{name}" if several else where, dotted[id(parameter)])
                 self._owned.setdefault(id(parameter), []).append(owned)
 
     def of(self, tensor: Tensor, current: str | None) -> Owned | None:

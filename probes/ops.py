@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from probes.records import Product
+from probes.records import GRADIENT, Product
 
 _SDPA_DROPOUT = 4  # position of dropout_p
 
@@ -114,9 +114,9 @@ class Operation:
         first, second = roles[0], roles[1]
         found = [Product("forward", (first, second), flops)]
         if operands[0].requires_grad:
-            found.append(Product(f"{first}_grad", ("grad_output", second), flops))
+            found.append(Product(f"{first}_grad", (GRADIENT, second), flops))
         if operands[1].requires_grad:
-            found.append(Product(f"{second}_grad", (first, "grad_output"), flops))
+            found.append(Product(f"{second}_grad", (first, GRADIENT), flops))
         return found
 
 
@@ -132,13 +132,13 @@ def _attention_products(operands: Sequence[Tensor], scores: float) -> list[Produ
         Product("values", ("probabilities", "value"), values),
     ]
     if query.requires_grad or key.requires_grad:
-        found.append(Product("probabilities_grad", ("grad_output", "value"), values))
+        found.append(Product("probabilities_grad", (GRADIENT, "value"), values))
     if query.requires_grad:
         found.append(Product("query_grad", ("scores_grad", "key"), scores))
     if key.requires_grad:
         found.append(Product("key_grad", ("scores_grad", "query"), scores))
     if value.requires_grad:
-        found.append(Product("value_grad", ("probabilities", "grad_output"), values))
+        found.append(Product("value_grad", ("probabilities", GRADIENT), values))
     return found
 
 

@@ -25,7 +25,7 @@ from probes.coverage import coverage_of
 from probes.errors import WindowError
 from probes.history import history_of
 from probes.recorder import Clock, Recorder
-from probes.records import Evidence, Product, Site, Slot
+from probes.records import GRADIENT, Evidence, Product, Site, Slot
 from probes.window import Window
 
 USUAL_CASTS = ("e4m3fn", "e5m2", "int8", "bf16", "fp16")  # the candidates of the directional products
@@ -156,7 +156,7 @@ def _close(
         Site(
             name=name,
             op=tally.op,
-            roles=(*tally.roles, *(["grad_output"] if Slot(name, "grad_output") in rows else [])),
+            roles=(*tally.roles, *([GRADIENT] if Slot(name, GRADIENT) in rows else [])),
             shapes=dict(tally.shapes),
             dtypes=dict(tally.dtypes),
             elements={role: count / steps for role, count in tally.elements.items()},
@@ -186,7 +186,7 @@ def _close(
         steps=recorder.recorded,
         losses=recorder.losses,
         sites=sites,
-        coverage=coverage_of(recorder.seen_flops, recorder.unseen or Counter()),
+        coverage=coverage_of(recorder.seen_flops, recorder.unseen or Counter(), recorder.forwards / steps),
         histories={slot: history_of(found) for slot, found in rows.items()},
         evidence={slot: _evidence(slot, recorder) for slot in rows},
         notes=notes,

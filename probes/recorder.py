@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from probes.casts import Cast
 from probes.coverage import FlopsUnseen
-from probes.curvature import Met, Sums, curvature_sums, noise_ratios
+from probes.curvature import Met, Sums, curvature_sums, noise_ratios, unchanged, view_of
 from probes.history import SparseRow, sparse_row
 from probes.losses import loss_call
 from probes.names import Frame, in_backward
-from probes.records import Product, Slot
+from probes.records import GRADIENT, Product, Slot
 from probes.sites import ProductCall, SiteHook
 from probes.sketch import SketchArray
 
@@ -94,6 +94,7 @@ class Recorder(SiteHook):
         self.notes: dict[str, None] = {}
         self.unseen: Counter[tuple[str, str]] | None = None
         self.seen_flops = 0.0
+        self.forwards = 0
         self._drawing = False
         self._counter: FlopsUnseen | None = None
         self._arrays: dict[torch.device, SketchArray] = {}
@@ -102,7 +103,7 @@ class Recorder(SiteHook):
 
     def _start_step(self) -> None:
         self._forward_sites: set[str] = set()
-        self._weights_seen: dict[Slot, tuple[int, int]] = {}
+        self._weights_seen: dict[Slot, set[object]] = defaultdict(set)
         self._met: list[Met] = []
         self._pending: list[PendingCurvature] = []
         self._loss: list[Tensor] = []
@@ -114,8 +115,10 @@ class Recorder(SiteHook):
         """Read the batch size off the model's inputs; on the first recorded forward, count what is not seen."""
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
         self._batch = tensors[0].shape[0] if tensors else None
-        if self.recording and self.unseen is None and torch.is_grad_enabled():
-            self._count_unseen(frame)
+        if self.recording and torch.is_grad_enabled():
+            self.forwards += 1
+            if self.unseen is None:
+                self._count_unseen(frame)
 
     def on_product(self, call: ProductCall) -> Tensor:
         """Sketch the operands, run the product, and wait for its gradient."""
@@ -135,10 +138,10 @@ class Recorder(SiteHook):
                 counter.inside = False
         products = call.products(result)
         if counter is not None:
-            self.seen_flops += sum(p.flops for p in products if "grad_output" not in p.operands)
+            self.seen_flops += sum(p.flops for p in products if GRADIENT not in p.operands)
         self._tally(call, products)
         for role, operand in zip(call.roles, call.operands, strict=True):
-            self._sketch(Slot(call.site, role), operand, once=role == "weight")
+            self._sketch(Slot(call.site, role), operand, once=role == "weight" and call.parameter is not None)
         if result.requires_grad:
             self._await_gradient(call, result)
         return result
@@ -202,10 +205,10 @@ class Recorder(SiteHook):
 
     def _sketch(self, slot: Slot, values: Tensor, once: bool = False) -> None:
         if once:
-            identity = (id(values if values._base is None else values._base), values._version)
-            if self._weights_seen.get(slot) == identity:
+            view = view_of(values)
+            if view in self._weights_seen[slot]:
                 return
-            self._weights_seen[slot] = identity
+            self._weights_seen[slot].add(view)
         tally = self.tallies[slot.site]
         tally.shapes[slot.role] = tuple(values.shape)
         tally.dtypes[slot.role] = str(values.dtype).removeprefix("torch.")
@@ -219,7 +222,7 @@ class Recorder(SiteHook):
         array.add(row, values)
 
     def _await_gradient(self, call: ProductCall, result: Tensor) -> None:
-        step, slot = self.step, Slot(call.site, "grad_output")
+        step, slot = self.step, Slot(call.site, GRADIENT)
         if self.scoring:
             self._met.append(met := Met.of(call, result, self._batch))
 
@@ -229,11 +232,19 @@ class Recorder(SiteHook):
             with torch._C.DisableTorchFunction():
                 self._sketch(slot, gradient)
             if self.scoring and met.intact:
-                for scored, ratios in noise_ratios(call, gradient, self.casts, self.adaptive).items():
-                    for cast, ratio in ratios.items():
-                        self.noise_ratios[scored][cast].append(ratio)
+                self._score_noise(call, gradient)
 
         result.register_hook(received)
+
+    def _score_noise(self, call: ProductCall, gradient: Tensor) -> None:
+        try:
+            found = noise_ratios(call, gradient, self.casts, self.adaptive)
+        except Exception as error:  # as in `_score`
+            self.notes[f"no gradient noise at {call.site}: {type(error).__name__}: {error}"] = None
+            return
+        for slot, ratios in found.items():
+            for cast, ratio in ratios.items():
+                self.noise_ratios[slot][cast].append(ratio)
 
     def _score(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         loss = loss_call(function, args, kwargs)
@@ -243,9 +254,10 @@ class Recorder(SiteHook):
         self._drawing = True
         try:
             draw = self.seed + 1_000_003 * self.step + len(self._pending)
-            sums = curvature_sums(loss, self._met, self.casts, seed=draw)
-        except RuntimeError as error:
-            self.notes[f"no curvature: the extra backward pass failed with: {error}"] = None
+            with unchanged(self.model):
+                sums = curvature_sums(loss, self._met, self.casts, seed=draw)
+        except Exception as error:  # whatever it was, the user's training goes on, and the window says so
+            self.notes[f"no curvature: the extra backward pass failed with {type(error).__name__}: {error}"] = None
             return
         finally:
             self._drawing = False

@@ -1,6 +1,6 @@
 """What a window says of the model beside its sketches: sites, their products, evidence, coverage.
 
-All of it is plain data: `asdict` gives what the window file's header holds, and `from_dict` reads it back.
+All of it is plain data: `numbers.plain` gives what the window file's header holds, and `from_dict` reads it back.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from probes.errors import MalformedWindow
 from probes.numbers import from_json
+
+GRADIENT = "grad_output"  # the role of the gradient at a product's result; every other role is a forward one
 
 
 class Slot(NamedTuple):

@@ -95,6 +95,9 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         """Any other torch function, inside the model or around it."""
         return function(*args, **kwargs)
 
+    def on_unplaced(self, operation: Operation) -> None:
+        """A product in the backward pass outside any module's forward: a checkpointed function's own, recomputed."""
+
     def on_backward(self, root: Any) -> None:
         """A backward pass starts, from a tensor or several."""
 
@@ -120,10 +123,13 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
     ) -> Any:
         kwargs = kwargs or {}
         operation = OPERATIONS.get(func)
-        if operation is not None and self.stack.frames:
-            call = self._product_call(func, operation, args, kwargs)
-            if call is not None:
-                return self.on_product(call)
+        if operation is not None:
+            if self.stack.frames:
+                call = self._product_call(func, operation, args, kwargs)
+                if call is not None:
+                    return self.on_product(call)
+            elif in_backward():
+                self.on_unplaced(operation)
         if func in COMPOSITE:
             if func is not F.multi_head_attention_forward and not self._nested:
                 self.on_backward(args[0] if args else kwargs.get("tensors"))

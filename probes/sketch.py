@@ -28,19 +28,21 @@ from torch import Tensor
 
 from probes import kernels
 from probes.errors import UnsupportedTensor
+from probes.layout import (
+    BIN_SHIFT,
+    BINS,
+    HASH_CELLS,
+    MANTISSA_BITS,
+    NANS,
+    NEGATIVE_INFS,
+    POSITIVE_INFS,
+    SAMPLE,
+    SUM_OF_SQUARES,
+    SUMS,
+    ZEROS,
+)
 
-MANTISSA_BITS = 23
-BIN_SHIFT = 20
-BINS = 255 << (MANTISSA_BITS - BIN_SHIFT)  # 2040: every finite magnitude
-ZEROS, NANS, POSITIVE_INFS, NEGATIVE_INFS, SUM_OF_SQUARES = range(BINS, BINS + 5)
-SUMS = BINS + 8  # a round 2048: sixteen kilobytes a slot
-
-AMAX, MINUS_AMIN, SIGNIFICANT_BITS, DISTINCT = range(4)
-EXTREMES = 4
 EMPTY_EXTREMES = (0.0, -math.inf, 0.0, 0.0)
-
-SAMPLE = 8192  # elements looked at for the count of distinct magnitudes
-HASH_CELLS = 4096  # linear counting: cells hit by the hashes of the sample
 
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from probes.history import SlotHistory
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -16,6 +21,10 @@ def with_nonfinite() -> Tensor:
     x[3], x[77], x[78] = float("nan"), float("inf"), -float("inf")
     x[100:300], x[5], x[6] = 0.0, 1e-44, -0.0
     return x
+
+
+def same_history(a: SlotHistory, b: SlotHistory) -> bool:
+    return all(np.array_equal(getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
 
 
 AWKWARD: dict[str, Tensor] = {

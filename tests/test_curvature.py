@@ -13,7 +13,7 @@ from torch.autograd.functional import hessian
 
 from probes import curvature
 from probes.casts import Cast
-from probes.curvature import Met, curvature_sums, noise_ratios, sample_sums
+from probes.curvature import Met, curvature_sums, noise_ratios, sample_dimension, sample_sums
 from probes.losses import loss_call
 from probes.records import Slot
 from probes.sites import ProductCall, SiteHook
@@ -126,20 +126,74 @@ def test_an_operand_changed_in_place_is_left_out() -> None:
     assert curvature_sums(caught.loss, caught.met, [CAST], seed=0) == {}
 
 
+def test_a_weight_used_several_times_has_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same δ in three products: their parts add up before the square."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(4, 4), torch.randn(6, 4)
+    monkeypatch.setattr(curvature, "DRAWS", 1000)
+
+    class Repeated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            for _ in range(3):
+                inputs = inputs + torch.relu(self.layer(inputs))
+            return inputs
+
+    with Catcher(Repeated(), 6) as caught:
+        outputs = caught.model(x)
+        cross_entropy(outputs)
+    got = curvature_sums(caught.loss, caught.met, [CAST], seed=1)[Slot("layer", "weight")]
+    weight = layer.weight.detach()
+    delta = CAST(weight) - weight
+
+    def run(w: Tensor) -> Tensor:
+        inputs = x
+        for _ in range(3):
+            inputs = inputs + torch.relu(F.linear(inputs, w, layer.bias.detach()))
+        return inputs
+
+    _, moved = torch.autograd.functional.jvp(run, weight, delta)
+    p = run(weight).softmax(1)
+    exact = 0.5 * ((p * moved.square()).sum(1) - (p * moved).sum(1).square()).mean()
+    assert caught.loss.scale * got.directional[str(CAST)] == pytest.approx(float(exact), rel=0.15)
+
+
 @pytest.mark.parametrize(
-    ("shape", "batch", "samples"),
-    [((6, 4), 6, 6), ((12, 4), 6, 6), ((3, 6, 4), 6, 6), ((5, 4), 6, 1), ((4, 4), None, 1), ((), 6, 1)],
+    ("shape", "batch", "dimension"),
+    [
+        ((6, 4), 6, 0),
+        ((12, 4), 6, 0),
+        ((18, 6), 6, 0),  # flattened rows of as many features as there are samples
+        ((3, 6, 4), 6, 1),
+        ((5, 4), 6, None),
+        ((0, 4), 0, None),
+        ((4, 4), None, None),
+        ((), 6, None),
+    ],
 )
-def test_samples_are_found_in_a_tensor(shape: tuple[int, ...], batch: int | None, samples: int) -> None:
+def test_samples_are_found_in_a_tensor(shape: tuple[int, ...], batch: int | None, dimension: int | None) -> None:
     values = torch.randn(shape, generator=generator())
-    sums = sample_sums(values, values, batch)
-    assert len(sums) == samples
+    assert sample_dimension(values, batch, values) == dimension
+    sums = sample_sums(values, values, dimension, batch)
+    assert len(sums) == (1 if dimension is None else batch)
     torch.testing.assert_close(sums.sum(), values.double().square().sum(), rtol=1e-6, atol=0)
+
+
+def test_a_transposed_batch_is_found_by_its_memory() -> None:
+    transposed = torch.zeros(6, 12, 4).transpose(0, 1)
+    assert sample_dimension(transposed.contiguous(), 6, transposed) == 1
 
 
 def test_flattened_rows_are_grouped_by_sample() -> None:
     values = torch.arange(12.0).reshape(6, 2)
-    assert sample_sums(values, torch.ones_like(values), 3).tolist() == [0 + 1 + 2 + 3, 4 + 5 + 6 + 7, 8 + 9 + 10 + 11]
+    assert sample_sums(values, torch.ones_like(values), 0, 3).tolist() == [
+        0 + 1 + 2 + 3,
+        4 + 5 + 6 + 7,
+        8 + 9 + 10 + 11,
+    ]
 
 
 def test_noise_is_that_of_the_gradients_computed_with_the_cast() -> None:

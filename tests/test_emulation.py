@@ -80,14 +80,38 @@ def test_stochastic_casts_are_reproducible_and_leave_the_users_stream_alone() ->
     plan = advisor.uniform(window, grad_output="e5m2/tensor/current/stochastic")
 
     def losses(seed: int) -> list[float]:
+        # train draws its batches from the global stream: other draws would give other batches and losses
         return train(mlp, 4, lambda model, optimizer: advisor.apply(plan, model, optimizer, seed=seed))[1]
 
     assert losses(1) == losses(1)
     assert losses(1) != losses(2)
+    model, x = nn.Linear(8, 6), torch.randn(5, 8)
+    random = advisor.uniform(window_of(model, 5, 8), input="e5m2/tensor/current/stochastic")
+    before = torch.get_rng_state()
+    with advisor.apply(random, model):
+        model(x).sum().backward()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-def other_model(width: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 10))
+def test_what_cannot_be_placed_is_said() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.layer(x)
+            result: Tensor = checkpoint(lambda h: (h @ h.t()) @ h, hidden, use_reentrant=False)
+            return result
+
+    model = Bare()
+    plan = advisor.uniform(window_of(model, 4, 4), lhs="int8")
+    with advisor.apply(plan, model) as applied:
+        model(torch.randn(4, 4)).sum().backward()
+    assert applied.report()[-1] == {"site": None, "role": None, "cast": None, "how": "not placed", "count": 2}
+    assert "not placed" in str(applied)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +119,7 @@ def other_model(width: int) -> nn.Module:
     [
         (nn.Sequential(nn.Linear(16, 32)), r"3 \(the model has no parameter 3\.weight\)"),
         (nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.ReLU(), nn.Linear(8, 10)), r"0 \(its weight is \[8, 16\]"),
+        (nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.ReLU(), nn.Linear(32, 10)), r"0 \(its weight is \[16, 32\]"),
     ],
 )
 def test_a_plan_for_another_model_is_refused_with_the_sites(model: nn.Module, says: str) -> None:

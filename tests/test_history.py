@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from probes.errors import MalformedWindow
-from probes.history import SlotHistory, history_of, same_history, sparse_row
+from probes.history import SlotHistory, history_of, sparse_row
 from probes.sketch import SketchArray
-from tests.tensors import AWKWARD
+from tests.tensors import AWKWARD, same_history
 
 
 def recorded(*names: str) -> SlotHistory:

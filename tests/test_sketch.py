@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from probes import history, sketch
+from probes import sketch
 from probes.errors import UnsupportedTensor
-from probes.sketch import BIN_EDGES, BINS, DISTINCT, NANS, SUM_OF_SQUARES, SUMS, ZEROS, SketchArray, add_reference
+from probes.layout import BINS, DISTINCT, NANS, SIGNIFICANT_BITS, SUM_OF_SQUARES, SUMS, ZEROS
+from probes.sketch import BIN_EDGES, SketchArray, add_reference
 from tests.tensors import AWKWARD, generator
 
 
@@ -89,7 +90,7 @@ def test_reserve_keeps_what_is_recorded() -> None:
 )
 def test_significant_bits(values: list[float], bits: int) -> None:
     _, extremes = sketched(torch.tensor(values))
-    assert extremes[sketch.SIGNIFICANT_BITS] == bits
+    assert extremes[SIGNIFICANT_BITS] == bits
 
 
 def test_distinct_counts_values_and_not_elements() -> None:
@@ -109,7 +110,3 @@ def test_the_tensor_is_left_alone() -> None:
     SketchArray(1).add(0, values)
     assert torch.equal(values, before)
     assert values._version == 0
-
-
-def test_history_and_sketch_agree_on_the_bins() -> None:
-    assert history.BINS == BINS

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import advisor
 from probes.errors import MalformedWindow, WindowError
-from probes.history import same_history
 from probes.probing import probe
 from probes.window import Window
 from probes.windowfile import load_window, window_from_bytes
 from tests.models import INPUTS, convnet, encoder, mlp, train
+from tests.tensors import same_history
 
 MODELS = list(INPUTS)
 
@@ -123,6 +123,102 @@ def test_checkpointing_counts_once(reentrant: bool) -> None:
     for slot in window.slots:
         assert window.history(*slot).elements.tolist() == [16 if slot.role == "weight" else 20], slot
     assert len(window.slots) == 6
+
+
+def test_a_recomputed_batchnorm_keeps_its_statistics() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def statistics(watch: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step() -> None:
+            logits = checkpoint(model, torch.randn(8, 4), use_reentrant=False)
+            F.cross_entropy(logits, torch.randint(0, 3, (8,))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        if watch:
+            with probe(model, optimizer, steps=2) as window:
+                step()
+                step()
+            assert window.evidence("0", "weight").directional
+        else:
+            step()
+            step()
+        return model.state_dict()
+
+    plain = statistics(watch=False)
+    for name, value in statistics(watch=True).items():
+        assert torch.equal(value, plain[name]), name
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_empty_batch_does_not_stop_the_training(reduction: str) -> None:
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probe(model, optimizer, steps=1) as window:
+        F.cross_entropy(model(torch.randn(0, 4)), torch.zeros(0, dtype=torch.long), reduction=reduction).backward()
+        optimizer.step()
+    assert window.steps == (0,)
+
+
+def test_a_fused_recurrent_layer_is_not_seen_and_counts() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(16, 64), nn.Linear(64, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.lstm(x)[0])
+
+    model = Tagger()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probe(model, optimizer, steps=1) as window:
+        model(torch.randn(5, 8, 16)).sum().backward()
+        optimizer.step()
+    head, lstm = 2 * 40 * 64 * 4, 2 * 40 * (256 * 16 + 256 * 64)
+    assert window.coverage.share == pytest.approx(head / (head + lstm))
+    assert window.coverage.unseen[0]["where"] == "lstm"
+
+
+def test_the_parts_of_a_fused_weight_are_all_read() -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.w[:4]) + F.linear(x, self.w[4:])
+
+    model = Fused()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probe(model, optimizer, steps=1) as window:
+        F.mse_loss(model(torch.randn(5, 4)), torch.zeros(5, 4)).backward()
+        optimizer.step()
+    assert window.history("(root)", "weight").elements.tolist() == [32]
+    advisor.apply(advisor.recommend(window, tolerance=1.0), model)
+
+
+def test_an_exception_inside_a_forward_leaves_the_thread_as_it_was() -> None:
+    from torch.overrides import _get_current_function_mode_stack
+
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError("inside")
+
+    model = nn.Sequential(nn.Linear(4, 4), Broken())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def interrupted() -> None:
+        with probe(model, optimizer, steps=1):
+            model(torch.randn(2, 4))
+
+    with pytest.raises(KeyError, match="inside"):
+        interrupted()
+    assert _get_current_function_mode_stack() == []
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_accumulated_micro_batches_are_one_step() -> None:
