@@ -124,7 +124,7 @@ def front(options: Sequence[Menu], limits: Limits, unit: float, total_flops: flo
     """
     groups = [Group(menu.group.gains[:, [0, 3]], menu.group.costs) for menu in options]
     points: list[FrontPoint] = []
-    for tolerance in sorted({factor * unit for factor in FRONT_FACTORS}):
+    for tolerance in sorted({factor * unit for factor in FRONT_FACTORS if math.isfinite(factor * unit)}):
         choice = _solved(groups, Limits(tolerance, limits.max_lost_batch))
         share = choice.gains[0] / total_flops if groups and total_flops else 0.0
         if all(choice.proven) and (not points or share > points[-1].share_8bit):

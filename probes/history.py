@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probes.errors import MalformedWindow
-from probes.layout import BINS
+from probes.layout import BIN_SHIFT, BINS
 
 _MAGIC = b"NAS1"
 _HEADER = struct.Struct("<4sIQ")  # magic, steps, occupied bins
+_MOST_ELEMENTS = 2**53  # what float64 counts exactly
 _MOST_STEPS, _MOST_OCCUPIED = 1 << 20, 1 << 24  # what a hostile header may claim: some 200 MB inflated
 
 _STEP_ARRAYS = {
@@ -112,27 +113,55 @@ class SlotHistory:
 
     def checked(self) -> SlotHistory:
         """Itself, or MalformedWindow if its arrays contradict each other."""
-        steps = len(self.steps)
-        wrong = [name for name in _STEP_ARRAYS if len(getattr(self, name)) != steps]
-        lengths = np.diff(self.offsets)
-        sound = (
-            not wrong
-            and len(self.offsets) == steps + 1
-            and self.offsets[0] == 0
-            and self.offsets[-1] == len(self.bins) == len(self.counts)
-            and bool((lengths >= 0).all())
-            and bool((self.bins < BINS).all())
-            and bool((self.counts > 0).all())
-            and all(bool((getattr(self, name) >= 0).all()) for name in ("zeros", "nans", "positive_infs"))
-            and bool((self.negative_infs >= 0).all())
-            and bool((np.isfinite(self.sum_of_squares) & (self.sum_of_squares >= 0)).all())
-            and bool(np.isfinite(self.amax).all() and np.isfinite(self.amin).all())
-            and bool(((self.amin >= 0) & (self.amax >= self.amin)).all())
-            and bool(((self.amax > 0) == (lengths > 0)).all())
-        )
-        if not sound:
+        if not (self._fits_together() and self._counts_are_possible() and self._magnitudes_agree()):
             raise MalformedWindow("a slot's history has arrays that contradict each other")
         return self
+
+    def _fits_together(self) -> bool:
+        """Lengths and offsets agree; steps and, within a step, bins rise."""
+        steps = len(self.steps)
+        if any(len(getattr(self, name)) != steps for name in _STEP_ARRAYS) or len(self.offsets) != steps + 1:
+            return False
+        if self.offsets[0] != 0 or not self.offsets[-1] == len(self.bins) == len(self.counts):
+            return False
+        starts = np.zeros(len(self.bins) + 1, dtype=bool)
+        if (np.diff(self.offsets) < 0).any() or (np.diff(self.steps) <= 0).any() or (self.steps < 0).any():
+            return False
+        starts[self.offsets] = True
+        rise = np.diff(self.bins.astype(np.int64)) > 0
+        return bool((rise | starts[1:-1]).all())
+
+    def _counts_are_possible(self) -> bool:
+        """No count is negative, none so large that a sum of them would not be exact."""
+        counts = (self.zeros, self.nans, self.positive_infs, self.negative_infs)
+        return bool(
+            all(((count >= 0) & (count <= _MOST_ELEMENTS)).all() for count in counts)
+            and ((self.counts > 0) & (self.counts <= _MOST_ELEMENTS)).all()
+            and self.counts.sum(dtype=np.float64) <= _MOST_ELEMENTS
+        )
+
+    def _magnitudes_agree(self) -> bool:
+        """The largest and smallest magnitude lie in the outermost bins, and the sum of squares between their bounds."""
+        held = np.diff(self.offsets) > 0
+        squares = self.sum_of_squares
+        if not (np.isfinite(squares).all() and np.isfinite(self.amax).all() and np.isfinite(self.amin).all()):
+            return False
+        if self.amax[~held].any() or self.amin[~held].any() or squares[~held].any():
+            return False
+        largest, smallest = self.bins[self.offsets[1:][held] - 1], self.bins[self.offsets[:-1][held]]
+        top = self.amax[held].astype(np.float64) ** 2
+        return bool(
+            (_bin_of(self.amax[held]) == largest).all()
+            and (_bin_of(self.amin[held]) == smallest).all()
+            and (self.amin[held] <= self.amax[held]).all()
+            and (squares[held] >= top * (1 - 1e-9)).all()
+            and (squares[held] <= top * self.nonzero[held] * (1 + 1e-9)).all()
+        )
+
+
+def _bin_of(magnitudes: NDArray[np.float32]) -> NDArray[np.int64]:
+    bits = np.ascontiguousarray(magnitudes, dtype=np.float32).view(np.int32)
+    return np.asarray(bits.astype(np.int64) >> BIN_SHIFT, dtype=np.int64)
 
 
 class SparseRow(NamedTuple):

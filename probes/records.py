@@ -37,7 +37,7 @@ class Product:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Product:
         first, second = data["operands"]
-        return cls(str(data["name"]), (str(first), str(second)), _amount(data["flops"]))
+        return cls(text(data["name"]), (text(first), text(second)), _amount(data["flops"]))
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,16 @@ class Site:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Site:
         return cls(
-            name=str(data["name"]),
-            op=str(data["op"]),
-            roles=tuple(map(str, data["roles"])),
-            shapes={role: _shape(shape) for role, shape in data["shapes"].items()},
-            dtypes={role: str(dtype) for role, dtype in data["dtypes"].items()},
-            elements={role: _amount(count) for role, count in data["elements"].items()},
+            name=text(data["name"]),
+            op=text(data["op"]),
+            roles=tuple(map(text, list_of(data["roles"]))),
+            shapes={text(role): shape_of(shape) for role, shape in data["shapes"].items()},
+            dtypes={text(role): text(dtype) for role, dtype in data["dtypes"].items()},
+            elements={text(role): _amount(count) for role, count in data["elements"].items()},
             products=tuple(map(Product.from_dict, data["products"])),
-            parameter=None if data["parameter"] is None else str(data["parameter"]),
+            parameter=None if data["parameter"] is None else text(data["parameter"]),
             calls=_amount(data["calls"]),
-            parameter_shape=None if data["parameter_shape"] is None else _shape(data["parameter_shape"]),
+            parameter_shape=None if data["parameter_shape"] is None else shape_of(data["parameter_shape"]),
         )
 
 
@@ -107,7 +107,7 @@ class Evidence:
             return None if value is None else float(from_json(value))
 
         def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-            return {str(key): float(from_json(value)) for key, value in values.items()}
+            return {text(key): float(from_json(value)) for key, value in values.items()}
 
         directional, spread = numbers(data["directional"]), numbers(data["directional_se"])
         if directional.keys() != spread.keys():
@@ -140,7 +140,7 @@ class Coverage:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Coverage:
         unseen = tuple(
-            {"where": str(entry["where"]), "op": str(entry["op"]), "flops": _amount(entry["flops"])}
+            {"where": text(entry["where"]), "op": text(entry["op"]), "flops": _amount(entry["flops"])}
             for entry in data["unseen"]
         )
         return cls(float(from_json(data["share"])), unseen)
@@ -157,11 +157,27 @@ def _amount(value: Any) -> float:
     return amount
 
 
-def _shape(sizes: Any) -> tuple[int, ...]:
+def shape_of(sizes: Any) -> tuple[int, ...]:
+    """A tensor's shape; raises ValueError for what is none."""
     shape = tuple(map(int, sizes))
     if len(shape) > 16 or not all(0 <= size < 2**48 for size in shape):
         raise ValueError(f"{shape} is no shape of a tensor")
     return shape
+
+
+def text(value: Any) -> str:
+    """A string that any file or database can hold; raises TypeError or ValueError (lone surrogates) for others."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    value.encode()
+    return value
+
+
+def list_of(value: Any) -> list[Any]:
+    """A JSON array; raises TypeError for anything else."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{value!r} is no list")
+    return list(value)
 
 
 def read_record(kind: Any, data: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from probes.errors import MalformedWindow, WindowError
 from probes.history import SlotHistory
 from probes.numbers import from_json, plain
-from probes.records import Coverage, Evidence, Site, Slot, read_record
+from probes.records import Coverage, Evidence, Site, Slot, list_of, read_record, shape_of, text
 
 SCHEMA = "numerics-advisor/window/1"
 
@@ -158,14 +158,14 @@ class Window:
             raise MalformedWindow(f"this is no window of a known version: schema {schema!r}, expected {SCHEMA!r}")
         window = cls()
         try:
-            slots = [Slot(str(entry["site"]), str(entry["role"])) for entry in header["slots"]]
+            slots = [Slot(text(entry["site"]), text(entry["role"])) for entry in header["slots"]]
             sites = [read_record(Site, entry) for entry in header["sites"]]
             evidence = [read_record(Evidence, entry["evidence"]) for entry in header["slots"]]
             steps = [int(step) for step in header["steps"]]
             losses = [float(from_json(loss)) for loss in header["losses"]]
-            parameters = {str(name): tuple(int(n) for n in shape) for name, shape in header["parameters"].items()}
-            notes = [str(note) for note in header["notes"]]
-            names = str(header["model"]), str(header["optimizer"])
+            parameters = {text(name): shape_of(shape) for name, shape in header["parameters"].items()}
+            notes = [text(note) for note in list_of(header["notes"])]
+            names = text(header["model"]), text(header["optimizer"])
             coverage = read_record(Coverage, header["coverage"])
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             if isinstance(error, MalformedWindow):
@@ -175,6 +175,8 @@ class Window:
             raise MalformedWindow(f"the window has {len(steps)} steps but {len(losses)} losses")
         if len(histories) != len(slots) or len(set(slots)) != len(slots):
             raise MalformedWindow(f"the window names {len(slots)} slots and holds {len(histories)} histories")
+        if any(set(history.steps.tolist()) - set(steps) for history in histories):
+            raise MalformedWindow("a slot's history has steps that the window did not record")
         roles = {site.name: site.roles for site in sites}
         for slot in slots:
             if slot.role not in roles.get(slot.site, ()):

@@ -60,8 +60,21 @@ def test_a_hostile_length_is_refused_without_the_memory() -> None:
         {"amin": np.array([9e9])},
         {"offsets": np.array([0, 5000])},
         {"zeros": np.array([1, 2])},
+        {"zeros": np.array([2**63 - 1])},
+        {"steps": np.array([-1])},
+        {"sum_of_squares": np.array([1e-9])},
+        {"sum_of_squares": np.array([1e30])},
+        {"amax": np.array([1.0], dtype=np.float32)},
     ],
 )
 def test_arrays_that_contradict_each_other_are_refused(change: dict[str, np.ndarray]) -> None:
     with pytest.raises(MalformedWindow, match="contradict"):
         dataclasses.replace(recorded("rows"), **change).checked()
+
+
+@pytest.mark.parametrize("name", ["steps", "bins"])
+def test_steps_and_bins_rise(name: str) -> None:
+    history = recorded("rows", "rows")
+    backwards = dataclasses.replace(history, **{name: getattr(history, name)[::-1]})
+    with pytest.raises(MalformedWindow, match="contradict"):
+        backwards.checked()

@@ -301,3 +301,9 @@ def test_pruning_by_role_loses_nothing() -> None:
         for picked in every_combination(site, rows)
     }
     assert {(round(value),) for value in menu.group.gains[:, 0]} == whole
+
+
+def test_a_tolerance_near_the_largest_number_is_no_error() -> None:
+    site = linear()
+    plan = planned([site], scores([site], seed=1), tolerance=1e308)
+    assert plan.predicted.share_8bit == 1

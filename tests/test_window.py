@@ -369,6 +369,10 @@ def junk() -> dict[str, bytes]:
         "no slots": with_header({"slots": []}),
         "twice the slot": with_header({"slots": [header["slots"][0]] * len(header["slots"])}),
         "wrong type": with_header({"steps": "many"}),
+        "other steps": with_header({"steps": [5, 6]}),
+        "no name": with_header({"model": None}),
+        "no text": with_header({"notes": ["\ud800"]}),
+        "no list": with_header({"notes": {}}),
         "null site": with_header({"sites": [None]}),
         "endless work": with_header({"sites": [{**site, "calls": "Infinity"} for site in header["sites"]]}),
         "no tensor's shape": with_header(
