@@ -86,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         while not window.done:
             trainer.step()
     base, pairs = losses(trainer), []
+    print(f"{asked.model}, mean loss on the unseen batches {base.mean():.2f}")
     print(f"{'slot':<32}{'cast':<30}{'predicted':>11}{'measured':>11}{'±':>9}{'ratio':>8}")
     for row in advisor.score(window, asked.casts).rows:
         if row["damage"] is None:

@@ -51,13 +51,11 @@ class GradientNoise:
     last: Tensor | None = None
     differences: float = 0.0
     energy: float = 0.0
-    pairs: int = 0
 
     def add(self, sample: Tensor) -> None:
         if self.last is not None:
             self.differences += float((sample - self.last).square().sum()) / 2
             self.energy += float(sample.square().sum() + self.last.square().sum()) / 2
-            self.pairs += 1
         self.last = sample
 
 
@@ -219,7 +217,10 @@ class Recorder(SiteHook):
         if array is None:
             array = self._arrays[values.device] = SketchArray(device=values.device)
         array.reserve(row + 1)
-        array.add(row, values)
+        try:
+            array.add(row, values)
+        except Exception as error:  # a kind of tensor nobody thought of: the training goes on, and the window says so
+            self.notes[f"{slot.role} of {slot.site} could not be read: {type(error).__name__}: {error}"] = None
 
     def _await_gradient(self, call: ProductCall, result: Tensor) -> None:
         step, slot = self.step, Slot(call.site, GRADIENT)

@@ -150,7 +150,7 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         self, func: Callable[..., Any], operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> ProductCall | None:
         operands = operation.read(args, kwargs)
-        if operands is None or not all(operand.is_floating_point() for operand in operands):
+        if operands is None or not all(map(_is_dense_floating, operands)):
             return None
         frame = self.stack.frames[-1]
         owners = [self.owners.of(operand, frame.path) for operand in operands]
@@ -186,6 +186,10 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
             frame.leave = lambda: TorchFunctionMode.__exit__(self, None, None, None)
         if frame.path == ROOT and not in_backward():
             self.on_forward(frame, args, kwargs)
+
+
+def _is_dense_floating(operand: Tensor) -> bool:
+    return operand.is_floating_point() and operand.layout == torch.strided
 
 
 _seen: dict[Callable[..., Any], Callable[..., Any]] = {}

@@ -181,6 +181,11 @@ def test_integer_products_and_products_outside_the_model_are_left_alone() -> Non
     assert met(model, lambda m: (m(torch.ones(2, 2)), torch.ones(2, 2) @ torch.ones(2, 2))) == []
 
 
+def test_sparse_operands_are_left_alone() -> None:
+    graph = torch.eye(4).to_sparse()
+    assert met(Functional(lambda m, x: graph @ x), lambda m: m(torch.randn(4, 4))) == []
+
+
 @pytest.mark.parametrize(
     ("function", "flops"),
     [
