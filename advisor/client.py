@@ -4,12 +4,13 @@ Every POST carries an Idempotency-Key, so it is safe to send again when the conn
 answer comes; the client does so by itself. Event streams go on where they broke off. Imports no torch: only
 `push` and `download`, which handle windows, load it.
 
-NaN and infinities arrive as floats (in JSON they are the strings "NaN", "Infinity", "-Infinity").
+NaN and infinities are sent and arrive as floats (in JSON they are the strings "NaN", "Infinity", "-Infinity").
 """
 
 from __future__ import annotations
 
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ import httpx
 
 from advisor.errors import ServiceError
 from advisor.event_stream import Event, read_events
-from probes.numbers import NON_FINITE
+from probes.numbers import NON_FINITE, plain
 
 if TYPE_CHECKING:
     from probes.window import Window
@@ -59,7 +60,7 @@ class Client:
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.url = url.rstrip("/")
+        self.url = _address(url)
         self._sleep = sleep
         try:
             self._http = httpx.Client(base_url=self.url, timeout=timeout_s, transport=transport)
@@ -99,6 +100,11 @@ class Client:
         """One model by id or name."""
         return self.get(f"/v1/models/{_segment(model)}")
 
+    def find_model(self, model: str) -> dict[str, Any] | None:
+        """One model by id or name; None where the service has none of either."""
+        found: dict[str, Any] | None = self._find(f"/v1/models/{_segment(model)}")
+        return found
+
     def models(self) -> Iterator[dict[str, Any]]:
         return self.pages("/v1/models")
 
@@ -107,12 +113,11 @@ class Client:
     def push(self, window: Window | bytes | str | os.PathLike[str], model: str) -> dict[str, Any]:
         """Send a recorded window (or its file) to a model, which is created as external where there is none.
 
-        Only sketches travel: no weights, no data, no code. Returns the stored window.
+        Both happen or neither: a window that is refused leaves no model behind. Only sketches travel: no
+        weights, no data, no code. Returns the stored window.
         """
-        body = _window_bytes(window)
-        if self._find(f"/v1/models/{_segment(model)}") is None:
-            self.post("/v1/models", {"name": model, "kind": "external"})
-        return self.post(f"/v1/models/{_segment(model)}/windows", content=body, content_type=WINDOW_FILE_TYPE)
+        path = f"/v1/models/{_segment(model)}/windows?create=true"
+        return self.post(path, content=_window_bytes(window), content_type=WINDOW_FILE_TYPE)
 
     def probe(self, model: str, **options: Any) -> dict[str, Any]:
         """Open a probing window as a job. Options: steps, warmup, every, curvature_steps, casts, seed.
@@ -165,6 +170,11 @@ class Client:
 
     def plans(self, model: str) -> Iterator[dict[str, Any]]:
         return self.pages(f"/v1/models/{_segment(model)}/plans")
+
+    def latest_plan(self, model: str) -> dict[str, Any] | None:
+        """The plan that was made last for a model; None where it has none."""
+        items = self.get(f"/v1/models/{_segment(model)}/plans", limit=1)["items"]
+        return items[0] if items else None
 
     # Runs and jobs
 
@@ -249,7 +259,7 @@ class Client:
         if content is not None:
             headers["Content-Type"] = content_type or "application/octet-stream"
             return self._json(self._send("POST", path, headers=headers, content=content))
-        return self._json(self._send("POST", path, headers=headers, json=body))
+        return self._json(self._send("POST", path, headers=headers, json=plain(body)))
 
     def pages(self, path: str, **query: Any) -> Iterator[dict[str, Any]]:
         """The items of all pages."""
@@ -262,9 +272,13 @@ class Client:
                 return
 
     def _find(self, path: str) -> Any:
-        """GET, or None where there is no such thing."""
+        """GET, or None where the service says that there is no such thing."""
         response = self._send("GET", path, allow=404)
-        return None if response.status_code == 404 else self._json(response)
+        if response.status_code != 404:
+            return self._json(response)
+        if _problem(response) is None:
+            self._raise_problem(response, passing_too=True)  # it is not our service that answers
+        return None
 
     def _send(self, method: str, path: str, *, allow: int | None = None, **parts: Any) -> httpx.Response:
         """One request; sent again, with pauses, while the connection fails or the service is busy."""
@@ -284,14 +298,18 @@ class Client:
         raise AssertionError("the last attempt returns or raises")
 
     def _raise_problem(self, response: httpx.Response, passing_too: bool) -> None:
-        """ServiceError with the problem's title and detail; not for a status that may pass, unless asked."""
-        if response.status_code in PASSING_STATUSES and not passing_too:
+        """ServiceError with the problem's title and detail; not for what may pass, unless asked.
+
+        A conflict that names a time to try again is one that passes: the first try of a POST, whose answer
+        was lost, is still under way.
+        """
+        may_pass = response.status_code in PASSING_STATUSES or (
+            response.status_code == 409 and "Retry-After" in response.headers
+        )
+        if may_pass and not passing_too:
             return
-        try:
-            problem = response.json()
-        except ValueError:
-            problem = None
-        if not isinstance(problem, dict) or "title" not in problem:
+        problem = _problem(response)
+        if problem is None:
             raise ServiceError(
                 f"{response.request.method} {response.request.url} answered {response.status_code} "
                 "without a reason: check that this is the address of a Numerics Advisor service"
@@ -314,6 +332,20 @@ class Client:
             f"no service answers at {self.url} ({error}): start one with `advisor serve`, "
             "or name another with --url or ADVISOR_URL"
         )
+
+
+def _address(url: str) -> str:
+    """The service's address without what calls add to it: a final slash, or the /v1 of its API."""
+    return re.sub(r"(?<=[^/])/v1$", "", url.rstrip("/")).rstrip("/")
+
+
+def _problem(response: httpx.Response) -> dict[str, Any] | None:
+    """The problem (RFC 9457) that our service answered with; None where something else answered."""
+    try:
+        problem = response.json()
+    except ValueError:
+        return None
+    return problem if isinstance(problem, dict) and "title" in problem else None
 
 
 def _told(problem: dict[str, Any]) -> str:
@@ -347,10 +379,9 @@ def _segment(name: str) -> str:
 
 
 def _pause_s(attempt: int, asked: str | None = None) -> float:
-    """Seconds before the next try: as asked by Retry-After, or twice as long each time."""
-    if asked is not None and asked.isdigit():
-        return min(float(asked), LONGEST_PAUSE_S)
-    return min(FIRST_PAUSE_S * 2.0**attempt, LONGEST_PAUSE_S)
+    """Seconds before the next try: twice as long each time, and no less than Retry-After asks for."""
+    least = float(asked) if asked is not None and asked.isdigit() else 0.0
+    return min(max(FIRST_PAUSE_S * 2.0**attempt, least), LONGEST_PAUSE_S)
 
 
 def _with_floats(value: Any, key: str | None = None) -> Any:

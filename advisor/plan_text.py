@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from advisor.castnames import KEEP, short_cast
+from advisor.clauses import told_once
 from advisor.plan import Assignment, Plan, PlannedSite
 from probes.casts import Cast
 
@@ -21,8 +22,11 @@ def text(plan: Plan) -> str:
     lines = [*_summary(plan), "", *_table(plan, casts), "", "Reasons"]
     for site in plan.sites:
         lines.append(f"  {site.site}")
-        for one in casts[site.site]:
-            lines += _wrapped(f"{one.role}: {one.reason}", "    ")
+        of_site, own = told_once([one.reason for one in casts[site.site]])
+        for clause in of_site:
+            lines += _wrapped(clause, "    ")
+        for one, reason in zip(casts[site.site], own, strict=True):
+            lines += _wrapped(f"{one.role}: {reason}", "    ")
     if len(plan.front) > 1:
         lines += ["", "Tolerance → damage, 8-bit share"]
         lines += [

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from importlib.metadata import version
 
 from fastapi import APIRouter, FastAPI
+from fastapi_offline import FastAPIOffline
 
 from api import problems
 from api.context import Services
@@ -46,7 +47,8 @@ def create_app(settings: Settings) -> FastAPI:
         services.stopping.set()
         database.close()
 
-    app = FastAPI(
+    # FastAPI's own page loads its script and style from elsewhere, and is blank on a machine that is off the network.
+    app: FastAPI = FastAPIOffline(
         title="Numerics Advisor",
         version=version("numerics-advisor"),
         description=DESCRIPTION,

@@ -12,8 +12,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.problems import problem_response
 
-LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-
 
 class HostRefused(ValueError):
     """An address that the service does not bind."""
@@ -21,14 +19,7 @@ class HostRefused(ValueError):
 
 def check_host(host: str) -> str:
     """The host, if it is a loopback address or `localhost`. Raises HostRefused."""
-    name = host.strip("[]").lower()
-    if name == "localhost":
-        return host
-    try:
-        loopback = ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+    if not _is_loopback(host.strip("[]").lower()):
         raise HostRefused(
             f"the service does not bind {host!r}: it has no keys yet, so it answers this machine alone. "
             "Use 127.0.0.1 (the default), ::1 or localhost; from elsewhere, go through an SSH tunnel: "
@@ -53,17 +44,27 @@ class LoopbackOnly:
 
 def _refusal(headers: dict[bytes, bytes]) -> tuple[int, str] | None:
     host = headers.get(b"host", b"").decode("latin-1")
-    if not _is_loopback("//" + host):
+    if not _leads_here("//" + host):
         return 421, f"the Host {host!r} is not this machine; ask for 127.0.0.1 or localhost"
     origin = headers.get(b"origin")
-    if origin is not None and not _is_loopback(origin.decode("latin-1")):
+    if origin is not None and not _leads_here(origin.decode("latin-1")):
         return 403, f"requests from pages of {origin.decode('latin-1')!r} are refused"
     return None
 
 
-def _is_loopback(url: str) -> bool:
+def _leads_here(url: str) -> bool:
     try:
         name = urlsplit(url).hostname
     except ValueError:
         return False
-    return name is not None and (name in LOOPBACK_NAMES or name.startswith("127."))
+    return name is not None and _is_loopback(name)
+
+
+def _is_loopback(name: str) -> bool:
+    """Whether it is `localhost` or a loopback address: a name that only begins like one (127.example.org) is not."""
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -15,6 +15,7 @@ from fastapi import Depends, Header, Request, Response
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
+from api.bodies import require_json
 from api.context import Services, ServicesDep
 from api.problems import Refusal
 from db.store import idempotency
@@ -91,7 +92,8 @@ def replayed(_request: Request, error: Exception) -> Response:
 
 
 async def once(request: Request, services: ServicesDep, key: KeyHeader = None) -> Once:
-    """The Once of a request whose body is JSON."""
+    """The Once of a request whose body is JSON. Refuses (415, 422) another body before its schema is asked."""
+    await require_json(request)
     return Once(services, key, fingerprint(request, hashlib.sha256(await request.body()).digest()))
 
 

@@ -1,14 +1,19 @@
 """No body beyond its limit, whatever its Content-Length says: bytes are counted as they come in.
 
+Window files have the large limit, and only where they are taken. Everything else has the one of JSON.
+
 A body over the limit is read on and thrown away for a while before the answer is sent. A client that is still
 sending would otherwise meet a closed connection instead of the answer.
 """
+
+import re
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.problems import Refusal, problem_response
 
 WINDOW_TYPES = frozenset({"application/octet-stream", "application/vnd.safetensors"})
+WINDOW_ROUTE = re.compile(r"/v1/models/[^/]+/windows")
 DRAIN_BYTES = 16 << 20  # ours: a body a little over a JSON limit is read out, a huge one is not
 
 
@@ -25,7 +30,7 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        limit = self._limit(headers.get(b"content-type", b"").decode("latin-1"))
+        limit = self._limit(scope["path"], headers.get(b"content-type", b"").decode("latin-1"))
         announced = headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > limit:
             await _drain(receive)
@@ -34,9 +39,11 @@ class BodyLimit:
             return
         await self.app(scope, _counted(receive, limit), send)
 
-    def _limit(self, content_type: str) -> int:
+    def _limit(self, path: str, content_type: str) -> int:
         media_type = content_type.partition(";")[0].strip().lower()
-        return self.window_limit_bytes if media_type in WINDOW_TYPES else self.json_limit_bytes
+        if media_type in WINDOW_TYPES and WINDOW_ROUTE.fullmatch(path):
+            return self.window_limit_bytes
+        return self.json_limit_bytes
 
 
 def _counted(receive: Receive, limit: int) -> Receive:

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import Query
@@ -25,7 +25,7 @@ def decode(cursor: str) -> list[Any]:
     """The place of a cursor. Raises Refusal (422) for anything this service did not write."""
     try:
         place = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise _refused(cursor) from error
     if not isinstance(place, list):
         raise _refused(cursor)
@@ -40,11 +40,12 @@ def after_of(cursor: str | None) -> After | None:
     try:
         moment, row_id = place
         moment = datetime.fromisoformat(moment)
-    except (TypeError, ValueError) as error:
+        in_utc = moment.astimezone(UTC)  # out of range at the edges of the calendar
+    except (TypeError, ValueError, OverflowError) as error:
         raise _refused(cursor) from error
-    if moment.tzinfo is None or not isinstance(row_id, str):
+    if moment.tzinfo is None or not isinstance(row_id, str) or not row_id.isascii():
         raise _refused(cursor)
-    return moment, row_id
+    return in_utc, row_id
 
 
 def next_of(after: After | None) -> str | None:

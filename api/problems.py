@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from api.statuses import STATUS, problem, problem_of
 
@@ -39,6 +40,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _validation)
     for kind, _ in STATUS:
         app.add_exception_handler(kind, _known)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _unknown)
 
 
@@ -89,6 +91,12 @@ def _known(request: Request, error: Exception) -> JSONResponse:
     members = problem_of(error)
     assert members is not None
     return JSONResponse({**members, "instance": request.url.path}, members["status"], media_type=MEDIA_TYPE)
+
+
+def _gone(request: Request, _error: Exception) -> JSONResponse:
+    """Nobody reads this answer: the client broke off while it sent its body."""
+    structlog.get_logger("api").info("client left", path=request.url.path)
+    return problem_response(400, "the body broke off", instance=request.url.path)
 
 
 def _unknown(request: Request, error: Exception) -> JSONResponse:

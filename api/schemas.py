@@ -5,12 +5,14 @@ A page is {"items": [...], "next": cursor or null}; the cursor goes back as `?cu
 Times are RFC 3339 in UTC. An unknown field in a request is an error, never ignored.
 """
 
+import re
 from datetime import datetime
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from advisor.numbers import Number
+from db.ids import Prefix
 
 JobState = Literal["queued", "running", "succeeded", "failed", "canceled"]
 JobKind = Literal["window", "run"]
@@ -19,7 +21,24 @@ Phase = Literal["warmup", "window", "baseline", "plan", "evaluate"]
 
 # A name stands in paths, so it is one plain path segment; ids start with a prefix that names may not have.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-Name = Annotated[str, Field(pattern=NAME_PATTERN, description="1 to 100 of A-Z a-z 0-9 . _ -")]
+NAME_RULE = "1 to 100 of A-Z a-z 0-9 . _ -, the first a letter or a digit"
+ID_STARTS = tuple(f"{prefix}_" for prefix in get_args(Prefix))
+
+
+def checked_name(name: str) -> str:
+    """The name, if a model can have it. Raises ValueError."""
+    if re.fullmatch(NAME_PATTERN, name) is None:
+        raise ValueError(f"a model's name is {NAME_RULE}")
+    if name.startswith(ID_STARTS):
+        raise ValueError(f"a model's name does not begin with {', '.join(ID_STARTS)}: that is how ids begin")
+    return name
+
+
+Name = Annotated[
+    str,
+    AfterValidator(checked_name),  # whose sentence reads better than the pattern
+    Field(description=NAME_RULE, json_schema_extra={"pattern": NAME_PATTERN}),
+]
 
 
 class Request(BaseModel):
@@ -107,7 +126,9 @@ class WindowRequest(Request):
     warmup: int = Field(50, ge=0, le=1_000_000)
     every: int = Field(1, ge=1, le=10_000)
     curvature_steps: int = Field(2, ge=0, le=1_000)
-    casts: list[str] | None = Field(None, description="candidates for the directional products; null: the usual")
+    casts: list[str] | None = Field(
+        None, min_length=1, description="candidates for the directional products; null: the usual"
+    )
     seed: int | None = Field(None, ge=0, lt=2**63, description="null: the seed of the model's training")
 
 
@@ -218,8 +239,27 @@ class PlanRequest(Request):
     uniform: dict[str, str] | None = Field(
         None,
         min_length=1,
-        description='role to cast, e.g. {"input": "int8/none", "grad_output": "e5m2/none"}',
+        description='role to cast, e.g. {"input": "int8/none", "grad_output": "e5m2/none"}; '
+        "beside it only hardware and one window are taken",
     )
+
+    @model_validator(mode="after")
+    def _no_window_twice(self) -> Self:
+        windows = self.windows or []
+        if repeated := [window for place, window in enumerate(windows) if window in windows[:place]]:
+            raise ValueError(f"windows names {repeated[0]!r} twice; name each window once")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_beside_a_recipe(self) -> Self:
+        if self.uniform is None:
+            return self
+        limits = {"tolerance": self.tolerance, "max_lost_batch": self.max_lost_batch, "casts": self.casts}
+        if given := [name for name, value in limits.items() if name in self.model_fields_set and value is not None]:
+            raise ValueError(f"a uniform recipe takes no {' and no '.join(given)}: its casts are given; leave it out")
+        if len(self.windows or []) > 1:
+            raise ValueError("a uniform recipe takes one window, whose scores predict its cost; name one")
+        return self
 
 
 class PlanView(View):

@@ -14,7 +14,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from db.errors import SchemaMismatch
-from db.session import Database
+from db.session import Database, exists
 from db.tables import Table
 
 FOLDER = Path(__file__).parent / "migrations"
@@ -36,6 +36,15 @@ def check(database: Database) -> None:
             f"the database is at migration {found or 'none'}, this version needs {wanted}; "
             "start `advisor serve` once to upgrade it, or use the version that wrote it"
         )
+
+
+def opened(url: str) -> Database:
+    """The database, which must be there and at this version's head; nothing is created. Raises SchemaMismatch."""
+    if not exists(url):
+        raise SchemaMismatch(f"there is no database at {url}; start `advisor serve` once on this data directory first")
+    database = Database(url)
+    check(database)
+    return database
 
 
 def current(database: Database) -> str | None:

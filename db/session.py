@@ -21,6 +21,14 @@ BUSY_TIMEOUT_MS = 15_000
 BEGIN = "advisor_begin"  # execution option: how a transaction begins on SQLite
 
 
+def exists(url: str) -> bool:
+    """Whether there is a database to open. Of a server only connecting tells, so that is True."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return True
+    return bool(parsed.database) and Path(parsed.database or "").is_file()
+
+
 class Database:
     """One engine. Safe to share between threads; not across a fork."""
 

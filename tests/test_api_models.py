@@ -1,5 +1,7 @@
 """Models over HTTP, and what every route has in common: problems, hosts, pages, limits, keys, health."""
 
+import asyncio
+import base64
 import json
 import threading
 from collections.abc import Iterator
@@ -9,7 +11,9 @@ import httpx
 import pytest
 from pydantic import ValidationError
 from service import TINY_GPT, Service, quick_settings, serving_app
+from structlog.testing import capture_logs
 
+from api import log
 from api.app import create_app
 from api.hosts import HostRefused, check_host
 from api.settings import Settings
@@ -56,7 +60,10 @@ def test_a_taken_name_is_a_conflict(service: Service) -> None:
         ({"config": {"widht": 16}}, "widht"),
         ({"data": {"set": "digits"}}, "reads tokens"),
         ({"training": {"learning_rate": -1}}, "learning_rate"),
-        ({"name": "a/b"}, "name"),
+        ({"name": "a/b"}, "A-Z a-z 0-9 . _ -"),
+        ({"name": "a\n"}, "A-Z a-z 0-9 . _ -"),
+        ({"name": "mdl_0123456789abcdef"}, "how ids begin"),
+        ({"name": "run_3"}, "how ids begin"),
         ({"kind": "code"}, "kind"),
         ({"extra": 1}, "extra"),
     ],
@@ -84,7 +91,28 @@ def test_pages_hold_every_model_once(service: Service) -> None:
     assert names <= set(seen)
 
 
-@pytest.mark.parametrize("cursor", ["x", "bnVsbA", "W10", "WyJhIiwiYiJd", "é"])
+PLACES = [
+    "[" * 3000,
+    '["0001-01-01T00:00:00+14:00","mdl_1"]',
+    '["9999-12-31T23:59:59-14:00","mdl_1"]',
+    '["2026-01-01T00:00:00+00:00","\\ud800"]',
+    '["2026-01-01T00:00:00","mdl_1"]',
+    "[" + "1" * 5000 + "]",
+]
+CURSORS = [base64.urlsafe_b64encode(place.encode()).decode() for place in PLACES]
+
+
+@pytest.mark.parametrize(
+    "cursor",
+    [
+        "x",
+        "bnVsbA",
+        "W10",
+        "WyJhIiwiYiJd",
+        "é",
+        *(base64.urlsafe_b64encode(place.encode()).decode() for place in PLACES),
+    ],
+)
 def test_a_cursor_of_nothing_is_refused(service: Service, cursor: str) -> None:
     assert "cursor" in problem(service.client.get("/v1/models", params={"cursor": cursor}), 422)["detail"]
 
@@ -118,6 +146,73 @@ def test_a_body_that_is_no_such_json_is_refused(service: Service, content: bytes
     assert problem(response, 422)["errors"]
 
 
+JSON_POSTS = ["/v1/models", "/v1/models/x/plans", "/v1/plans/x/runs"]
+
+
+@pytest.mark.parametrize("path", JSON_POSTS)
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "application/octet-stream"])
+def test_json_is_to_be_declared_as_such(service: Service, path: str, kind: str | None) -> None:
+    headers = {} if kind is None else {"Content-Type": kind}
+    response = service.client.post(path, content=b'{"name": "typed", "kind": "external"}', headers=headers)
+    assert "send Content-Type: application/json" in problem(response, 415)["detail"]
+    problem(service.client.get("/v1/models/typed"), 404)
+
+
+@pytest.mark.parametrize("path", [*JSON_POSTS, "/v1/models/x/windows"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"name": "\\ud800"}',
+        b'{"\\ud800": 1}',
+        b'{"windows": ["\\udfff"]}',
+        b'{"kind": "external", "name": "\xed\xa0\x80"}',
+        b'{"uniform": {"\\ud800": "int8"}}',
+        b'{"seed": ' + b"1" * 5000 + b"}",
+        *(b'{"config": ' + b"[" * depth + b"]" * depth + b"}" for depth in (40, 500, 900, 960, 5000)),
+    ],
+)
+def test_json_that_no_database_holds_is_refused(service: Service, path: str, content: bytes) -> None:
+    response = service.client.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code in (400, 422)
+    problem(response, response.status_code)
+
+
+def test_half_of_a_surrogate_pair_is_named(service: Service) -> None:
+    response = service.client.post(
+        "/v1/models/x/plans", content=b'{"windows": ["\\ud800"]}', headers={"Content-Type": "application/json"}
+    )
+    assert "surrogate" in problem(response, 422)["detail"]
+
+
+def test_a_client_that_breaks_off_is_no_fault_of_ours(tmp_path: Any) -> None:
+    app = create_app(quick_settings(tmp_path))
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/models/m/windows",
+        "raw_path": b"/v1/models/m/windows",
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"host", b"localhost"), (b"content-type", b"application/octet-stream")],
+    }
+    messages = iter([{"type": "http.request", "body": b"half", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(_message: Any) -> None:
+        pass
+
+    log.configure("info")
+    with capture_logs() as logged:
+        asyncio.run(app(scope, receive, send))
+    log.configure("error")
+    assert ("client left", "info") in [(entry["event"], entry["log_level"]) for entry in logged]
+    assert {entry["log_level"] for entry in logged} == {"info"}
+    assert not any("exc_info" in entry for entry in logged)
+    assert list((tmp_path / "uploads").iterdir()) == []
+
+
 def test_a_fault_of_ours_shows_a_number_and_nothing_else(tmp_path: Any) -> None:
     app = create_app(quick_settings(tmp_path))
 
@@ -146,13 +241,23 @@ def test_loopback_is_bound(host: str) -> None:
     assert check_host(host) == host
 
 
-@pytest.mark.parametrize("headers", [{"Host": "example.org"}, {"Host": "10.0.0.1:8000"}, {"Host": ""}])
-def test_a_foreign_host_is_refused(service: Service, headers: dict[str, str]) -> None:
-    problem(service.client.get("/v1/models", headers=headers), 421)
+@pytest.mark.parametrize(
+    "host",
+    ["example.org", "10.0.0.1:8000", "", "127.evil.com", "127.0.0.1.evil.com:8000", "localhost.evil.com", "[::2]"],
+)
+def test_a_foreign_host_is_refused(service: Service, host: str) -> None:
+    problem(service.client.get("/v1/models", headers={"Host": host}), 421)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.2:8000", "[::1]:8000", "[::1]"])
+def test_this_machine_s_names_are_answered(service: Service, host: str) -> None:
+    headers = {"Host": host, "Origin": f"http://{host}"}
+    assert service.client.get("/v1/models", headers=headers).status_code == 200
 
 
 def test_a_foreign_page_is_refused(service: Service) -> None:
-    problem(service.client.get("/v1/models", headers={"Origin": "https://example.org"}), 403)
+    for origin in ("https://example.org", "http://127.evil.com", "null"):
+        problem(service.client.get("/v1/models", headers={"Origin": origin}), 403)
     assert service.client.get("/v1/models", headers={"Origin": "http://localhost:8000"}).status_code == 200
 
 
@@ -162,6 +267,8 @@ def test_a_foreign_page_is_refused(service: Service) -> None:
 def test_a_json_body_over_the_limit_is_refused_by_its_length(service: Service) -> None:
     body = {**EXTERNAL, "name": "large", "padding": "x" * 30_000}
     assert "20,000" in problem(service.post("/v1/models", body), 413)["detail"]
+    headers = {"Content-Type": "application/octet-stream"}  # has the large limit where windows are pushed, only there
+    problem(service.client.post("/v1/models", content=bytes(30_000), headers=headers), 413)
 
 
 def test_a_json_body_over_the_limit_is_refused_while_it_streams(service: Service) -> None:

@@ -1,6 +1,7 @@
 """Pushed windows over HTTP, and what is asked of them: layers, history, scores, plans, the file."""
 
 import json
+import re
 import struct
 import threading
 from collections.abc import Iterator
@@ -9,11 +10,15 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from service import Service, quick_settings, serving, small_window, wait_until
+from service import TINY_GPT, Service, quick_settings, serving, small_window, wait_until
 from test_api_models import problem
 
 import advisor
 from advisor.metrics import measure
+from advisor.training import Trainer
+from advisor.zoo.spec import ArchitectureSpec
+from db.session import Database
+from db.store import plans
 from probes.windowfile import window_from_bytes
 
 CASTS = ["e4m3fn/tensor/current/nearest", "e5m2/none/nearest"]
@@ -153,6 +158,20 @@ def test_scores_are_filtered_and_paged(service: Service, pushed: dict[str, Any])
     assert "cursor" in problem(foreign, 422)["detail"]
 
 
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ({"site": "22"}, "near it: 2"),
+        ({"site": "0", "role": "key"}, "input, weight, grad_output"),
+        ({"role": "key"}, "input, weight, grad_output"),
+    ],
+)
+def test_scores_of_nothing_say_what_there_is(
+    service: Service, pushed: dict[str, Any], query: dict[str, str], says: str
+) -> None:
+    assert says in problem(service.client.get("/v1/models/net/scores", params=query), 404)["detail"]
+
+
 def test_nan_and_infinity_come_through(service: Service) -> None:
     service.post("/v1/models", {"name": "zeros", "kind": "external"}, status=201)
     window = small_window(zero_weights=True)
@@ -186,7 +205,8 @@ def test_a_plan_is_made_and_shown(service: Service, pushed: dict[str, Any], wind
 
 def test_a_uniform_plan_is_the_recipe(service: Service, pushed: dict[str, Any]) -> None:
     recipe = {"input": "int8/none", "grad_output": "e5m2/none"}
-    plan = service.post("/v1/models/net/plans", {"uniform": recipe}, status=201).json()["plan"]
+    asked = {"uniform": recipe, "tolerance": None, "casts": None, "windows": [pushed["id"]]}
+    plan = service.post("/v1/models/net/plans", asked, status=201).json()["plan"]
     casts = {row["role"]: row["cast"] for row in plan["assignments"]}
     assert casts["input"] == "int8/none/nearest"
     assert casts["grad_output"] == "e5m2/none/nearest"
@@ -204,6 +224,11 @@ def test_a_uniform_plan_is_the_recipe(service: Service, pushed: dict[str, Any]) 
         ({"uniform": {"hardware": "int8"}}, "no role"),
         ({"uniform": {"input": "int9"}}, "int8"),
         ({"windows": []}, "windows"),
+        ({"windows": ["win_1", "win_1"]}, "twice"),
+        ({"uniform": {"input": "int8"}, "tolerance": 0.1}, "no tolerance"),
+        ({"uniform": {"input": "int8"}, "max_lost_batch": 0.02}, "no max_lost_batch"),
+        ({"uniform": {"input": "int8"}, "casts": ["int8"]}, "no casts"),
+        ({"uniform": {"input": "int8"}, "windows": ["win_1", "win_2"]}, "one window"),
     ],
 )
 def test_a_plan_that_cannot_be_made_says_why(
@@ -245,6 +270,100 @@ def test_an_external_model_is_not_trained_here(service: Service, pushed: dict[st
     plan = service.post("/v1/models/net/plans", {}, status=201).json()
     assert "advisor.apply" in problem(service.post(f"/v1/plans/{plan['id']}/runs", {"steps": 2}), 409)["detail"]
     assert service.get(f"/v1/plans/{plan['id']}/runs")["items"] == []
+
+
+# Windows and plans of other models
+
+
+def recorded_elsewhere(**config: int) -> advisor.Window:
+    """A window of the service's "own" model, with another config where one is given."""
+    described: dict[str, Any] = {name: part for name, part in TINY_GPT.items() if name not in ("name", "kind")}
+    trainer = Trainer(ArchitectureSpec.parse({**described, "config": {**described["config"], **config}}))
+    with advisor.probe(trainer.model, trainer.optimizer, steps=1, curvature_steps=0) as window:
+        trainer.step()
+    return window
+
+
+@pytest.fixture(scope="module")
+def own(service: Service) -> str:
+    return str(service.post("/v1/models", {**TINY_GPT, "name": "own"}, status=201).json()["id"])
+
+
+def test_a_window_of_this_architecture_is_taken(service: Service, own: str) -> None:
+    response = service.push("own", recorded_elsewhere().to_bytes())
+    assert response.status_code == 201, response.text
+    plan = service.post("/v1/models/own/plans", {"uniform": {"input": "bf16/none"}}, status=201).json()
+    service.post(f"/v1/plans/{plan['id']}/runs", {"steps": 2}, status=202)
+
+
+def test_a_window_of_another_model_is_refused_with_the_difference(
+    service: Service, own: str, window: advisor.Window
+) -> None:
+    before = service.get("/v1/models/own/windows")["items"]
+    for create in (False, True):
+        path = f"/v1/models/{own}/windows?create={str(create).lower()}"
+        headers = {"Content-Type": "application/octet-stream"}
+        wider = service.client.post(path, content=recorded_elsewhere(width=32).to_bytes(), headers=headers)
+        told = problem(wider, 422)["detail"]
+        assert re.search(r"is \[\d+, 16\] in the model and \[\d+, 32\] in the window; .* and \d+ more", told), told
+    deeper = problem(service.push("own", recorded_elsewhere(layers=2).to_bytes()), 422)["detail"]
+    assert "the model has no blocks.1." in deeper
+    assert "the window lacks" in problem(service.push("own", window.to_bytes()), 422)["detail"]
+    assert service.get("/v1/models/own/windows")["items"] == before
+
+
+def test_a_plan_that_is_not_the_model_s_is_not_run(service: Service, own: str) -> None:
+    plan_id = stored_plan(service, own, advisor.uniform(recorded_elsewhere(width=32), input="bf16/none"))
+    told = problem(service.post(f"/v1/plans/{plan_id}/runs", {"steps": 2}), 422)
+    assert told["type"].endswith("PlanMismatch")
+    assert "blocks.0.mlp.up" in told["detail"]
+    assert service.get(f"/v1/plans/{plan_id}/runs")["items"] == []
+
+
+def stored_plan(service: Service, model_id: str, plan: advisor.Plan) -> str:
+    """A plan's id; stored past the check of windows, as by an older version."""
+    database = Database(service.settings.url)
+    with database.writing() as session:
+        row = plans.add(session, model_id=model_id, windows=[], request={}, plan=plan.to_dict())
+    database.close()
+    return row.id
+
+
+# Pushing to a new model
+
+
+def create(service: Service, name: str, body: bytes, **headers: str) -> Any:
+    sent = {"Content-Type": "application/octet-stream"} | headers
+    return service.client.post(f"/v1/models/{name}/windows", params={"create": "true"}, content=body, headers=sent)
+
+
+def test_a_push_makes_its_model(service: Service, window: advisor.Window) -> None:
+    problem(service.push("fresh", window.to_bytes()), 404)
+    first = create(service, "fresh", window.to_bytes(), **{"Idempotency-Key": "c1"})
+    assert first.status_code == 201, first.text
+    assert create(service, "fresh", window.to_bytes(), **{"Idempotency-Key": "c1"}).json() == first.json()
+    model = service.get("/v1/models/fresh")
+    assert (model["kind"], model["id"]) == ("external", first.json()["model_id"])
+    assert create(service, "fresh", window.to_bytes()).json()["model_id"] == model["id"]
+    assert len(service.get("/v1/models/fresh/windows")["items"]) == 2
+
+
+def test_a_push_that_is_refused_leaves_no_model(service: Service, window: advisor.Window) -> None:
+    good = window.to_bytes()
+    for body in (good[: len(good) // 2], b"", small_window(steps=0).to_bytes()):
+        problem(create(service, "never", body), 422)
+    problem(service.client.get("/v1/models/never"), 404)
+    for name in ("mdl_1234", "a%20b", "-x", "x" * 101):
+        problem(create(service, name, good), 422)
+    opened = service.client.post("/v1/models/never/windows?create=true", json={"steps": 1})
+    assert "window file" in problem(opened, 422)["detail"]
+    assert list(service.settings.uploads.iterdir()) == []
+
+
+def test_create_is_in_the_document(service: Service) -> None:
+    call = service.get("/openapi.json")["paths"]["/v1/models/{model_id}/windows"]["post"]
+    (parameter,) = [parameter for parameter in call["parameters"] if parameter["name"] == "create"]
+    assert "external model" in parameter["description"]
 
 
 # Bad windows
@@ -289,7 +408,9 @@ def test_a_window_of_no_steps_is_refused(service: Service) -> None:
     assert service.get("/v1/models/none/windows")["items"] == []
 
 
-@pytest.mark.parametrize("body", [{"steps": 0}, {"steps": "many"}, {"warmup": -1}, {"casts": ["e4m3"]}, {"step": 1}])
+@pytest.mark.parametrize(
+    "body", [{"steps": 0}, {"steps": "many"}, {"warmup": -1}, {"casts": ["e4m3"]}, {"casts": []}, {"step": 1}]
+)
 def test_a_window_that_cannot_be_opened_is_refused(service: Service, body: dict[str, Any]) -> None:
     problem(service.post("/v1/models/net/windows", body), 422)
 

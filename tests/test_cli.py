@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,18 +16,20 @@ from typer.main import get_command
 
 from advisor.cli import app, curves, main, numbers_text, tables
 from advisor.cli.curves import Curve
+from advisor.cli.submit import is_window_file
+from advisor.client import connect
 
 Run = Callable[..., tuple[int, str, str]]
 
 # Every command's arguments and options. A change here is a change of what users type.
 FLAGS = {
     "demo": "--model --keep --json",
-    "serve": "--host --port --data-dir",
-    "worker": "--data-dir",
+    "serve": "--host --port --data-dir --json",
+    "worker": "--data-dir --json",
     "submit": "file --name --family --data --set --url --json",
     "probe": "model --steps --warmup --every --curvature-steps --cast --seed -o --output --detach --url --json",
     "plan": "model --hardware --tolerance --max-lost-batch --window --cast --uniform -o --output --url --json",
-    "train": "plan --steps --baseline --no-baseline --baseline-run --window --evaluate-batches --seed --detach "
+    "train": "what --steps --baseline --no-baseline --baseline-run --window --evaluate-batches --seed --detach "
     "--url --json",
     "history": "model site role --cast --metric --window --url --json",
     "show": "what --url --json",
@@ -107,6 +110,10 @@ def test_every_command_explains_itself(run: Run, command: str) -> None:
         (["show", "nothing.json"], "nothing.json: No such file"),
         (["show", "nothing.safetensors"], "nothing.safetensors"),
         (["submit", "nothing.toml"], "nothing.toml: No such file"),
+        (["submit", "nothing.safetensors", "--name", "m"], "nothing.safetensors: No such file"),
+        (["plan", "m", "-o", "/nonexistent/x.json"], "/nonexistent/x.json: there is no folder /nonexistent"),
+        (["probe", "m", "-o", "/nonexistent/x.st"], "/nonexistent/x.st: there is no folder /nonexistent"),
+        (["plan", "m", "-o", "/tmp"], "/tmp: this is a folder"),
         (["serve", "--host", "0.0.0.0"], "does not bind '0.0.0.0'"),
         (["probe", "m", "--url", "localhost"], "is no URL of a service"),
     ],
@@ -132,7 +139,10 @@ def test_what_cannot_be_done_is_one_sentence_and_status_1(
         ["submit"],
         ["submit", "--family", "gpt", "--set", "layers=2"],
         ["submit", "--family", "gpt", "--set", "config.layers"],
-        ["submit", "w.safetensors"],
+        ["plan", "m", "--max-lost-batch", "1"],
+        ["plan", "m", "--max-lost-batch", "-0.1"],
+        ["plan", "m", "--max-lost-batch", "nan"],
+        ["plan", "m", "--tolerance", "nan"],
         ["plan", "m", "--uniform", "int8"],
         ["demo", "--model", "llama"],
     ],
@@ -182,6 +192,51 @@ def test_submit_a_file_and_change_one_setting(run: Run, tmp_path: Path, name: st
     assert posted(server, "/v1/models")["name"] == "gpt"
 
 
+# safetensors: the length of the header in eight bytes, the header, the arrays.
+SAFETENSORS = (2).to_bytes(8, "little") + b"{}"
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.st", "w", "w.json"])
+def test_submit_knows_a_window_file_by_its_content(run: Run, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(SAFETENSORS)
+    with serving({"POST /v1/models/m/windows?create=true": [(201, WINDOW)]}) as server:
+        status, out, _ = run("submit", str(tmp_path / name), "--name", "m", server=server)
+        nameless = run("submit", str(tmp_path / name), server=server)
+    assert (status, out) == (0, "win_1: 2 steps of 3 sites, model 'm'\n")
+    assert [seen.body for seen in server.seen] == [SAFETENSORS]
+    assert nameless[0] == 2
+    assert "goes with --name alone" in nameless[2]
+
+
+def test_json_with_a_brace_in_the_ninth_place_is_no_window_file(tmp_path: Path) -> None:
+    text = b'{"data":{"set": "digits"}}'
+    assert text[8:9] == b"{"
+    assert not is_window_file(tmp_path / "a.json", text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.toml", 'family = "gpt"\nname = 2020-01-01', "holds a date or a time"),
+        ("a.json", '{"family": "gpt", "config": null}', "config is None; settings by name are expected"),
+    ],
+)
+def test_submit_a_file_with_a_wrong_part(run: Run, tmp_path: Path, name: str, text: str, says: str) -> None:
+    (tmp_path / name).write_text(text)
+    status, out, err = run("submit", str(tmp_path / name), "--set", "config.layers=1")
+    assert (status, out) == (1, "")
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_submit_a_file_that_is_no_text(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "w.st").write_bytes(b"\x80\x02}q\x00.")
+    status, out, err = run("submit", str(tmp_path / "w.st"), "--name", "m")
+    assert (status, out) == (1, "")
+    assert err.startswith(f"advisor: {tmp_path / 'w.st'} is neither a window file nor text in UTF-8 (byte 0 is 0x80)")
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(("name", "text"), [("a.json", "{"), ("a.toml", "=")])
 def test_submit_a_broken_file(run: Run, tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
@@ -229,6 +284,85 @@ def test_a_failed_job_is_status_1_with_its_reason(run: Run) -> None:
         status, out, err = run("probe", "m", "--json", server=server)
     assert (status, out) == (1, "")
     assert "Training diverged: the loss is nan at step 1" in err
+
+
+PLAN_ID = "pln_0123456789abcdef"
+RUN_ANSWER = (202, {"run": {"id": "run_1"}, "job": {**JOB, "kind": "run"}})
+
+
+def test_train_takes_a_plan(run: Run) -> None:
+    with serving({f"POST /v1/plans/{PLAN_ID}/runs": [RUN_ANSWER]}) as server:
+        status, out, _ = run("train", PLAN_ID, "--detach", server=server)
+    assert (status, out) == (0, f"started job_1, the job of run_1 with {PLAN_ID}\n")
+    assert len(server.seen) == 1
+
+
+def test_train_takes_a_model_and_its_latest_plan(run: Run) -> None:
+    answers = {
+        "GET /v1/models/m": [(200, MODEL)],
+        "GET /v1/models/mdl_1/plans?limit=1": [(200, {"items": [{"id": PLAN_ID}], "next": "older"})],
+        f"POST /v1/plans/{PLAN_ID}/runs": [RUN_ANSWER],
+    }
+    with serving(answers) as server:
+        status, out, _ = run("train", "m", "--detach", "--steps", "3", server=server)
+    assert (status, out) == (0, f"started job_1, the job of run_1 with {PLAN_ID}\n")
+    assert posted(server, f"/v1/plans/{PLAN_ID}/runs")["steps"] == 3
+
+
+def test_train_a_model_without_a_plan_says_how_to_make_one(run: Run) -> None:
+    answers = {
+        "GET /v1/models/m": [(200, MODEL)],
+        "GET /v1/models/mdl_1/plans?limit=1": [(200, {"items": [], "next": None})],
+    }
+    with serving(answers) as server:
+        status, _, err = run("train", "m", server=server)
+    assert (status, err) == (1, "advisor: the model 'm' has no plan yet: `advisor plan m` makes one\n")
+
+
+@pytest.mark.parametrize("command", ["show", "train"])
+def test_an_id_of_nothing_is_told_what_ids_look_like(run: Run, command: str) -> None:
+    missing = (404, {"title": "Not Found", "detail": "there is no model with the id or name 'job_x'"})
+    with serving({"GET /v1/models/job_x": [missing]}) as server:
+        status, out, err = run(command, "job_x", server=server)
+    assert (status, out) == (1, "")
+    assert "nothing here is called 'job_x'" in err
+    assert all(prefix in err for prefix in ("mdl_", "win_", "pln_", "run_", "job_"))
+
+
+def test_worker_with_json_says_who_it_is(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.jobs.worker.work", lambda settings: None)
+    status, out, _ = run("worker", "--json", "--data-dir", str(tmp_path))
+    assert status == 0
+    assert json.loads(out) == {"worker": os.getpid(), "data_dir": str(tmp_path.resolve())}
+    assert out.count("\n") == 1
+
+
+def test_serve_with_json_prints_its_address_when_it_answers(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "advisor.cli", "serve", "--port", "0", "--data-dir", str(tmp_path), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        try:
+            said = json.loads(process.stdout.readline())
+            with connect(said["url"]) as client:
+                assert client.get("/healthz") == {"status": "ok"}
+        finally:
+            process.terminate()
+        assert process.stdout.read() == ""
+    assert list(said) == ["url"]
+
+
+def test_the_help_says_what_is_checked(run: Run) -> None:
+    _, out, _ = run("plan", "--help")
+    assert "0 or more, below 1" in " ".join(out.split())
+    assert "0<=x<=1" not in out.replace(".0", "")
+
+
+def test_worker_without_a_database_is_one_sentence(run: Run, tmp_path: Path) -> None:
+    status, out, err = run("worker", "--data-dir", str(tmp_path / "none"))
+    assert (status, out) == (1, "")
+    assert err.startswith("advisor: ")
+    assert "start `advisor serve` once" in err
+    assert err.count("\n") == 1
 
 
 def test_history_prints_a_line_a_step(run: Run) -> None:
@@ -344,6 +478,26 @@ def test_the_layer_table_has_a_line_a_slot_and_a_column_a_cast() -> None:
     assert ["tensor", "e4m3fn", "bf16"] in lines
     at = lines.index(["blocks.0.mlp.up"])
     assert lines[at + 1 : at + 3] == [[role, "1.2%", "31", "1.2%", "31"] for role in ("input", "weight")]
+
+
+def test_what_is_said_of_a_whole_site_stands_once() -> None:
+    whole = "e4m3fn throughout this site (h100 does not multiply it with int8) would cost 4.3× the loss"
+    assignments = [
+        {"site": "a", "role": "input", "reason": f"int8: 40.0 dB; {whole}."},
+        {"site": "a", "role": "weight", "reason": f"int8: 41.0 dB; {whole}; flagged: few values."},
+        {"site": "a", "role": "grad_output", "reason": "int8: 30.0 dB; flagged: few values."},
+        {"site": "b", "role": "input", "reason": f"int8: 42.0 dB; {whole}."},
+    ]
+    sites = [{"site": "a", "flops": 3.0}, {"site": "b", "flops": 1.0}]
+    assert tables.plan_text({"sites": sites, "assignments": assignments}, 130).plain.splitlines() == [
+        "a  75% of FLOPs",
+        f"  {whole}.",
+        "  input        int8: 40.0 dB.",
+        "  weight       int8: 41.0 dB; flagged: few values.",
+        "  grad_output  int8: 30.0 dB; flagged: few values.",
+        "b  25% of FLOPs",
+        f"  input        int8: 42.0 dB; {whole}.",
+    ]
 
 
 def test_a_short_training_is_drawn_without_holes() -> None:

@@ -62,6 +62,31 @@ def test_a_busy_service_is_asked_again_after_the_time_it_names() -> None:
     assert len(server.seen) == 2
 
 
+def test_a_conflict_is_tried_again_only_where_it_names_a_time() -> None:
+    def under_way(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(409)
+        handler.send_header("Retry-After", "1")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    with client_of({"POST /v1/models": [under_way, under_way, under_way, (201, {"id": "mdl_1"})]}) as (
+        client,
+        server,
+        pauses,
+    ):
+        assert client.submit({"name": "m"}) == {"id": "mdl_1"}
+    assert len({seen.headers["idempotency-key"] for seen in server.seen}) == 1
+    assert pauses == [1.0, 1.0, 2.0]  # as asked, then longer
+
+    taken = (409, {"title": "Conflict", "detail": "a model named 'm' exists"})
+    with (
+        client_of({"POST /v1/models": [taken]}) as (client, server, pauses),
+        pytest.raises(ServiceError, match="a model named 'm' exists"),
+    ):
+        client.submit({"name": "m"})
+    assert (len(server.seen), pauses) == (1, [])
+
+
 def test_a_service_that_stays_busy_says_why_in_the_end() -> None:
     answers = {"GET /v1/models/m": [(503, {"title": "Not ready", "detail": "migrating"})]}
     with client_of(answers) as (client, server, _), pytest.raises(ServiceError, match="Not ready: migrating"):
@@ -129,19 +154,54 @@ def test_site_names_travel_in_the_path() -> None:
         assert client.history("my model", "(root)/sdpa.0?", "query", "e5m2/none", ["a", "b"]) == {"steps": []}
 
 
-def test_push_creates_the_model_once_and_sends_only_the_file() -> None:
-    missing = (404, {"title": "No such model", "detail": "m"})
-    answers = {
-        "GET /v1/models/m": [missing, (200, {"id": "mdl_1"})],
-        "POST /v1/models": [(201, {"id": "mdl_1"})],
-        "POST /v1/models/m/windows": [(201, {"id": "win_1"})],
-    }
-    with client_of(answers) as (client, server, _):
-        assert client.push(b"sketches", model="m") == client.push(b"sketches", model="m") == {"id": "win_1"}
-    assert [seen.method for seen in server.seen] == ["GET", "POST", "POST", "GET", "POST"]
-    assert json.loads(server.seen[1].body) == {"name": "m", "kind": "external"}
-    assert server.seen[2].body == b"sketches"
-    assert server.seen[2].headers["content-type"] == "application/vnd.safetensors"
+def test_push_is_one_call_that_sends_only_the_file() -> None:
+    with client_of({"POST /v1/models/m/windows?create=true": [hang_up, (201, {"id": "win_1"})]}) as (
+        client,
+        server,
+        _,
+    ):
+        assert client.push(b"sketches", model="m") == {"id": "win_1"}
+    first, again = server.seen
+    assert first.body == again.body == b"sketches"
+    assert first.headers["content-type"] == "application/vnd.safetensors"
+    assert first.headers["idempotency-key"] == again.headers["idempotency-key"]
+
+
+def test_a_refused_push_creates_no_model() -> None:
+    refusal = (422, {"title": "Malformed window", "detail": "the file ends early"})
+    with (
+        client_of({"POST /v1/models/m/windows?create=true": [refusal]}) as (client, server, _),
+        pytest.raises(ServiceError, match="Malformed window: the file ends early"),
+    ):
+        client.push(b"sket", model="m")
+    assert len(server.seen) == 1
+
+
+def test_a_model_is_found_or_not() -> None:
+    missing = (404, {"title": "Not Found", "detail": "there is no model"})
+    with client_of({"GET /v1/models/m": [missing, (200, {"id": "mdl_1"}), (404, b"<html>")]}) as (client, _, _):
+        assert client.find_model("m") is None
+        assert client.find_model("m") == {"id": "mdl_1"}
+        with pytest.raises(ServiceError, match="address of a Numerics Advisor service"):
+            client.find_model("m")
+
+
+@pytest.mark.parametrize("added", ["", "/", "/v1", "/v1/", "//"])
+def test_what_calls_add_to_the_address_is_left_off(added: str) -> None:
+    with serving({"GET /v1/models/m": [(200, {"id": "mdl_1"})]}) as server, Client(server.url + added) as client:
+        assert client.url == server.url
+        assert client.model("m") == {"id": "mdl_1"}
+
+
+def test_a_host_may_be_named_v1() -> None:
+    with connect("http://v1") as client:
+        assert client.url == "http://v1"
+
+
+def test_numbers_that_json_lacks_are_sent_as_words() -> None:
+    with client_of({"POST /v1/models/m/plans": [(201, {})]}) as (client, server, _):
+        client.plan("m", tolerance=math.inf)
+    assert json.loads(server.seen[0].body) == {"tolerance": "Infinity"}
 
 
 def test_events_go_on_where_a_stream_broke_and_come_once() -> None:

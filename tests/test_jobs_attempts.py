@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from service import TINY_GPT, Service, quick_settings, steps_of
 
+import advisor
 from advisor.errors import TrainingDiverged
 from advisor.training import Trainer
 from advisor.zoo.spec import ArchitectureSpec
@@ -20,11 +21,11 @@ from api.jobs.execute import see_through
 from api.jobs.pace import Pace
 from api.jobs.run import Arms
 from api.jobs.window import record
-from api.jobs.worker import Left, Worker
+from api.jobs.worker import Left, SchemaMismatch, Worker, work
 from api.schemas import RunRequest
 from db.errors import StaleAttempt
 from db.session import Database
-from db.store import events, jobs, models, windows
+from db.store import events, jobs, models, plans, runs, windows
 
 LEASE = timedelta(seconds=60)
 SPEC = ArchitectureSpec.parse({name: part for name, part in TINY_GPT.items() if name not in ("name", "kind")})
@@ -205,6 +206,43 @@ def test_a_fault_of_ours_fails_the_job_without_its_traceback(service: Service) -
     assert (job["state"], job["error"]["status"]) == ("failed", 500)
     assert "Traceback" not in str(job)
     assert "folder belongs" not in str(job)
+
+
+def test_a_plan_of_another_model_fails_before_anything_is_trained(service: Service) -> None:
+    service.post("/v1/models", {**TINY_GPT, "name": "mine"}, status=201)
+    database = Database(service.settings.url)
+    wider = Trainer(SPEC.model_copy(update={"config": SPEC.config.model_copy(update={"width": 32})}))
+    with advisor.probe(wider.model, wider.optimizer, steps=1, curvature_steps=0) as window:
+        wider.step()
+    with database.writing() as session:  # past the check of POST …/runs, as by an older version
+        plan = plans.add(
+            session,
+            model_id=models.get(session, "mine").id,
+            windows=[],
+            request={},
+            plan=advisor.uniform(window, input="bf16/none").to_dict(),
+        )
+        run = runs.add(session, plan=plan, request=RunRequest(steps=3).model_dump(mode="json"))
+        job_id = jobs.add(session, kind="run", model_id=plan.model_id, run_id=run.id).id
+    database.close()
+    carried_out(service)
+    job = service.get(f"/v1/jobs/{job_id}")
+    assert job["state"] == "failed"
+    assert job["error"]["type"].endswith("PlanMismatch")
+    assert steps_of(service.events(job_id)) == []
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_a_worker_makes_no_database(tmp_path: Path, content: bytes | None) -> None:
+    settings = quick_settings(tmp_path / "data")
+    file = tmp_path / "data" / "advisor.sqlite"
+    if content is not None:
+        file.parent.mkdir()
+        file.write_bytes(content)
+    with pytest.raises(SchemaMismatch, match="advisor serve"):
+        work(settings, threading.Event())
+    assert file.exists() == (content is not None)
+    assert (tmp_path / "data").exists() == (content is not None)
 
 
 def test_a_second_plan_is_set_beside_the_first_one_s_baseline(service: Service) -> None:

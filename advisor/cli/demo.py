@@ -103,7 +103,7 @@ def demo(
 
     story = Story(output.console(error=as_json))
     show, console = SHOWS[model], story.console
-    console.print(f"Numerics Advisor: {show.told}, start to verdict, over HTTP\n")
+    console.print(f"Numerics Advisor: {show.told}, start to verdict, over HTTP")
     with service_process.running(keep) as service, connect(service.url) as client:
         story.step("service", "starting (a process of its own, an empty SQLite database)")
         service.wait_until_ready(client)

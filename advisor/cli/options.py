@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,20 @@ DataDir = Annotated[
 ]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def kind_of_id(text: str) -> str | None:
+    """mdl, win, pln, run or job where the text looks like an id of the service; else None."""
+    found = re.fullmatch(r"(mdl|win|pln|run|job)_[0-9a-f]{16}", text)
+    return None if found is None else found.group(1)
+
+
+def nothing_named(text: str) -> str:
+    """What to say where no model has this name or id and it is no other id either."""
+    return (
+        f"nothing here is called {text!r}: no model has that name or id, and the ids of models, windows, plans, runs "
+        "and jobs are mdl_, win_, pln_, run_ or job_ and 16 hexadecimal digits"
+    )
 
 
 def pairs(texts: list[str] | None, option: str) -> dict[str, str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probes.numbers import as_json
+from probes.numbers import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,15 +29,23 @@ def console(error: bool = False) -> Console:
 
 def print_json(value: Any) -> None:
     """The value as JSON on stdout."""
-    sys.stdout.write(json.dumps(_words(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _words(value: Any) -> Any:
-    """The same value with NaN and infinities as the strings that the service uses."""
-    if isinstance(value, dict):
-        return {name: _words(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_words(item) for item in value]
-    if isinstance(value, float):
-        return as_json(value)
-    return value
+def print_json_line(value: Any) -> None:
+    """The value as one line of JSON on stdout, at once: a reader at the other end of a pipe waits for it."""
+    sys.stdout.write(json.dumps(plain(value), ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def check_place(path: Path) -> None:
+    """Raise OSError, naming the path as it was given, where no file can be written there.
+
+    For a result that takes minutes: asked before the work, not after it.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "this is a folder; name a file in it", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, f"there is no folder {path.parent}; create it first", str(path))
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"nothing can be written in the folder {path.parent}", str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,18 +12,38 @@ from advisor.cli import options, output
 from advisor.cli.tables import plan_lines, plan_text
 
 
+def _share_below_one(value: float | None) -> float | None:
+    if value is not None and not 0 <= value < 1:
+        raise typer.BadParameter(f"{value:g} is not in the range 0<=x<1.")
+    return value
+
+
+def _number(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
 def plan(
     model: options.Model,
     hardware: Annotated[str, typer.Option(help="What it will run on; GET /v1/hardware lists them.")] = "h100",
     tolerance: Annotated[
         float | None,
         typer.Option(
-            min=0, help="Rise of the loss that is allowed; default: 0.1% of the mean loss.", show_default=False
+            min=0,
+            callback=_number,
+            help="Rise of the loss that is allowed; default: 0.1% of the mean loss.",
+            show_default=False,
         ),
     ] = None,
     max_lost_batch: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the batch that may be lost to rounding noise.")
-    ] = 0.02,
+        float | None,
+        typer.Option(
+            callback=_share_below_one,
+            help="Share of the batch that may be lost to rounding noise: 0 or more, below 1; default: 0.02.",
+            show_default=False,
+        ),
+    ] = None,
     window: Annotated[
         list[str] | None, typer.Option(help="Window id. May be repeated; default: the latest.", show_default=False)
     ] = None,
@@ -47,12 +68,15 @@ def plan(
     asked: dict[str, Any] = {
         "hardware": hardware,
         "tolerance": tolerance,
-        "max_lost_batch": max_lost_batch,
         "windows": window,
         "casts": cast,
     }
+    if max_lost_batch is not None:
+        asked["max_lost_batch"] = max_lost_batch
     if recipe := options.pairs(uniform, "--uniform"):
         asked["uniform"] = recipe
+    if out is not None:
+        output.check_place(out)
     with connect(url) as client:
         made = client.plan(model, **asked)
     if out is not None:

@@ -34,6 +34,8 @@ def probe(
 
     if detach and out is not None:
         raise typer.BadParameter("with --detach there is no window yet to write", param_hint="--output")
+    if out is not None:
+        output.check_place(out)
     with connect(url) as client:
         opened = client.probe(
             model, steps=steps, warmup=warmup, every=every, curvature_steps=curvature_steps, casts=cast, seed=seed

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from advisor.cli import options
+from advisor.cli import options, output
 from advisor.errors import ServiceError
+
+AsJson = Annotated[bool, typer.Option("--json", help='Print {"url": …} on stdout, on one line, as soon as it answers.')]
 
 
 def serve(
@@ -17,6 +19,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(envvar="ADVISOR_PORT", min=0, max=65535, help="0: any free one.")] = 8000,
     data_dir: options.DataDir = Path("advisor-data"),
+    as_json: AsJson = False,
 ) -> None:
     """Start the service and one worker. The API's docs are at /docs. Ctrl-C stops both."""
     from api.hosts import HostRefused
@@ -24,7 +27,7 @@ def serve(
 
     settings = settings_of(host=host, port=port, data_dir=data_dir)
     try:
-        serve_until_stopped(settings, _announce)
+        serve_until_stopped(settings, _announce_as_json if as_json else _announce)
     except HostRefused as error:
         raise ServiceError(str(error)) from error
 
@@ -44,3 +47,7 @@ def settings_of(**chosen: Any) -> Any:
 
 def _announce(url: str) -> None:
     typer.echo(f"Numerics Advisor answers at {url}; API docs: {url}/docs", err=True)
+
+
+def _announce_as_json(url: str) -> None:
+    output.print_json_line({"url": url})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from advisor.cli import numbers_text, options, output, tables
+from advisor.errors import ServiceError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,11 +94,13 @@ def _show_window_file(path: Path, console: Console, as_json: bool) -> None:
 def _find(client: Client, what: str) -> tuple[str, dict[str, Any]]:
     """What an id names, and its kind; whatever does not look like one of our ids is a model's name or id."""
     calls = {"win": client.window, "pln": client.saved_plan, "run": client.saved_run, "job": client.job}
-    looks_like_id = re.fullmatch(r"(win|pln|run|job)_[0-9a-f]{16}", what)
-    if looks_like_id is not None:
-        kind = looks_like_id.group(1)
+    kind = options.kind_of_id(what)
+    if kind in calls:
         return kind, calls[kind](what)
-    return "mdl", client.model(what)
+    model = client.find_model(what)
+    if model is None:
+        raise ServiceError(options.nothing_named(what))
+    return "mdl", model
 
 
 def _show_found(client: Client, kind: str, found: dict[str, Any], console: Console) -> None:

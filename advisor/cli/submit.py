@@ -12,13 +12,17 @@ from advisor.cli import options, output
 from advisor.cli.numbers_text import count
 from advisor.errors import InvalidModel
 
+# safetensors' own limit; eight characters of any text, read as a length, are far above it.
+LARGEST_HEADER_BYTES = 100_000_000
+PARTS = ("config", "data", "training")  # of a description: the settings
+
 
 def submit(
     file: Annotated[
         Path | None,
         typer.Argument(
             help="A description (.json or .toml: name, family, config, data, training), or a window file that "
-            "`window.save` wrote (.safetensors; then --name is the model's).",
+            "`window.save` wrote (then --name is the model's).",
             show_default=False,
         ),
     ] = None,
@@ -40,11 +44,12 @@ def submit(
     """Submit a model to the service: a built-in family with its data, or a recorded window file."""
     from advisor.client import connect
 
+    content = None if file is None else file.read_bytes()
     with connect(url) as client:
-        if file is not None and file.suffix == ".safetensors":
+        if file is not None and content is not None and is_window_file(file, content):
             if name is None or family or data or setting:
                 raise typer.BadParameter("a window file goes with --name alone", param_hint="FILE")
-            window = client.push(file, model=name)
+            window = client.push(content, model=name)
             if as_json:
                 output.print_json(window)
                 return
@@ -52,7 +57,7 @@ def submit(
                 f"{window['id']}: {len(window['steps'])} steps of {window['sites']} sites, model {name!r}"
             )
             return
-        description = read_description(file) if file is not None else {}
+        description = {} if file is None or content is None else read_description(file, content)
         model = client.submit(_filled(description, name, family, data, setting))
     if as_json:
         output.print_json(model)
@@ -63,11 +68,23 @@ def submit(
     output.console().print(f"next: advisor probe {model['name']}")
 
 
-def read_description(path: Path) -> dict[str, Any]:
-    """The dict in a .json or .toml file. Raises InvalidModel, OSError."""
+def is_window_file(path: Path, content: bytes) -> bool:
+    """Whether it begins as safetensors does (the header's length in eight bytes, then JSON), or is named so."""
+    header_bytes = int.from_bytes(content[:8], "little")
+    return path.suffix == ".safetensors" or (content[8:9] == b"{" and header_bytes <= LARGEST_HEADER_BYTES)
+
+
+def read_description(path: Path, content: bytes) -> dict[str, Any]:
+    """The dict in a .json or .toml file of this content. Raises InvalidModel."""
     import tomllib
 
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidModel(
+            f"{path} is neither a window file nor text in UTF-8 (byte {error.start} is 0x{content[error.start]:02x}); "
+            "a description in JSON or TOML, or what `window.save` wrote, is expected"
+        ) from error
     try:
         found = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except ValueError as error:
@@ -75,6 +92,13 @@ def read_description(path: Path) -> dict[str, Any]:
         raise InvalidModel(f"{path} is not {kind}: {error}") from error
     if not isinstance(found, dict):
         raise InvalidModel(f"{path} holds a {type(found).__name__}; an object with name, family, config is expected")
+    for part in PARTS:
+        if not isinstance(found.get(part, {}), dict):
+            raise InvalidModel(f"{path}: {part} is {found[part]!r}; settings by name are expected, or leave it out")
+    try:
+        json.dumps(found)
+    except TypeError as error:
+        raise InvalidModel(f"{path} holds a date or a time, which no setting is: {error}") from error
     return found
 
 
@@ -92,7 +116,7 @@ def _filled(
         filled["data"] = {"set": data}
     for place, value in options.pairs(setting, "--set").items():
         part, dot, key = place.partition(".")
-        if part not in ("config", "data", "training") or not dot or not key:
+        if part not in PARTS or not dot or not key:
             raise typer.BadParameter(f"{place!r} is not config.…, data.… or training.…", param_hint="--set")
         filled.setdefault(part, {})[key] = _value(value)
     return filled

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from advisor.clauses import told_once
 from advisor.cli.numbers_text import count, decibels, loss, share, short_cast
 
 if TYPE_CHECKING:
@@ -80,9 +81,10 @@ def _cell(row: dict[str, Any]) -> Any:
 
 
 def plan_text(plan: dict[str, Any], width: int) -> Text:
-    """Every choice of a plan with its reason, under its site, in lines of at most `width` columns."""
-    import textwrap
+    """Every choice of a plan with its reason, under its site, in lines of at most `width` columns.
 
+    What the reasons of several roles say of the whole site stands once, below the site's name.
+    """
     from rich.text import Text
 
     flops = {site["site"]: site["flops"] for site in plan["sites"]}
@@ -95,12 +97,20 @@ def plan_text(plan: dict[str, Any], width: int) -> Text:
     for site, assigned in by_site.items():
         text.append(site, style="bold")
         text.append(f"  {share(flops[site] / total)} of FLOPs\n")
-        for one in assigned:
-            # A reason starts with the name of the cast; the rest tells it from its rivals.
-            head = f"  {one['role']:<{roles}}  "
-            told = textwrap.wrap(one["reason"], width, initial_indent=head, subsequent_indent=" " * len(head))
-            text.append("\n".join(told) + "\n")
+        of_site, own = told_once([one["reason"] for one in assigned])
+        for clause in of_site:
+            text.append(_hanging("  ", clause, width))
+        for one, reason in zip(assigned, own, strict=True):
+            text.append(_hanging(f"  {one['role']:<{roles}}  ", reason, width))
     return text
+
+
+def _hanging(head: str, body: str, width: int) -> str:
+    import textwrap
+
+    rest = " " * len(head)
+    told = textwrap.wrap(body, width, initial_indent=head, subsequent_indent=rest, break_on_hyphens=False)
+    return "\n".join(told) + "\n"
 
 
 def plan_lines(plan: dict[str, Any]) -> list[str]:

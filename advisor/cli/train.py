@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from advisor.cli import options, output
 from advisor.cli.tables import applied_line, verdict_lines
+from advisor.errors import ServiceError
+
+if TYPE_CHECKING:
+    from advisor.client import Client
 
 
 def train(
-    plan: Annotated[str, typer.Argument(help="Id of a plan (`advisor plan` prints it).", show_default=False)],
+    what: Annotated[
+        str, typer.Argument(help="Id of a plan, or a model's name or id: its latest plan.", show_default=False)
+    ],
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each side.")] = 200,
     baseline: Annotated[bool, typer.Option(help="Train the fp32 baseline beside it.")] = True,
     baseline_run: Annotated[
@@ -32,6 +38,7 @@ def train(
     from advisor.client import connect
 
     with connect(url) as client:
+        plan = plan_of(client, what)
         started = client.run(
             plan,
             steps=steps,
@@ -45,7 +52,7 @@ def train(
             if as_json:
                 output.print_json(started)
             else:
-                output.console().print(f"started {started['job']['id']}, the job of {started['run']['id']}")
+                output.console().print(f"started {started['job']['id']}, the job of {started['run']['id']} with {plan}")
             return
         follow(client, started["job"]["id"], quiet=as_json)
         run = client.saved_run(started["run"]["id"])
@@ -62,4 +69,17 @@ def train(
     console.print()
     for line in [*verdict_lines(run), applied_line(run["applied"])]:
         console.print(line)
-    console.print(f"run {run['id']}")
+    console.print(f"run {run['id']}, with the plan {plan}")
+
+
+def plan_of(client: Client, what: str) -> str:
+    """The id of the plan that `what` names: itself, or a model's latest. Raises ServiceError."""
+    if options.kind_of_id(what) == "pln":
+        return what
+    model = client.find_model(what)
+    if model is None:
+        raise ServiceError(options.nothing_named(what))
+    latest = client.latest_plan(model["id"])
+    if latest is None:
+        raise ServiceError(f"the model {model['name']!r} has no plan yet: `advisor plan {what}` makes one")
+    return str(latest["id"])

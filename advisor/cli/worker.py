@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Annotated
 
-from advisor.cli import options
+import typer
+
+from advisor.cli import options, output
 from advisor.cli.serve import settings_of
 from advisor.errors import ServiceError
 
+AsJson = Annotated[
+    bool, typer.Option("--json", help='Print {"worker": its process id, "data_dir": …} on stdout, on one line.')
+]
 
-def worker(data_dir: options.DataDir = Path("advisor-data")) -> None:
+
+def worker(data_dir: options.DataDir = Path("advisor-data"), as_json: AsJson = False) -> None:
     """Carry out the jobs of the service that has this data directory. Ctrl-C stops it."""
-    from api.jobs.worker import work
-    from api.statuses import problem_of
+    from api.jobs.worker import SchemaMismatch, work
 
     settings = settings_of(data_dir=data_dir)
+    if as_json:
+        output.print_json_line({"worker": os.getpid(), "data_dir": str(settings.data_dir.resolve())})
     try:
         work(settings)
-    except Exception as error:
-        known = problem_of(error)  # a database of another version, say
-        if known is None:
-            raise
-        raise ServiceError(known["detail"]) from error
+    except SchemaMismatch as error:
+        raise ServiceError(str(error)) from error

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 import advisor
 from advisor.training import Trainer
 from advisor.zoo.spec import ArchitectureSpec
+from api import matching
 from api.jobs.attempt import Attempt
 from api.jobs.checkpoints import Checkpoints
 from api.jobs.pace import Pace
@@ -38,7 +39,8 @@ def train(attempt: Attempt, settings: Settings) -> None:
         run = runs.get(session, job.run_id)
         wanted = RunRequest.model_validate(run.request)
         plan = advisor.Plan.from_dict(plans.get(session, run.plan_id).plan)
-        spec = ArchitectureSpec.parse(models.get(session, job.model_id).spec or {})
+        description = models.get(session, job.model_id).spec or {}
+        spec = ArchitectureSpec.parse(description)
         evaluations = dict(run.evaluations)
         if wanted.baseline_run is not None:
             evaluations["baseline"] = runs.get(session, wanted.baseline_run).evaluations["baseline"]
@@ -47,6 +49,8 @@ def train(attempt: Attempt, settings: Settings) -> None:
             checkpoint = windows.get(session, wanted.start_window).checkpoint
             assert checkpoint is not None
             start = settings.data_dir / checkpoint
+
+    matching.require_plan(description, plan)  # before the baseline is trained in vain
 
     def fresh() -> Trainer:
         trainer = Trainer(spec, seed=wanted.seed)

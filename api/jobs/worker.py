@@ -29,11 +29,13 @@ from api import log
 from api.jobs.parent import die_with
 from api.settings import Settings
 from db import migrate
-from db.errors import StaleAttempt
+from db.errors import SchemaMismatch, StaleAttempt
 from db.session import Database
 from db.store import jobs, workers
 from db.tables import Job
 from db.types import now
+
+__all__ = ["Left", "SchemaMismatch", "Worker", "kill_group", "main", "settings_text", "work"]
 
 LOOK_S = 0.05  # how often a running process is looked at
 
@@ -47,10 +49,12 @@ class Left:
 
 
 def work(settings: Settings, stopping: threading.Event | None = None) -> None:
-    """Work until SIGTERM or SIGINT (or `stopping`). Raises SchemaMismatch if the database is not upgraded."""
+    """Work until SIGTERM or SIGINT (or `stopping`).
+
+    Raises SchemaMismatch if there is no database yet (none is created) or it is not upgraded.
+    """
     log.configure(settings.log_level)
-    database = Database(settings.url)
-    migrate.check(database)
+    database = migrate.opened(settings.url)
     stop = stopping or _stop_on_signals()
     with database.writing() as session:
         worker_id = workers.add(session)

@@ -1,6 +1,5 @@
 """Layers: the sites of a model, and the metrics of one of them step by step."""
 
-import difflib
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -9,7 +8,7 @@ from advisor import Cast
 from advisor.metrics import measure
 from api.context import ServicesDep
 from api.problems import Refusal
-from api.routes.selection import WindowQuery, recorded_window
+from api.routes.selection import WindowQuery, no_slot, recorded_window
 from api.schemas import HistoryView, Layers, LayerView
 from db.store import windows
 from probes.history import SlotHistory
@@ -71,7 +70,7 @@ def history(
         window = recorded_window(session, model_id, window_id)
         payload = windows.sketch(session, window.id, site, role)
         if payload is None:
-            raise Refusal(404, _no_slot(site, role, windows.slots(session, window.id)))
+            raise Refusal(404, no_slot(site, role, windows.slots(session, window.id)))
     slot = SlotHistory.unpack(payload)
     measured = measure(slot, chosen_cast)
     return HistoryView(
@@ -83,11 +82,3 @@ def history(
         metrics={name: [float(value) for value in getattr(measured, name)] for name in wanted},
         flags=list(measured.flags),
     )
-
-
-def _no_slot(site: str, role: str, slots: list[tuple[str, str]]) -> str:
-    roles = [r for s, r in slots if s == site]
-    if roles:
-        return f"the site {site!r} has no role {role!r}; it has: {', '.join(roles)}"
-    near = difflib.get_close_matches(site, sorted({s for s, _ in slots}), n=3, cutoff=0.4)
-    return f"there is no site {site!r}; " + (f"near it: {', '.join(near)}" if near else "GET …/layers lists them")

@@ -3,6 +3,8 @@
 from fastapi import APIRouter, Response
 from sqlalchemy.orm import Session
 
+import advisor
+from api import matching
 from api.context import ServicesDep
 from api.idempotency import OnceDep
 from api.problems import Refusal
@@ -30,6 +32,7 @@ def start(plan_id: str, wanted: RunRequest, services: ServicesDep, once: OnceDep
                 f"the model {model.name!r} is external: it is not here to be trained. Train it where it is, with "
                 f"the plan of GET /v1/plans/{plan.id}: with advisor.apply(plan, model, optimizer): train()",
             )
+        matching.require_plan(model.spec or {}, advisor.Plan.from_dict(plan.plan))
         wanted = _checked(session, model, plan, wanted)
         run = runs.add(session, plan=plan, request=wanted.model_dump(mode="json"))
         job = jobs.add(session, kind="run", model_id=plan.model_id, run_id=run.id)

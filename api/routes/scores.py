@@ -8,7 +8,8 @@ import advisor
 from advisor import Cast
 from api.context import ServicesDep
 from api.pages import Cursor, ManyLimit, encode, offset_of
-from api.routes.selection import WindowQuery, recorded_window
+from api.problems import Refusal
+from api.routes.selection import WindowQuery, no_slot, recorded_window
 from api.schemas import ScorePage, ScoreRow
 from probes.numbers import plain
 
@@ -31,6 +32,9 @@ def scores(
     with services.database.reading() as session:
         chosen = recorded_window(session, model_id, window_id).id
     entry = services.windows.get(chosen)
+    wanted = [slot for slot in entry.window.slots if site in (None, slot.site) and role in (None, slot.role)]
+    if not wanted and (site, role) != (None, None):
+        raise Refusal(404, no_slot(site, role, entry.window.slots))
 
     def compute() -> list[dict[str, Any]]:
         parsed = None if casts is None else [Cast.parse(text) for text in casts]

@@ -1,5 +1,7 @@
-"""Which window a question about a model means: the one it names, or the one recorded last."""
+"""Which window a question about a model means: the one it names, or the one recorded last. And which slots it has."""
 
+import difflib
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import Query
@@ -39,3 +41,14 @@ def recorded(window: Window, model: Model) -> Window:
     if window.recorded_at is None:
         raise Refusal(409, f"the window {window.id} is not recorded yet, or its job failed; see its job")
     return window
+
+
+def no_slot(site: str | None, role: str | None, slots: Sequence[tuple[str, str]]) -> str:
+    """The sentence for a site or role that is not among a window's slots: what there is near it."""
+    if site is None:
+        return f"no site has the role {role!r}; their roles: {', '.join(dict.fromkeys(r for _, r in slots))}"
+    roles = [r for s, r in slots if s == site]
+    if roles:
+        return f"the site {site!r} has no role {role!r}; it has: {', '.join(roles)}"
+    near = difflib.get_close_matches(site, sorted({s for s, _ in slots}), n=3, cutoff=0.4)
+    return f"there is no site {site!r}; " + (f"near it: {', '.join(near)}" if near else "GET …/layers lists them")

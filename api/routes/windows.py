@@ -4,23 +4,27 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import ValidationError
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from advisor import Cast
-from api import recording
+from api import matching, recording
+from api.bodies import JSON_TYPE, media_type
 from api.context import Services, ServicesDep
 from api.idempotency import KeyHeader, Once, fingerprint
 from api.limits import WINDOW_TYPES
 from api.pages import Cursor, Limit, after_of, next_of
 from api.problems import Refusal, validation_response
-from api.schemas import Page, WindowCreated, WindowRequest, WindowView
+from api.schemas import Page, WindowCreated, WindowRequest, WindowView, checked_name
 from api.views import job_view, window_view, window_views
 from api.windowcache import decode
 from db.store import jobs, models, windows
+from db.tables import Model
+from probes.window import Window
 from probes.windowfile import load_window
 
 router = APIRouter(tags=["windows"])
@@ -32,13 +36,21 @@ BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
-            "application/json": {
+            JSON_TYPE: {
                 "schema": WindowRequest.model_json_schema(),
             },
             **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in sorted(WINDOW_TYPES)},
         },
     }
 }
+
+Create = Annotated[
+    bool,
+    Query(
+        description="with a window file: where no model has this name, make an external model of that name together "
+        "with the window; a window that is refused leaves no model"
+    ),
+]
 
 
 @router.post(
@@ -48,10 +60,17 @@ BODY: dict[str, Any] = {
     responses={201: {"model": WindowView, "description": "The pushed window"}},
     openapi_extra=BODY,
 )
-async def open_or_push(model_id: str, request: Request, services: ServicesDep, key: KeyHeader = None) -> Response:
-    """Open a probing window as a job (JSON, 202), or push a window file that was recorded elsewhere (201)."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "application/json":
+async def open_or_push(
+    model_id: str, request: Request, services: ServicesDep, create: Create = False, key: KeyHeader = None
+) -> Response:
+    """Open a probing window as a job (JSON, 202), or push a window file that was recorded elsewhere (201).
+
+    A window pushed to a model that the service trains must be of that model: its parameters are compared.
+    """
+    kind = media_type(request)
+    if kind == JSON_TYPE:
+        if create:
+            raise Refusal(422, "create=true goes with a window file; a window is opened of a model that is there")
         body = await request.body()
         try:
             wanted = WindowRequest.model_validate_json(body)
@@ -63,12 +82,12 @@ async def open_or_push(model_id: str, request: Request, services: ServicesDep, k
         path, digest = await _receive(request, services.settings.uploads)
         try:
             once = Once(services, key, fingerprint(request, digest))
-            return await run_in_threadpool(_push, services, once, model_id, path)
+            return await run_in_threadpool(_push, services, once, model_id, path, create)
         finally:
             path.unlink()
     raise Refusal(
         415,
-        f"the Content-Type {kind!r} is not taken here; application/json opens a window as a job, "
+        f"the Content-Type {kind!r} is not taken here; {JSON_TYPE} opens a window as a job, "
         f"{' or '.join(sorted(WINDOW_TYPES))} pushes a window file",
     )
 
@@ -119,10 +138,13 @@ def _open(services: Services, once: Once, model_id: str, wanted: WindowRequest) 
         return once.answer(session, 202, created, f"/v1/jobs/{job.id}")
 
 
-def _push(services: Services, once: Once, model_id: str, path: Path) -> Response:
+def _push(services: Services, once: Once, model_id: str, path: Path, create: bool) -> Response:
     with once:
         with services.database.reading() as session:
-            models.get(session, model_id)
+            if not create:
+                models.get(session, model_id)
+            elif models.find(session, model_id) is None:
+                _new_name(model_id)
         window = load_window(path)
         if not window.steps:
             raise Refusal(
@@ -131,11 +153,28 @@ def _push(services: Services, once: Once, model_id: str, path: Path) -> Response
             )
         recorded = recording.pack(window)
         with services.database.writing() as session:
-            model = models.get(session, model_id)
+            model = _owner(session, model_id, window, create)
             row = windows.add(session, model_id=model.id, request=None)
             recorded.store(session, row.id, checkpoint=None)
             session.refresh(row)
             return once.answer(session, 201, window_view(session, row), f"/v1/windows/{row.id}")
+
+
+def _owner(session: Session, model_id: str, window: Window, create: bool) -> Model:
+    """The model that a pushed window is of: found, or made in this transaction. Raises NotFound, WindowError."""
+    if create and models.find(session, model_id) is None:
+        return models.add(session, name=_new_name(model_id), kind="external", spec=None, parameters=None)
+    model = models.get(session, model_id)
+    if model.spec is not None:
+        matching.require_window(model.spec, window, model.name)
+    return model
+
+
+def _new_name(name: str) -> str:
+    try:
+        return checked_name(name)
+    except ValueError as error:
+        raise Refusal(422, f"no model is named {name!r}, and none can be: {error}") from error
 
 
 async def _receive(request: Request, folder: Path) -> tuple[Path, bytes]:

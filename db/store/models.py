@@ -24,10 +24,15 @@ def add(session: Session, *, name: str, kind: str, spec: dict[str, Any] | None, 
 
 def get(session: Session, id_or_name: str) -> Model:
     """The model of that id or name. Raises NotFound."""
-    model = session.scalar(select(Model).where(or_(Model.id == id_or_name, Model.name == id_or_name)))
+    model = find(session, id_or_name)
     if model is None:
         raise NotFound(f"there is no model with the id or name {id_or_name!r}; GET /v1/models lists them")
     return model
+
+
+def find(session: Session, id_or_name: str) -> Model | None:
+    """The model of that id or name; None if there is none."""
+    return session.scalar(select(Model).where(or_(Model.id == id_or_name, Model.name == id_or_name)))
 
 
 def listed(session: Session, after: After | None, limit: int) -> tuple[list[Model], After | None]:
