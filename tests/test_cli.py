@@ -290,6 +290,22 @@ PLAN_ID = "pln_0123456789abcdef"
 RUN_ANSWER = (202, {"run": {"id": "run_1"}, "job": {**JOB, "kind": "run"}})
 
 
+@pytest.mark.parametrize(
+    ("options", "sent"),
+    [
+        (["--uniform", "input=int8/none"], {"uniform": {"input": "int8/none"}}),
+        (["--max-lost-batch", "0.1"], {"max_lost_batch": 0.1}),
+        ([], {}),
+    ],
+)
+def test_plan_sends_only_the_limits_that_were_given(run: Run, options: list[str], sent: dict[str, Any]) -> None:
+    refused = (422, {"title": "Stop here", "detail": "what was sent is enough"})
+    with serving({"POST /v1/models/m/plans": [refused]}) as server:
+        run("plan", "m", *options, server=server)
+    body = posted(server, "/v1/models/m/plans")
+    assert {name: value for name, value in body.items() if value is not None and name != "hardware"} == sent
+
+
 def test_train_takes_a_plan(run: Run) -> None:
     with serving({f"POST /v1/plans/{PLAN_ID}/runs": [RUN_ANSWER]}) as server:
         status, out, _ = run("train", PLAN_ID, "--detach", server=server)
