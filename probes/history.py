@@ -23,7 +23,7 @@ _HEADER = struct.Struct("<4sIQ")  # magic, steps, occupied bins
 _MOST_ELEMENTS = 2**53  # what float64 counts exactly
 _MOST_STEPS, _MOST_OCCUPIED = 1 << 20, 1 << 24  # what a hostile header may claim: some 200 MB inflated
 
-_STEP_ARRAYS = {
+STEP_ARRAYS = {
     "steps": np.int64,
     "zeros": np.int64,
     "nans": np.int64,
@@ -35,7 +35,7 @@ _STEP_ARRAYS = {
     "significant_bits": np.uint8,
     "distinct": np.int32,
 }
-_BIN_ARRAYS = {"bins": np.uint16, "counts": np.int64}
+BIN_ARRAYS = {"bins": np.uint16, "counts": np.int64}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +83,9 @@ class SlotHistory:
     def pack(self) -> bytes:
         """The history as bytes: what `unpack` reads."""
         header = _HEADER.pack(_MAGIC, len(self.steps), len(self.bins))
-        arrays = [_little_endian(getattr(self, name), dtype) for name, dtype in _STEP_ARRAYS.items()]
+        arrays = [_little_endian(getattr(self, name), dtype) for name, dtype in STEP_ARRAYS.items()]
         arrays += [np.diff(self.offsets).astype("<i8").tobytes()]
-        arrays += [_little_endian(getattr(self, name), dtype) for name, dtype in _BIN_ARRAYS.items()]
+        arrays += [_little_endian(getattr(self, name), dtype) for name, dtype in BIN_ARRAYS.items()]
         return header + zlib.compress(b"".join(arrays), 6)
 
     @classmethod
@@ -97,13 +97,13 @@ class SlotHistory:
             raise MalformedWindow(f"a packed history starts with {_HEADER.size} bytes, got {len(data)}") from error
         if magic != _MAGIC or steps > _MOST_STEPS or occupied > _MOST_OCCUPIED:
             raise MalformedWindow("these bytes are no packed history of a known version")
-        widths = [np.dtype(dtype).itemsize for dtype in _STEP_ARRAYS.values()]
+        widths = [np.dtype(dtype).itemsize for dtype in STEP_ARRAYS.values()]
         size = steps * (sum(widths) + 8) + occupied * (2 + 8)
         body = _inflate(data[_HEADER.size :], size)
         arrays, position = {}, 0
-        layout = [(name, dtype, steps) for name, dtype in _STEP_ARRAYS.items()]
+        layout = [(name, dtype, steps) for name, dtype in STEP_ARRAYS.items()]
         layout += [("lengths", np.int64, steps)]
-        layout += [(name, dtype, occupied) for name, dtype in _BIN_ARRAYS.items()]
+        layout += [(name, dtype, occupied) for name, dtype in BIN_ARRAYS.items()]
         for name, dtype, length in layout:
             stored = np.dtype(dtype).newbyteorder("<")
             arrays[name] = np.frombuffer(body, stored, length, position).astype(dtype)
@@ -120,7 +120,7 @@ class SlotHistory:
     def _fits_together(self) -> bool:
         """Lengths and offsets agree; steps and, within a step, bins rise."""
         steps = len(self.steps)
-        if any(len(getattr(self, name)) != steps for name in _STEP_ARRAYS) or len(self.offsets) != steps + 1:
+        if any(len(getattr(self, name)) != steps for name in STEP_ARRAYS) or len(self.offsets) != steps + 1:
             return False
         if self.offsets[0] != 0 or not self.offsets[-1] == len(self.bins) == len(self.counts):
             return False

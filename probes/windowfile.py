@@ -19,25 +19,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from probes.errors import MalformedWindow, WindowError
-from probes.history import SlotHistory
+from probes.history import BIN_ARRAYS, STEP_ARRAYS, SlotHistory
 from probes.window import Window
 
-_DTYPES = {
-    "steps": np.int64,
-    "offsets": np.int64,
-    "bins": np.int32,
-    "counts": np.int64,
-    "zeros": np.int64,
-    "nans": np.int64,
-    "positive_infs": np.int64,
-    "negative_infs": np.int64,
-    "sum_of_squares": np.float64,
-    "amax": np.float32,
-    "amin": np.float32,
-    "significant_bits": np.uint8,
-    "distinct": np.int32,
-}
-_IN_MEMORY = {**_DTYPES, "bins": np.uint16}
+_IN_MEMORY: dict[str, Any] = {"offsets": np.int64, **STEP_ARRAYS, **BIN_ARRAYS}
+_DTYPES: dict[str, Any] = {**_IN_MEMORY, "bins": np.int32}
 
 
 def window_to_bytes(window: Window) -> bytes:
