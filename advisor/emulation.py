@@ -28,7 +28,8 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
     """Carry out a plan while the block runs: emulated casts at every site the plan names.
 
     `report()` says, slot by slot, how each cast is carried out and how often it was. `seed` starts the stream of
-    stochastic rounding, which is the plan's own. Raises PlanMismatch at once if the plan's sites are not the model's.
+    stochastic rounding, which is the plan's own. The optimizer is left as it is: master weights and state keep their
+    dtype, which is all that a plan asks for today. Raises PlanMismatch at once if the plan's sites are not the model's.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
     ) -> None:
         super().__init__(model)
         _require_match(plan, model)
-        self.plan, self.optimizer = plan, optimizer
+        self.plan = plan
         self.casts = {Slot(one.site, one.role): Cast.parse(one.cast) for one in plan.assignments}
         self.states = {slot: CastState(seed=zlib.crc32(f"{seed}/{slot}".encode())) for slot in self.casts}
         self.counts: Counter[Slot] = Counter()
