@@ -20,7 +20,7 @@ _HOME = {
     "Site": "records",
     "SlotHistory": "history",
     "Window": "window",
-    "format_named": "formats",
+    "format_named": "format_names",
     "load_window": "windowfile",
     "probe": "probing",
 }

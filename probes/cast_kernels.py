@@ -2,8 +2,7 @@
 
 torch's own dtype casts would need a pass each for the scale, the limit, the cast, the way back and the scale
 again, and decoding e4m3fn alone takes 8 times a clone (torch 2.13, CPU, 4M values). These loops have no
-branch and 32-bit integers only, so that the compiler makes vector code of them: 2 times a clone, with nothing
-allocated.
+branch and 32-bit integers only, so that the compiler makes vector code of them, and allocate nothing.
 
 Nearest-even comes from the adder itself: with c = 1.5·2^23·spacing, x + c has no bits below the spacing, and
 the sum is rounded to even; c is taken off again. For formats with float32's own exponents c would overflow.
@@ -11,63 +10,161 @@ Their values are float32's with the last bits zero, so the bits are rounded as a
 the mantissa is what the exponent needs.
 
 NaN compares as False throughout and so comes out as NaN.
+
+Tiles that share a scale are read twice, the second time from the cache: largest magnitude, scale, rounding, and on
+to the next. What the scales are is said in `scaling.py`.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from math import frexp
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from probes.formats import Format
+from probes.scaling import E4M3, E8M0_EXPONENTS, SMALLEST_EXPONENT, Scale, largest_scale
+from probes.threads import in_shares
+
+Row = NDArray[np.float32]
 
 _EXPONENT = np.int32(0x7F800000)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
+_MANTISSA_64 = np.int64((1 << 52) - 1)
+
+_NEAREST, _NEAREST_BY_BITS, _NEAREST_BELOW_NORMAL, _STOCHASTIC, _TOWARD_ZERO = range(5)
+_STRIP = 1024  # scales that are written out at a time, one for each value: they stay in the first-level cache
+
+_CURRENT, _POWER_OF_TWO_UP, _POWER_OF_TWO_OCP, _TWO_LEVELS = range(4)
+
+_E4M3_SMALLEST, _E4M3_LARGEST = np.float32(E4M3.smallest_subnormal), np.float32(E4M3.largest)
+_E4M3_OCTAVE, _E4M3_ADDER = np.float32(2.0**E4M3.emin), np.float32(1.5 * 2.0 ** (23 - E4M3.mantissa_bits))
 
 
-def finite_amax(values: NDArray[np.float32]) -> float:
+class _Rounding(NamedTuple):
+    """What the loops need of a format, a rounding and a way to overflow."""
+
+    mode: int
+    floats: tuple[np.float32, ...]
+    """2^emin; what the octave is multiplied by, for the adder or for the spacing; the magnitude from which nothing
+    needs rounding; the largest value and the largest negative magnitude; and what is beyond those two"""
+    integers: tuple[np.int32, ...]
+    """For rounding by bits: mantissa bits to drop, a half of the last one kept less one, and whether to make ties even.
+    """
+
+
+class _Scaling(NamedTuple):
+    """What the loops need to make a scale of a largest magnitude."""
+
+    rule: int
+    floats: tuple[np.float32, ...]
+    """The format's largest value; the smallest and the largest float32 scale; the scale over all (nvfp4)."""
+    integers: tuple[np.int64, ...]
+    """Exponents: what is taken off, the smallest and the largest; the mantissa field that must be exceeded."""
+
+
+def finite_amax(values: Row) -> float:
     """Largest finite magnitude of a contiguous row; 0 where there is none."""
-    return float(np.int32(_finite_amax(values.view(np.int32))).view(np.float32))
+    bits = values.view(np.int32)
+    found: list[int] = []
+    in_shares(lambda start, stop: found.append(_finite_amax(bits[start:stop])), bits.size, bits.size)
+    return float(np.int32(max(found)).view(np.float32))
 
 
-def round_nearest(
-    values: NDArray[np.float32], out: NDArray[np.float32], scale: float, target: Format, saturate: bool
+def round_values(
+    values: Row, out: Row, scale: float, target: Format, rounding: str, saturate: bool, stream: int = 0
 ) -> None:
-    """out = cast(values / scale)·scale over contiguous rows, which may be the same."""
-    if target.emin == -126:
-        unused = 23 - target.mantissa_bits
-        below_half, odd = np.int32((1 << unused >> 1) - (unused > 0)), np.int32(unused > 0)
-        _, *limits = _bounds(target, saturate)
-        _nearest_by_bits(values, out, np.float32(scale), np.int32(unused), below_half, odd, *limits)
-    else:
-        one_and_a_half = np.float32(1.5 * 2.0 ** (23 - target.mantissa_bits))
-        _nearest(values, out, np.float32(scale), one_and_a_half, *_bounds(target, saturate))
+    """out = cast(values / scale)·scale over contiguous rows. Not in place: the loops are vector code only if apart."""
+    how, factor = (*_rounding(target, rounding, saturate), _keys(stream)), np.float32(scale)
+    in_shares(lambda first, last: _round_row(values, out, first, last, factor, *how), values.size, values.size)
 
 
-def round_stochastic(
-    values: NDArray[np.float32],
-    out: NDArray[np.float32],
-    scale: float,
+def round_tiles(
+    values: Row,
+    out: Row,
+    shape: tuple[int, int],
+    tile: tuple[int, int],
+    scale: Scale,
     target: Format,
+    rounding: str,
     saturate: bool,
-    stream: int,
+    stream: int = 0,
+    over_all: float = 1.0,
 ) -> None:
-    """The same with stochastic rounding, on draws as `rounding.dither` makes them. For every format."""
-    relative_spacing = np.float32(2.0**-target.mantissa_bits)
-    keys = np.uint32(stream & 0xFFFFFFFF), np.uint32(stream >> 32 & 0xFFFFFFFF)
-    _stochastic(values, out, np.float32(scale), relative_spacing, *_bounds(target, saturate), *keys)
+    """The same over a matrix in row order, with a scale for each tile of `tile` rows and columns.
+
+    over_all  for nvfp4, the scale over all tiles
+    """
+    how, scaled = (*_rounding(target, rounding, saturate), _keys(stream)), _scaling(scale, target, over_all)
+    (rows, columns), (height, width) = shape, tile
+    if height == 1:
+        if columns % width == 0:
+            rows, columns = 1, values.size  # no tile reaches over the end of a row, so all rows are one
+        in_shares(
+            lambda first, last: _round_blocks(values, out, first, last, columns, width, *scaled, *how),
+            rows * -(-columns // width),
+            values.size,
+        )
+    elif height < rows:
+        in_shares(
+            lambda first, last: _round_bands(values, out, first, last, columns, height, width, *scaled, *how),
+            -(-rows // height),
+            values.size,
+        )
+    else:
+        found: list[NDArray[np.int32]] = []
+        bits = values.view(np.int32)
+        in_shares(lambda first, last: found.append(_columns_amax(bits, first, last, columns)), rows, values.size)
+        scales = _scales_of(np.max(found, axis=0), width, *scaled)
+        in_shares(lambda first, last: _round_rows(values, out, first, last, scales, *how), rows, values.size)
 
 
 @cache
-def _bounds(target: Format, saturate: bool) -> tuple[np.float32, np.float32, np.float32, np.float32]:
-    """2^emin; the magnitude from which nothing needs rounding; the largest value; what is beyond it."""
-    beyond = target.largest if saturate else target.overflow
-    assert beyond is not None  # Cast refuses to be anything but saturating then
+def _rounding(target: Format, rounding: str, saturate: bool) -> _Rounding:
+    mode = {"stochastic": _STOCHASTIC, "zero": _TOWARD_ZERO}.get(rounding, _NEAREST)
+    factor = 1.5 * 2.0 ** (23 - target.mantissa_bits) if mode == _NEAREST else 2.0**-target.mantissa_bits
+    if mode == _NEAREST and target.emin == SMALLEST_EXPONENT:
+        mode = _NEAREST_BY_BITS
+    elif mode == _NEAREST and target.mantissa_bits == 23:
+        mode, factor = _NEAREST_BELOW_NORMAL, 1.0
     with np.errstate(over="ignore"):
-        ceiling = np.float32(target.largest if saturate else 2.0 ** (target.emax + 1))
-    return np.float32(2.0**target.emin), ceiling, np.float32(target.largest), np.float32(beyond)
+        ceiling = np.float32(-target.lowest if saturate else 2.0 ** (target.emax + 1))
+    assert saturate or target.overflow is not None  # Cast refuses to be anything but saturating then
+    overs = (target.largest, -target.lowest) if saturate else (target.overflow, target.overflow)
+    floats = (2.0**target.emin, factor, ceiling, target.largest, -target.lowest, *overs)
+    unused = 23 - target.mantissa_bits
+    below_half = (1 << unused >> 1) - (unused > 0)
+    return _Rounding(
+        mode,
+        tuple(np.float32(value) for value in floats),
+        tuple(np.int32(n) for n in (unused, below_half, unused > 0)),
+    )
+
+
+def _scaling(scale: Scale, target: Format, over_all: float) -> _Scaling:
+    mantissa, exponent = frexp(target.largest)
+    smallest, highest = E8M0_EXPONENTS
+    highest = min(highest, highest - target.emax)
+    if scale.rule == "e8m0":
+        rule, taken_off, above = _POWER_OF_TWO_OCP, target.emax, 0
+    elif scale.rule == "e8m0up" or scale.power_of_two:
+        rule, taken_off, above = _POWER_OF_TWO_UP, exponent - 1, int((2 * mantissa - 1) * 2**52)
+        smallest = smallest if scale.rule == "e8m0up" else SMALLEST_EXPONENT
+    else:
+        rule, taken_off, above = (_TWO_LEVELS if scale.rule == "nvfp4" else _CURRENT), 0, 0
+    floats = (target.largest, 2.0**SMALLEST_EXPONENT, largest_scale(target.largest), over_all)
+    return _Scaling(
+        rule,
+        tuple(np.float32(value) for value in floats),
+        tuple(np.int64(n) for n in (taken_off, smallest, highest, above)),
+    )
+
+
+def _keys(stream: int) -> tuple[np.uint32, np.uint32]:
+    return np.uint32(stream & 0xFFFFFFFF), np.uint32(stream >> 32 & 0xFFFFFFFF)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -80,26 +177,138 @@ def _finite_amax(bits):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _nearest(  # type: ignore[no-untyped-def]
-    values, out, scale, one_and_a_half, smallest_octave, ceiling, largest, beyond
+def _round_row(values, out, first, last, scale, mode, floats, integers, keys):  # type: ignore[no-untyped-def]
+    scales = np.full(min(_STRIP, last - first), scale)
+    for start in range(first, last, _STRIP):
+        stop = min(start + _STRIP, last)
+        _round(values[start:stop], out[start:stop], scales[: stop - start], start, mode, floats, integers, keys)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _round_blocks(  # type: ignore[no-untyped-def]
+    values, out, first, last, columns, width, rule, limits, exponents, mode, floats, integers, keys
 ):
+    """Tiles of one row: as many at a time as a strip of scales holds."""
+    per_row, at_once = -(-columns // width), max(_STRIP // width, 1)
+    scales = np.empty(at_once * min(width, _STRIP), dtype=np.float32)
+    bits = values.view(np.int32)
+    index = first
+    while index < last:
+        row, block = index // per_row, index % per_row
+        blocks = min(at_once, per_row - block, last - index)
+        start, stop = row * columns + block * width, row * columns + min((block + blocks) * width, columns)
+        if width > _STRIP:
+            largest = np.int32(_finite_amax(bits[start:stop])).view(np.float32)
+            scale = _scale(largest, rule, limits, exponents)
+            _round_row(values, out, start, stop, scale, mode, floats, integers, keys)
+        else:
+            for left in range(start, stop, width):
+                right = min(left + width, stop)
+                largest = np.int32(_finite_amax(bits[left:right])).view(np.float32)
+                scales[left - start : right - start] = _scale(largest, rule, limits, exponents)
+            _round(values[start:stop], out[start:stop], scales[: stop - start], start, mode, floats, integers, keys)
+        index += blocks
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _round_bands(  # type: ignore[no-untyped-def]
+    values, out, first, last, columns, height, width, rule, limits, exponents, mode, floats, integers, keys
+):
+    """Tiles of several rows: all that are beside each other at a time."""
+    rows, bits = values.size // columns, values.view(np.int32)
+    for band in range(first, last):
+        top, bottom = band * height, min((band + 1) * height, rows)
+        scales = _scales_of(_columns_amax(bits, top, bottom, columns), width, rule, limits, exponents)
+        _round_rows(values, out, top, bottom, scales, mode, floats, integers, keys)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _round_rows(values, out, first, last, scales, mode, floats, integers, keys):  # type: ignore[no-untyped-def]
+    """Rows that share a scale in each column."""
+    for start in range(first * scales.size, last * scales.size, scales.size):
+        stop = start + scales.size
+        _round(values[start:stop], out[start:stop], scales, start, mode, floats, integers, keys)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _columns_amax(bits, first, last, columns):  # type: ignore[no-untyped-def]
+    """Bit patterns [columns] of each column's largest finite magnitude over some rows."""
+    largest = np.zeros(columns, dtype=np.int32)
+    for start in range(first * columns, last * columns, columns):
+        row = bits[start : start + columns]
+        for column in range(columns):
+            magnitude = np.int32(row[column] & _MAGNITUDE)
+            largest[column] = max(largest[column], magnitude if magnitude < _EXPONENT else np.int32(0))
+    return largest
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _scales_of(largest, width, rule, limits, exponents):  # type: ignore[no-untyped-def]
+    """Scales [columns] of tiles of this many columns each."""
+    scales = np.empty(largest.size, dtype=np.float32)
+    for left in range(0, largest.size, width):
+        tile = largest[left : left + width]
+        scales[left : left + width] = _scale(np.int32(tile.max()).view(np.float32), rule, limits, exponents)
+    return scales
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _scale(amax, rule, limits, exponents):  # type: ignore[no-untyped-def]
+    """The scale for a largest magnitude."""
+    largest, smallest_scale, largest_scale, over_all = limits
+    if not amax > 0:
+        return np.float32(1)
+    if rule == _CURRENT:
+        return min(max(amax / largest, smallest_scale), largest_scale)
+    if rule == _TWO_LEVELS:
+        block = np.float32(min(np.float32(amax / largest) / over_all, _E4M3_LARGEST))
+        octave = np.int32(block.view(np.int32) & _EXPONENT).view(np.float32)
+        adder = max(octave, _E4M3_OCTAVE) * _E4M3_ADDER
+        return np.float32(max(np.float32(block + adder) - adder, _E4M3_SMALLEST)) * over_all
+    taken_off, smallest, highest, above = exponents
+    bits = np.float64(amax).view(np.int64)  # float64 has every float32 as a normal number
+    power = (bits >> 52) - 1023 - taken_off
+    if rule == _POWER_OF_TWO_UP:
+        power += np.int64((bits & _MANTISSA_64) > above)
+    power = min(max(power, smallest), highest)
+    return np.float32(np.int64((power + 1023) << 52).view(np.float64))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _round(values, out, scales, offset, mode, floats, integers, keys):  # type: ignore[no-untyped-def]
+    """Each value by its scale; `offset` is the place of the first in the tensor, which its random draw depends on."""
+    if mode == _NEAREST:
+        _nearest(values, out, scales, floats)
+    elif mode == _NEAREST_BY_BITS:
+        _nearest_by_bits(values, out, scales, floats, integers)
+    elif mode == _NEAREST_BELOW_NORMAL:
+        _nearest_below_normal(values, out, scales, floats)
+    elif mode == _STOCHASTIC:
+        _stochastic(values, out, scales, np.uint32(offset) + keys[0], floats, keys[1])
+    else:
+        _toward_zero(values, out, scales, floats)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _nearest(values, out, scales, floats):  # type: ignore[no-untyped-def]
+    smallest_octave, one_and_a_half, ceiling, largest, lowest, beyond, below = floats
     for i in range(values.size):
-        value = values[i]
+        value, scale = values[i], scales[i]
         scaled = abs(value / scale)
         magnitude = np.float32(ceiling if scaled > ceiling else scaled)
         octave = np.int32(magnitude.view(np.int32) & _EXPONENT).view(np.float32)
         adder = max(octave, smallest_octave) * one_and_a_half
         rounded = (magnitude + adder) - adder
-        rounded = beyond if rounded > largest else rounded
-        out[i] = np.copysign(rounded * scale, value)
+        top, over = (lowest, below) if value < 0 else (largest, beyond)
+        out[i] = np.copysign((over if rounded > top else rounded) * scale, value)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _nearest_by_bits(  # type: ignore[no-untyped-def]
-    values, out, scale, unused, below_half, odd, ceiling, largest, beyond
-):
+def _nearest_by_bits(values, out, scales, floats, integers):  # type: ignore[no-untyped-def]
+    _, _, ceiling, largest, _, beyond, _ = floats
+    unused, below_half, odd = integers
     for i in range(values.size):
-        value = values[i]
+        value, scale = values[i], scales[i]
         scaled = abs(value / scale)
         magnitude = np.float32(ceiling if scaled > ceiling else scaled)
         bits = magnitude.view(np.int32)
@@ -110,23 +319,48 @@ def _nearest_by_bits(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _stochastic(  # type: ignore[no-untyped-def]
-    values, out, scale, relative_spacing, smallest_octave, ceiling, largest, beyond, first, second
-):
+def _nearest_below_normal(values, out, scales, floats):  # type: ignore[no-untyped-def]
+    """For formats with all of float32's mantissa bits, where the adder has no bit left to round a normal value by."""
+    adder, _, ceiling, largest, _, beyond, _ = floats
     for i in range(values.size):
-        value = values[i]
+        value, scale = values[i], scales[i]
+        scaled = abs(value / scale)
+        magnitude = np.float32(ceiling if scaled > ceiling else scaled)
+        rounded = (magnitude + adder) - adder if magnitude < adder else magnitude
+        out[i] = np.copysign((beyond if rounded > largest else rounded) * scale, value)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _stochastic(values, out, scales, first, floats, second):  # type: ignore[no-untyped-def]
+    smallest_octave, relative_spacing, ceiling, largest, lowest, beyond, below = floats
+    for i in range(values.size):
+        value, scale = values[i], scales[i]
         scaled = abs(value / scale)
         magnitude = np.float32(ceiling if scaled > ceiling else scaled)
         octave = np.int32(magnitude.view(np.int32) & _EXPONENT).view(np.float32)
         spacing = max(octave, smallest_octave) * relative_spacing
         steps = magnitude / spacing
-        below = np.floor(steps)
+        toward_zero = np.floor(steps)
         draw = _hash(np.uint32(_hash(np.uint32(np.uint32(i) + first)) ^ second)) >> np.uint32(8)
-        fraction = (steps - below) * np.float32(16777216)
+        fraction = (steps - toward_zero) * np.float32(16777216)
         away = np.float32(1) if np.float32(np.int32(draw)) < fraction else np.float32(0)
-        rounded = (below + away) * spacing
-        rounded = beyond if rounded > largest or magnitude >= ceiling else rounded
-        out[i] = np.copysign(rounded * scale, value)
+        rounded = (toward_zero + away) * spacing
+        top, over = (lowest, below) if value < 0 else (largest, beyond)
+        out[i] = np.copysign((over if rounded > top or magnitude >= ceiling else rounded) * scale, value)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _toward_zero(values, out, scales, floats):  # type: ignore[no-untyped-def]
+    smallest_octave, relative_spacing, _, largest, lowest, beyond, below = floats
+    for i in range(values.size):
+        value, scale = values[i], scales[i]
+        scaled = abs(value / scale)
+        top, over = (lowest, below) if value < 0 else (largest, beyond)
+        magnitude = np.float32(top if scaled > top else scaled)
+        octave = np.int32(magnitude.view(np.int32) & _EXPONENT).view(np.float32)
+        spacing = max(octave, smallest_octave) * relative_spacing
+        rounded = np.floor(magnitude / spacing) * spacing
+        out[i] = np.copysign((over if scaled == np.inf else rounded) * scale, value)
 
 
 @njit(cache=True, nogil=True, inline="always")

@@ -1,45 +1,49 @@
 """Casts: format, scaling and rounding, all that is needed to write a tensor down.
 
-A cast is called with a tensor and gives back what would be read after writing it: each value divided by the
+A cast is called with a tensor and gives back what would be read after writing it: each value divided by its
 scale, rounded to the format's grid, limited, and multiplied by the scale again. Calculation is in float32, as
 on hardware that casts float32 accumulators; float64 tensors are calculated in float64, so that they are
-rounded once; float16 and bfloat16 are widened first and the result is rounded to their dtype at the end.
-
-Per-tensor current scaling: scale = largest finite magnitude / the format's largest value, in float32. The
-largest magnitude is thereby written as the format's largest value; read back it differs by at most one
-float32 rounding.
+rounded once; float16 and bfloat16 are widened first and the result is rounded to their dtype at the end. How
+scales are found is in `scaling.py`, how values are rounded in `rounding.py`: those two are the specification,
+written to be read, and they are what runs in float64 and wherever there is no compiled kernel.
 
 What the unusual becomes:
 
     NaN       NaN, also for int8, which has none: in an emulation a divergence must stay visible
-    -0        -0
+    -0        -0; +0 in fnuz formats, which have no other
     ±Inf      the format's largest value times the scale; with `:inf`, Inf or NaN as the format has it
     nothing finite but zeros    scale 1, so that an Inf becomes the format's largest value
-    a very small amax           the scale is never below 2^-126, where float32 loses precision; tensors that are
+    a very small amax           a float32 scale is never below 2^-126, where float32 loses precision; tensors that are
                                 far below the format's largest value times that are flushed to zero
     no elements                 no elements
+    a ragged last block         a smaller block with a scale of its own
 """
 
 from __future__ import annotations
 
-import difflib
+import re
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import NoReturn
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from probes import cast_kernels, rounding
+from probes import cast_kernels, rounding, scaling
 from probes.errors import InvalidCast, UnsupportedTensor
-from probes.formats import Format, format_named
+from probes.format_names import format_named
+from probes.formats import FORMATS, Format
 from probes.kernels import in_memory_order
+from probes.near import refuse
+from probes.rounding import ROUNDINGS
+from probes.scaling import FLOAT32_LARGEST, NVFP4_LARGEST, RULES, TILES, Scale
+from probes.straight_through import StraightThrough
 
-_SCALES: dict[str, tuple[str, ...]] = {"none": (), "tensor": ("current",)}  # granularity → kinds of scale
-_ROUNDINGS = ("nearest", "stochastic")
+History = Sequence[float | Tensor]
+Outcome = tuple[Tensor, float | Tensor | None]  # the values; the largest magnitude, where delayed scaling wants it
+
 _TO_INF = ":inf"
 
 _CALCULATED_IN = {
@@ -48,33 +52,41 @@ _CALCULATED_IN = {
     torch.float32: torch.float32,
     torch.float64: torch.float64,
 }
-_SMALLEST_SCALE = 2.0**-126
-_FLOAT32_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass
 class CastState:
-    """What a cast carries from call to call: the position in its stream of random numbers.
+    """What a cast carries from call to call: its place in a stream of random numbers, and recent largest magnitudes.
 
     The same seed and the same calls give the same values, on every device; torch's generators are never used.
+
+    history  the largest finite magnitude of each of the latest calls of a delayed cast, the newest last: floats from
+             the CPU, 0-dim tensors from elsewhere, which are not waited for
     """
 
     seed: int = 0
     calls: int = 0
+    history: deque[float | Tensor] = field(default_factory=deque)
 
     def next_stream(self) -> int:
         """64 bits that name the stream of the next call."""
         self.calls += 1
         return _splitmix64(_splitmix64(self.seed) + self.calls)
 
+    def remember(self, amax: float | Tensor, length: int) -> None:
+        """Add a call's largest magnitude, and forget what is more than `length` calls ago."""
+        self.history.append(amax)
+        while len(self.history) > length:
+            self.history.popleft()
+
 
 @dataclass(frozen=True)
 class Cast:
     """A format, a scaling and a rounding; a value, compared and hashed by its parts.
 
-    granularity  "none" or "tensor"
-    scale        how it is found: "current", from the tensor's own largest magnitude; None without scaling
-    rounding     "nearest" (ties to even) or "stochastic" (up or down at random, unbiased)
+    granularity  which elements share a scale: none, tensor, row, column, block32, block16, block1x128, block128x128
+    scale        how it is found; None without scaling
+    rounding     "nearest" (ties to even), "stochastic" (up or down at random, unbiased) or "zero" (toward zero)
     saturate     whether what lies beyond the format's largest value becomes that value, or Inf or NaN
 
     Raises InvalidCast for a combination that means nothing.
@@ -82,20 +94,22 @@ class Cast:
 
     format: Format
     granularity: str = "none"
-    scale: str | None = None
+    scale: Scale | None = None
     rounding: str = "nearest"
     saturate: bool = True
 
     def __post_init__(self) -> None:
-        if self.granularity not in _SCALES:
-            _refuse("granularity", self.granularity, tuple(_SCALES))
-        if self.scale is None and _SCALES[self.granularity]:
-            needed = " or ".join(_SCALES[self.granularity])
-            raise InvalidCast(f"granularity {self.granularity!r} needs a scale: {needed}")
-        if self.scale is not None and self.scale not in _SCALES[self.granularity]:
-            _refuse(f"scale at granularity {self.granularity!r}", self.scale, _SCALES[self.granularity])
-        if self.rounding not in _ROUNDINGS:
-            _refuse("rounding", self.rounding, _ROUNDINGS)
+        if self.granularity not in RULES:
+            refuse("granularity", self.granularity, tuple(RULES))
+        rules = RULES[self.granularity]
+        if self.scale is None and rules:
+            raise InvalidCast(f"granularity {self.granularity!r} needs a scale: {' or '.join(rules)}")
+        if self.scale is not None and self.scale.rule not in rules:
+            refuse(f"scale at granularity {self.granularity!r}", self.scale.rule, rules)
+        if self.scale is not None and self.scale.rule == "nvfp4" and self.format.largest > NVFP4_LARGEST:
+            raise InvalidCast(f"nvfp4 scales are for narrow formats: {self.format} goes beyond {NVFP4_LARGEST:.3g}")
+        if self.rounding not in ROUNDINGS:
+            refuse("rounding", self.rounding, ROUNDINGS)
         if not self.saturate and self.format.overflow is None:
             raise InvalidCast(f"{self.format} has neither Inf nor NaN to overflow to; leave {_TO_INF!r} away")
 
@@ -104,20 +118,21 @@ class Cast:
         """A cast from `format/granularity/scale/rounding`, with `:inf` at the end for overflow to Inf or NaN.
 
         Without granularity `none` there is a scale, with it there is not. Trailing parts may be left out:
-        formats of 8 bits or less default to `tensor/current/nearest`, others to `none/nearest`. Raises
-        InvalidCast or UnknownFormat.
+        formats of 8 bits or less default to `tensor/current/nearest`, others to `none/nearest`; a granularity's
+        default scale is the first of `scaling.RULES`. Raises InvalidCast or UnknownFormat.
         """
         if not isinstance(text, str):
             raise InvalidCast(f"a cast is written as text like 'e4m3fn/tensor/current/nearest', got {text!r}")
         name, *rest = text.removesuffix(_TO_INF).split("/")
         target = format_named(name)
         granularity = rest.pop(0) if rest else "tensor" if target.bits <= 8 else "none"
-        scale = None
-        if _SCALES.get(granularity):
-            scale = rest.pop(0) if rest else _SCALES[granularity][0]
-        rounding = rest.pop(0) if rest else _ROUNDINGS[0]
         try:
-            cast = cls(target, granularity, scale, rounding, saturate=not text.endswith(_TO_INF))
+            scale = None
+            if RULES.get(granularity):
+                default = RULES[granularity][0]
+                scale = Scale.parse(_rule_of(rest.pop(0), granularity) if rest else default)
+            chosen = rest.pop(0) if rest else ROUNDINGS[0]
+            cast = cls(target, granularity, scale, chosen, saturate=not text.endswith(_TO_INF))
         except InvalidCast as error:
             raise InvalidCast(f"cast {text!r}: {error}") from error
         if rest:
@@ -126,94 +141,194 @@ class Cast:
 
     def __str__(self) -> str:
         parts = (self.format.name, self.granularity, self.scale, self.rounding)
-        return "/".join(part for part in parts if part is not None) + ("" if self.saturate else _TO_INF)
+        return "/".join(str(part) for part in parts if part is not None) + ("" if self.saturate else _TO_INF)
 
     @property
     def bits(self) -> int:
         """Width of an element, without its share of scales."""
         return self.format.bits
 
-    def scale_for(self, amax: float) -> float:
+    @property
+    def has_one_scale(self) -> bool:
+        """Whether one number scales a whole tensor (1 without scaling), so that its largest magnitude tells all."""
+        return self.granularity in ("none", "tensor")
+
+    def scale_for(self, amax: float, history: Sequence[float] = ()) -> float:
         """The factor from a written value to the value itself, for a tensor of this largest finite magnitude.
 
-        The same arithmetic as a call's. 1 without scaling, for amax 0, and for fp32, which holds every
-        magnitude.
+        The same arithmetic as a call's. 1 without scaling, for amax 0, and for fp32, which holds every magnitude.
+
+        history  for delayed scaling: the largest magnitudes of the calls before
+
+        Raises InvalidCast for scales by row, column or block, which a tensor has many of.
         """
-        if self._needs_no_scale or not amax > 0:
+        if not self.has_one_scale:
+            raise InvalidCast(f"{self} has a scale for every {self.granularity}, so the whole tensor has no one scale")
+        if self._needs_no_scale:
             return 1.0
-        return float(np.float32(min(max(amax / self.format.largest, _SMALLEST_SCALE), _largest_scale(self.format))))
+        return float(self._whole_scale(torch.tensor(max(amax, 0.0), dtype=torch.float64), tuple(history)))
 
-    def __call__(self, x: Tensor, state: CastState | None = None) -> Tensor:
-        """What is read back after writing x: a new tensor of its shape and dtype, outside the autograd graph.
+    def __call__(self, x: Tensor, state: CastState | None = None, dimension: int = -1) -> Tensor:
+        """What is read back after writing x: a new tensor of its shape and dtype.
 
-        x      float16, bfloat16, float32 or float64; any shape, any strides, empty too
-        state  the position in the random stream for stochastic rounding; without one, a stream of the
-               process's own that goes on from call to call
+        x          float16, bfloat16, float32 or float64; any shape, any strides, empty too
+        state      the place in the random stream for stochastic rounding, and delayed scaling's history; without one,
+                   a stream of the process's own that goes on from call to call, and no history
+        dimension  the one that rows and blocks of scales run along
 
-        A value that x's own dtype cannot hold (fp16's largest, rounded up to bf16) becomes that dtype's
-        largest under saturation. Raises UnsupportedTensor for any other dtype and for sparse layouts.
+        The gradient passes unchanged (see `straight_through` for more). A value that x's own dtype cannot hold
+        (fp16's largest, rounded up to bf16) becomes that dtype's largest under saturation. Raises UnsupportedTensor
+        for any other dtype and for sparse layouts, and IndexError for a dimension that x has not.
         """
-        calculated_in = _CALCULATED_IN.get(x.dtype)
-        if calculated_in is None or x.layout != torch.strided:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _CALCULATED_IN)
-            raise UnsupportedTensor(f"a cast takes dense {allowed} tensors, not {x.dtype}, {x.layout}")
-        x = x.detach().resolve_neg()
+        if x.requires_grad and torch.is_grad_enabled():
+            through: Tensor = StraightThrough.apply(x, lambda value: self._cast(value, state, dimension), _unchanged)
+            return through
+        return self._cast(x, state, dimension)
+
+    def saturates(self, x: Tensor, state: CastState | None = None, dimension: int = -1) -> Tensor:
+        """Bool, of x's shape: whether each element rounds beyond the format's largest value, Inf included.
+
+        As the next call with this state would round them; the state is left as it is. Elsewhere than for stochastic
+        rounding the answer does not depend on the rounding of smaller elements. NaN is False.
+        """
+        wide, dimension = _widened(x), self._dimension_of(x, dimension)
         if x.numel() == 0:
-            return x.clone()
+            return torch.zeros_like(x, dtype=torch.bool)
+        with torch.no_grad():
+            matrix, target = scaling.as_matrix(wide, dimension), _target_in(wide.dtype, self.format)
+            stream = CastState(state.seed, state.calls).next_stream() if state is not None and self._is_random else 0
+            scale, _ = self._matrix_scales(matrix, () if state is None else tuple(state.history))
+            rounded = rounding.on_grid(matrix / scale, target, self.rounding, self._draws(matrix, stream))
+            beyond = (rounded > target.largest) | (rounded < target.lowest)
+            return scaling.as_shaped(beyond, x, dimension)
+
+    def _cast(self, x: Tensor, state: CastState | None, dimension: int) -> Tensor:
+        wide, dimension = _widened(x), self._dimension_of(x, dimension)
+        if x.numel() == 0:
+            return x.detach().clone()
         stream = (_PROCESS_STATE if state is None else state).next_stream() if self._is_random else 0
-        if self._is_random or not _is_dense(x):
-            x = x.contiguous()  # so that a draw belongs to a position in the tensor, not in memory
-        wide = x.to(calculated_in)
-        if wide.dtype == torch.float32 and wide.device.type == "cpu":
-            result = self._by_kernel(wide, stream, in_place=wide is not x)
+        history = () if state is None else tuple(state.history)
+        if wide.dtype == torch.float32 and wide.device.type == "cpu" and self.format.signed:
+            run = self._whole_by_kernel if self.has_one_scale else self._tiles_by_kernel
+            result, amax = run(wide, history, dimension, stream)
         else:
-            result = self._by_expressions(wide, stream)
+            result, amax = self._by_expressions(wide, history, dimension, stream)
+        if state is not None and self.scale is not None and self.scale.rule == "delayed":
+            assert amax is not None
+            state.remember(amax, self.scale.length)
         if x.dtype != result.dtype and self.saturate and torch.finfo(x.dtype).max < self.format.largest:
             result.clamp_(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
         return result.to(x.dtype)
 
+    def _whole_by_kernel(self, wide: Tensor, history: History, dimension: int, stream: int) -> Outcome:
+        """With one scale, memory is a row in any order; but a random draw belongs to a place in the tensor."""
+        if self._is_random or not _is_dense(wide):
+            wide = wide.contiguous()
+        result = torch.empty_like(wide)
+        values, out, amax, scale = _row(wide), _row(result), None, 1.0
+        if self.scale is not None and not self._needs_no_scale:
+            amax = cast_kernels.finite_amax(values) if self.scale.rule != "static" else 0.0
+            scale = float(self._whole_scale(torch.tensor(amax), history))
+        elif self._is_delayed:
+            amax = cast_kernels.finite_amax(values)
+        target = _target_in(wide.dtype, self.format)
+        cast_kernels.round_values(values, out, scale, target, self.rounding, self.saturate, stream)
+        return self._without_negative_zero(result), amax
+
+    def _tiles_by_kernel(self, wide: Tensor, history: History, dimension: int, stream: int) -> Outcome:
+        matrix = scaling.as_matrix(wide, dimension).contiguous()
+        result = torch.empty_like(matrix)
+        values, out, target = _row(matrix), _row(result), _target_in(wide.dtype, self.format)
+        assert self.scale is not None
+        if self._needs_no_scale:
+            cast_kernels.round_values(values, out, 1.0, target, self.rounding, self.saturate, stream)
+        else:
+            over_all = 1.0
+            if self.scale.rule == "nvfp4":
+                over_all = float(scaling.scale_over_all(torch.tensor(cast_kernels.finite_amax(values)), target))
+            rows, columns = matrix.shape
+            tile = scaling.fitted(TILES[self.granularity], (rows, columns))
+            how = self.scale, target, self.rounding, self.saturate, stream, over_all
+            cast_kernels.round_tiles(values, out, (rows, columns), tile, *how)
+        shaped = scaling.as_shaped(self._without_negative_zero(result), wide, dimension)
+        return (shaped if shaped.is_contiguous() else torch.empty_like(wide).copy_(shaped)), None
+
+    def _by_expressions(self, wide: Tensor, history: History, dimension: int, stream: int) -> Outcome:
+        matrix, target = scaling.as_matrix(wide, dimension), _target_in(wide.dtype, self.format)
+        scale, amax = self._matrix_scales(matrix, history)
+        draws = self._draws(matrix, stream)
+        written = rounding.to_grid(matrix / scale, target, self.rounding, self.saturate, draws)
+        shaped = scaling.as_shaped(written * scale, wide, dimension)
+        return (shaped if shaped.is_contiguous() else torch.empty_like(wide).copy_(shaped)), amax
+
+    def _matrix_scales(self, matrix: Tensor, history: History) -> tuple[Tensor, Tensor | None]:
+        """The scale of each element, broadcast to [rows, columns] where it can be; and the largest magnitude of all,
+        0-dim, where delayed scaling wants it."""
+        one = torch.ones((1, 1), dtype=matrix.dtype, device=matrix.device)
+        if self.scale is None:
+            return one, None
+        tile = TILES[self.granularity]
+        amax = scaling.tile_amax(matrix, tile)
+        over_all = amax.amax()
+        if self._needs_no_scale:
+            return one, over_all
+        if self.has_one_scale:
+            return self._whole_scale(over_all, history), over_all
+        return scaling.over_tiles(scaling.scale_of(amax, self.scale, self.format, over_all), matrix, tile), None
+
+    def _whole_scale(self, amax: Tensor, history: History) -> Tensor:
+        """0-dim: the scale of a whole tensor of this largest magnitude."""
+        assert self.scale is not None
+        if self._is_delayed:
+            amax = scaling.delayed_amax(amax, history, self.scale.margin)
+        return scaling.scale_of(amax, self.scale, self.format)
+
+    def _draws(self, matrix: Tensor, stream: int) -> Tensor | None:
+        if not self._is_random:
+            return None
+        return rounding.dither(stream, matrix.numel(), matrix.device).view(matrix.shape)
+
+    def _without_negative_zero(self, result: Tensor) -> Tensor:
+        return result if self.format.keeps_negative_zero else result.add_(0.0)
+
+    def _dimension_of(self, x: Tensor, dimension: int) -> int:
+        """-1 where it does not matter, so that random draws are those of the tensor's own order."""
+        if not -max(x.dim(), 1) <= dimension < max(x.dim(), 1):
+            raise IndexError(f"dimension {dimension} is none of a tensor of shape {list(x.shape)}")
+        return -1 if self.has_one_scale else dimension
+
     @property
     def _needs_no_scale(self) -> bool:
-        return self.scale is None or self.format.largest >= _FLOAT32_LARGEST
+        return self.scale is None or self.format.largest >= FLOAT32_LARGEST
 
     @property
     def _is_random(self) -> bool:
         return self.rounding == "stochastic"
 
-    def _by_kernel(self, wide: Tensor, stream: int, in_place: bool) -> Tensor:
-        result = wide if in_place else torch.empty_like(wide)
-        values, out = _row(wide), _row(result)
-        scale = 1.0 if self._needs_no_scale else self.scale_for(cast_kernels.finite_amax(values))
-        if self._is_random:
-            cast_kernels.round_stochastic(values, out, scale, self.format, self.saturate, stream)
-        else:
-            cast_kernels.round_nearest(values, out, scale, self.format, self.saturate)
-        return result
-
-    def _by_expressions(self, wide: Tensor, stream: int) -> Tensor:
-        if self._needs_no_scale:
-            return rounding.limit(self._round(wide, stream), self.format, self.saturate)
-        magnitude = wide.abs()
-        scale = self._scale(magnitude.where(magnitude.isfinite(), 0.0).amax())
-        return rounding.limit(self._round(wide / scale, stream), self.format, self.saturate) * scale
-
-    def _round(self, values: Tensor, stream: int) -> Tensor:
-        if self._is_random:
-            draws = rounding.dither(stream, values.numel(), values.device).view(values.shape)
-            return rounding.round_stochastic(values, self.format, draws)
-        return rounding.round_nearest(values, self.format)
-
-    def _scale(self, amax: Tensor) -> Tensor:
-        """`scale_for` in amax's own dtype, on its device and without waiting for it.
-
-        The divisor is a tensor because CUDA turns a division by a number into a product with its reciprocal.
-        """
-        scale = amax / torch.full_like(amax, self.format.largest)
-        scale = scale.clamp(_SMALLEST_SCALE, _largest_scale(self.format)).to(torch.float32)
-        return torch.where(amax > 0, scale, 1.0).to(amax.dtype)
+    @property
+    def _is_delayed(self) -> bool:
+        return self.scale is not None and self.scale.rule == "delayed"
 
 
 _PROCESS_STATE = CastState()
+
+
+def _widened(x: Tensor) -> Tensor:
+    """x in the dtype that it is calculated in, outside the autograd graph; x itself where that is its own."""
+    calculated_in = _CALCULATED_IN.get(x.dtype)
+    if calculated_in is None or x.layout != torch.strided:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _CALCULATED_IN)
+        raise UnsupportedTensor(f"a cast takes dense {allowed} tensors, not {x.dtype}, {x.layout}")
+    return x.detach().resolve_neg().to(calculated_in)
+
+
+def _target_in(dtype: torch.dtype, target: Format) -> Format:
+    """fp64 is fp32 to a float32 tensor, whose values it holds: the grid is then one that float32 can calculate."""
+    return FORMATS["fp32"] if dtype == torch.float32 and target.name == "fp64" else target
+
+
+def _unchanged(gradient: Tensor) -> Tensor:
+    return gradient
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -226,15 +341,6 @@ def _row(x: Tensor) -> NDArray[np.float32]:
     return (x.view(-1) if x.is_contiguous() else in_memory_order(x)).numpy()
 
 
-@cache
-def _largest_scale(target: Format) -> float:
-    """The largest float32 scale that times the format's largest value is finite."""
-    scale = np.float32(_FLOAT32_LARGEST / target.largest)
-    while float(scale) * target.largest > _FLOAT32_LARGEST:
-        scale = np.nextafter(scale, np.float32(0))
-    return float(scale)
-
-
 def _splitmix64(value: int) -> int:
     """A 64-bit mix (Steele, Lea and Flood 2014): neighbouring seeds and calls get unrelated streams."""
     mask = 2**64 - 1
@@ -244,7 +350,9 @@ def _splitmix64(value: int) -> int:
     return z ^ (z >> 31)
 
 
-def _refuse(part: str, value: str, available: Sequence[str]) -> NoReturn:
-    near = difflib.get_close_matches(value, available, n=1)
-    meant = f"; did you mean {near[0]}?" if near else ""
-    raise InvalidCast(f"no {part} is called {value!r}{meant} (there is {', '.join(available) or 'none'})")
+def _rule_of(text: str, granularity: str) -> str:
+    """The text of a scale, refused with the granularity's own rules if it names none."""
+    rule = re.split(r"[(=:]", text, maxsplit=1)[0]
+    if rule not in RULES[granularity]:
+        refuse(f"scale at granularity {granularity!r}", rule, RULES[granularity])
+    return text

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from probes.errors import ProbeError, UnknownFormat
-from probes.formats import FORMATS, format_named
+from probes.format_names import format_named
+from probes.formats import FORMATS
 
 FLOATS = {
     "fp32": np.float32,
