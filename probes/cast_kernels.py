@@ -22,12 +22,12 @@ from math import frexp
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import njit, prange
 from numpy.typing import NDArray
 
 from probes.formats import Format
 from probes.scaling import E4M3, E8M0_EXPONENTS, SMALLEST_EXPONENT, Scale, largest_scale
-from probes.threads import in_shares
+from probes.threads import threads_for
 
 Row = NDArray[np.float32]
 
@@ -61,25 +61,32 @@ class _Scaling(NamedTuple):
 
     rule: int
     floats: tuple[np.float32, ...]
-    """The format's largest value; the smallest and the largest float32 scale; the scale over all (nvfp4)."""
+    """The format's largest value; the smallest and the largest float32 scale."""
     integers: tuple[np.int64, ...]
     """Exponents: what is taken off, the smallest and the largest; the mantissa field that must be exceeded."""
 
 
 def finite_amax(values: Row) -> float:
     """Largest finite magnitude of a contiguous row; 0 where there is none."""
-    bits = values.view(np.int32)
-    found: list[int] = []
-    in_shares(lambda start, stop: found.append(_finite_amax(bits[start:stop])), bits.size, bits.size)
-    return float(np.int32(max(found)).view(np.float32))
+    bits, threads = values.view(np.int32), threads_for(values.size)
+    largest = _finite_amax(bits) if threads == 1 else _finite_amax_shared(threads, bits)
+    return float(np.int32(largest).view(np.float32))
+
+
+def scale_of(amax: float, scale: Scale, target: Format) -> float:
+    """The scale of a tensor of this largest magnitude, a float32: `scaling.scale_of` for one number."""
+    return float(_scale(np.float32(amax), (*_scaling(scale, target), np.float32(1))))
 
 
 def round_values(
     values: Row, out: Row, scale: float, target: Format, rounding: str, saturate: bool, stream: int = 0
 ) -> None:
     """out = cast(values / scale)·scale over contiguous rows. Not in place: the loops are vector code only if apart."""
-    how, factor = (*_rounding(target, rounding, saturate), _keys(stream)), np.float32(scale)
-    in_shares(lambda first, last: _round_row(values, out, first, last, factor, *how), values.size, values.size)
+    how, threads = (*_rounding(target, rounding, saturate), _keys(stream)), threads_for(values.size)
+    if threads == 1:
+        _round_row(values, out, 0, values.size, np.float32(scale), how)
+    else:
+        _round_row_shared(threads, values, out, np.float32(scale), how)
 
 
 def round_tiles(
@@ -98,28 +105,31 @@ def round_tiles(
 
     over_all  for nvfp4, the scale over all tiles
     """
-    how, scaled = (*_rounding(target, rounding, saturate), _keys(stream)), _scaling(scale, target, over_all)
-    (rows, columns), (height, width) = shape, tile
+    how, scaled = (
+        (*_rounding(target, rounding, saturate), _keys(stream)),
+        (*_scaling(scale, target), np.float32(over_all)),
+    )
+    threads, (rows, columns), (height, width) = threads_for(values.size), shape, tile
     if height == 1:
         if columns % width == 0:
             rows, columns = 1, values.size  # no tile reaches over the end of a row, so all rows are one
-        in_shares(
-            lambda first, last: _round_blocks(values, out, first, last, columns, width, *scaled, *how),
-            rows * -(-columns // width),
-            values.size,
-        )
+        blocks = rows * -(-columns // width)
+        if threads == 1:
+            _round_blocks(values, out, 0, blocks, columns, width, scaled, how)
+        else:
+            _round_blocks_shared(threads, values, out, blocks, columns, width, scaled, how)
     elif height < rows:
-        in_shares(
-            lambda first, last: _round_bands(values, out, first, last, columns, height, width, *scaled, *how),
-            -(-rows // height),
-            values.size,
-        )
+        bands = -(-rows // height)
+        if threads == 1:
+            _round_bands(values, out, 0, bands, columns, height, width, scaled, how)
+        else:
+            _round_bands_shared(threads, values, out, bands, columns, height, width, scaled, how)
+    elif threads == 1:
+        _round_bands(values, out, 0, 1, columns, height, width, scaled, how)
     else:
-        found: list[NDArray[np.int32]] = []
-        bits = values.view(np.int32)
-        in_shares(lambda first, last: found.append(_columns_amax(bits, first, last, columns)), rows, values.size)
-        scales = _scales_of(np.max(found, axis=0), width, *scaled)
-        in_shares(lambda first, last: _round_rows(values, out, first, last, scales, *how), rows, values.size)
+        largest = _columns_amax_shared(threads, values.view(np.int32), rows, columns)
+        scales = _scales_of(largest, width, scaled)
+        _round_rows_shared(threads, values, out, rows, scales, how)
 
 
 @cache
@@ -144,7 +154,8 @@ def _rounding(target: Format, rounding: str, saturate: bool) -> _Rounding:
     )
 
 
-def _scaling(scale: Scale, target: Format, over_all: float) -> _Scaling:
+@cache
+def _scaling(scale: Scale, target: Format) -> _Scaling:
     mantissa, exponent = frexp(target.largest)
     smallest, highest = E8M0_EXPONENTS
     highest = min(highest, highest - target.emax)
@@ -155,7 +166,7 @@ def _scaling(scale: Scale, target: Format, over_all: float) -> _Scaling:
         smallest = smallest if scale.rule == "e8m0up" else SMALLEST_EXPONENT
     else:
         rule, taken_off, above = (_TWO_LEVELS if scale.rule == "nvfp4" else _CURRENT), 0, 0
-    floats = (target.largest, 2.0**SMALLEST_EXPONENT, largest_scale(target.largest), over_all)
+    floats = (target.largest, 2.0**SMALLEST_EXPONENT, largest_scale(target.largest))
     return _Scaling(
         rule,
         tuple(np.float32(value) for value in floats),
@@ -177,16 +188,16 @@ def _finite_amax(bits):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _round_row(values, out, first, last, scale, mode, floats, integers, keys):  # type: ignore[no-untyped-def]
+def _round_row(values, out, first, last, scale, how):  # type: ignore[no-untyped-def]
     scales = np.full(min(_STRIP, last - first), scale)
     for start in range(first, last, _STRIP):
         stop = min(start + _STRIP, last)
-        _round(values[start:stop], out[start:stop], scales[: stop - start], start, mode, floats, integers, keys)
+        _round(values[start:stop], out[start:stop], scales[: stop - start], start, how)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _round_blocks(  # type: ignore[no-untyped-def]
-    values, out, first, last, columns, width, rule, limits, exponents, mode, floats, integers, keys
+    values, out, first, last, columns, width, scaled, how
 ):
     """Tiles of one row: as many at a time as a strip of scales holds."""
     per_row, at_once = -(-columns // width), max(_STRIP // width, 1)
@@ -199,35 +210,35 @@ def _round_blocks(  # type: ignore[no-untyped-def]
         start, stop = row * columns + block * width, row * columns + min((block + blocks) * width, columns)
         if width > _STRIP:
             largest = np.int32(_finite_amax(bits[start:stop])).view(np.float32)
-            scale = _scale(largest, rule, limits, exponents)
-            _round_row(values, out, start, stop, scale, mode, floats, integers, keys)
+            scale = _scale(largest, scaled)
+            _round_row(values, out, start, stop, scale, how)
         else:
             for left in range(start, stop, width):
                 right = min(left + width, stop)
                 largest = np.int32(_finite_amax(bits[left:right])).view(np.float32)
-                scales[left - start : right - start] = _scale(largest, rule, limits, exponents)
-            _round(values[start:stop], out[start:stop], scales[: stop - start], start, mode, floats, integers, keys)
+                scales[left - start : right - start] = _scale(largest, scaled)
+            _round(values[start:stop], out[start:stop], scales[: stop - start], start, how)
         index += blocks
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _round_bands(  # type: ignore[no-untyped-def]
-    values, out, first, last, columns, height, width, rule, limits, exponents, mode, floats, integers, keys
+    values, out, first, last, columns, height, width, scaled, how
 ):
     """Tiles of several rows: all that are beside each other at a time."""
     rows, bits = values.size // columns, values.view(np.int32)
     for band in range(first, last):
         top, bottom = band * height, min((band + 1) * height, rows)
-        scales = _scales_of(_columns_amax(bits, top, bottom, columns), width, rule, limits, exponents)
-        _round_rows(values, out, top, bottom, scales, mode, floats, integers, keys)
+        scales = _scales_of(_columns_amax(bits, top, bottom, columns), width, scaled)
+        _round_rows(values, out, top, bottom, scales, how)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _round_rows(values, out, first, last, scales, mode, floats, integers, keys):  # type: ignore[no-untyped-def]
+def _round_rows(values, out, first, last, scales, how):  # type: ignore[no-untyped-def]
     """Rows that share a scale in each column."""
     for start in range(first * scales.size, last * scales.size, scales.size):
         stop = start + scales.size
-        _round(values[start:stop], out[start:stop], scales, start, mode, floats, integers, keys)
+        _round(values[start:stop], out[start:stop], scales, start, how)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -243,19 +254,84 @@ def _columns_amax(bits, first, last, columns):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _scales_of(largest, width, rule, limits, exponents):  # type: ignore[no-untyped-def]
+def _scales_of(largest, width, scaled):  # type: ignore[no-untyped-def]
     """Scales [columns] of tiles of this many columns each."""
     scales = np.empty(largest.size, dtype=np.float32)
     for left in range(0, largest.size, width):
         tile = largest[left : left + width]
-        scales[left : left + width] = _scale(np.int32(tile.max()).view(np.float32), rule, limits, exponents)
+        scales[left : left + width] = _scale(np.int32(tile.max()).view(np.float32), scaled)
     return scales
 
 
+# The same, each thread with a share of its own. numba hands threads no tuple of tuples, so these are taken apart.
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def _finite_amax_shared(shares, bits):  # type: ignore[no-untyped-def]
+    largest = np.zeros(shares, dtype=np.int32)
+    for share in prange(shares):
+        first, last = _share(share, shares, bits.size)
+        largest[share] = _finite_amax(bits[first:last])
+    return largest.max()
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def _round_row_shared(shares, values, out, scale, how):  # type: ignore[no-untyped-def]
+    mode, floats, integers, keys = how
+    for share in prange(shares):
+        first, last = _share(share, shares, values.size)
+        _round_row(values, out, first, last, scale, (mode, floats, integers, keys))
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def _round_blocks_shared(shares, values, out, blocks, columns, width, scaled, how):  # type: ignore[no-untyped-def]
+    (rule, limits, exponents, over_all), (mode, floats, integers, keys) = scaled, how
+    for share in prange(shares):
+        first, last = _share(share, shares, blocks)
+        a_scale, a_value = (rule, limits, exponents, over_all), (mode, floats, integers, keys)
+        _round_blocks(values, out, first, last, columns, width, a_scale, a_value)
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def _round_bands_shared(  # type: ignore[no-untyped-def]
+    shares, values, out, bands, columns, height, width, scaled, how
+):
+    (rule, limits, exponents, over_all), (mode, floats, integers, keys) = scaled, how
+    for share in prange(shares):
+        first, last = _share(share, shares, bands)
+        a_scale, a_value = (rule, limits, exponents, over_all), (mode, floats, integers, keys)
+        _round_bands(values, out, first, last, columns, height, width, a_scale, a_value)
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def _columns_amax_shared(shares, bits, rows, columns):  # type: ignore[no-untyped-def]
+    largest = np.zeros((shares, columns), dtype=np.int32)
+    for share in prange(shares):
+        first, last = _share(share, shares, rows)
+        largest[share] = _columns_amax(bits, first, last, columns)
+    for share in range(1, shares):
+        largest[0] = np.maximum(largest[0], largest[share])
+    return largest[0]
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def _round_rows_shared(shares, values, out, rows, scales, how):  # type: ignore[no-untyped-def]
+    mode, floats, integers, keys = how
+    for share in prange(shares):
+        first, last = _share(share, shares, rows)
+        _round_rows(values, out, first, last, scales, (mode, floats, integers, keys))
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _share(share, shares, units):  # type: ignore[no-untyped-def]
+    return units * share // shares, units * (share + 1) // shares
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
-def _scale(amax, rule, limits, exponents):  # type: ignore[no-untyped-def]
+def _scale(amax, scaled):  # type: ignore[no-untyped-def]
     """The scale for a largest magnitude."""
-    largest, smallest_scale, largest_scale, over_all = limits
+    rule, limits, exponents, over_all = scaled
+    largest, smallest_scale, largest_scale = limits
     if not amax > 0:
         return np.float32(1)
     if rule == _CURRENT:
@@ -275,8 +351,9 @@ def _scale(amax, rule, limits, exponents):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _round(values, out, scales, offset, mode, floats, integers, keys):  # type: ignore[no-untyped-def]
+def _round(values, out, scales, offset, how):  # type: ignore[no-untyped-def]
     """Each value by its scale; `offset` is the place of the first in the tensor, which its random draw depends on."""
+    mode, floats, integers, keys = how
     if mode == _NEAREST:
         _nearest(values, out, scales, floats)
     elif mode == _NEAREST_BY_BITS:

@@ -181,8 +181,7 @@ def scale_of(amax: Tensor, scale: Scale, target: Format, tensor_amax: Tensor | N
     tensor_amax  for nvfp4: the largest magnitude of the whole tensor
     """
     if scale.value is not None:
-        value = power_of_two_from(scale.value) if scale.power_of_two else float(np.float32(scale.value))
-        return torch.full_like(amax, value)
+        return torch.full_like(amax, static_value(scale))
     if scale.rule == "e8m0":
         found = _power_of_two(torch.frexp(amax).exponent - 1 - target.emax, E8M0_EXPONENTS, target, amax)
     elif scale.rule == "e8m0up":
@@ -207,7 +206,7 @@ def delayed_amax(own: Tensor, history: Sequence[Tensor | float], margin: int) ->
     """0-dim: what delayed scaling takes for this call's largest magnitude."""
     earlier = [torch.as_tensor(one, dtype=own.dtype, device=own.device) for one in history]
     largest = torch.stack([torch.zeros_like(own), *earlier]).amax()
-    return torch.where(largest > 0, largest, own) * 2.0**margin
+    return (torch.where(largest > 0, largest, own) * 2.0**margin).clamp(max=FLOAT32_LARGEST)
 
 
 @cache
@@ -219,10 +218,12 @@ def largest_scale(largest: float) -> float:
     return float(scale)
 
 
-def power_of_two_from(value: float) -> float:
-    """The smallest power of two that is not below a positive float32."""
-    mantissa, exponent = math.frexp(np.float32(value))
-    return 2.0 ** (exponent - (mantissa == 0.5))
+def static_value(scale: Scale) -> float:
+    """A static scale as a float32, or the smallest power of two that is not below it."""
+    assert scale.value is not None
+    value = np.float32(scale.value)
+    mantissa, exponent = math.frexp(value)
+    return 2.0 ** (exponent - (mantissa == 0.5)) if scale.power_of_two else float(value)
 
 
 def _in_float32(amax: Tensor, largest: float) -> Tensor:
