@@ -30,6 +30,7 @@ _HOME = {
     "probe": "probes.probing",
     "recommend": "advisor.advice",
     "score": "advisor.scores",
+    "straight_through": "probes.gradients",
     "uniform": "advisor.recipe",
 }
 

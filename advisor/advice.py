@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from advisor.errors import InvalidPlan
-from advisor.hardware import hardware_named
+from advisor.hardware import Hardware, hardware_named
 from advisor.plan import Plan
 from advisor.planner import DEFAULT_TOLERANCE_SHARE, plan_from_rows
 from advisor.scores import DEFAULT_CASTS, score
 from probes.casts import Cast
 from probes.errors import WindowError
+from probes.formats import FORMATS
 from probes.window import Window
 
 WORST = (
@@ -44,7 +45,8 @@ def recommend(
     max_lost_batch  share of the batch that rounding noise in the gradients may cost, at least 0 and below 1
     casts           candidates; default: e4m3fn, e5m2 and int8 per tensor, bf16 and fp16
 
-    Raises InvalidPlan for limits that make no sense, UnknownHardware, and WindowError for windows of different models.
+    Raises InvalidPlan for limits that make no sense, UnknownHardware, CastNotScored for a candidate that a window does
+    not tell enough of (scales by row, column or block), and WindowError for windows of different models.
     """
     windows = [window] if isinstance(window, Window) else list(window)
     if not windows:
@@ -64,6 +66,8 @@ def recommend(
     notes = [note for each in windows for note in each.notes]
     if len(windows) > 1:
         notes.append(f"made from {len(windows)} windows; each cast counts with the worst that any of them saw")
+    if not casts:
+        notes += _left_out(target)
     return plan_from_rows(
         last.sites,
         _worst([score(each, casts or DEFAULT_CASTS).rows for each in windows]),
@@ -75,6 +79,15 @@ def recommend(
         model_name=last.model_name,
         notes=notes,
     )
+
+
+def _left_out(target: Hardware) -> list[str]:
+    """A note on the formats of 8 bits that the hardware multiplies and no usual candidate has."""
+    usual = {cast.format.name for cast in DEFAULT_CASTS}
+    others = [name for name in target.formats if name not in usual and FORMATS[name].bits <= 8]
+    if not others:
+        return []
+    return [f"{target.name} also multiplies {', '.join(others)}; name them among the casts to have them as candidates"]
 
 
 def _require_same_model(windows: Sequence[Window]) -> None:

@@ -7,13 +7,18 @@ from functools import lru_cache
 from probes.casts import Cast
 
 KEEP = "fp32/none/nearest"
-"""The cast that leaves a tensor as it is: no format here is wider, so the user's own dtype stays."""
+"""The cast that leaves a tensor in the user's own dtype, whichever that is: float64 too."""
 
 
 @lru_cache(maxsize=4096)
 def parse_cast(text: str) -> Cast:
     """`Cast.parse`, remembered: a window's scores name the same few casts thousands of times."""
     return Cast.parse(text)
+
+
+def keeps(cast: Cast) -> bool:
+    """Whether a cast leaves a tensor as it is."""
+    return cast.format.name == "fp32" and cast.granularity == "none"
 
 
 def short_cast(cast: Cast) -> str:

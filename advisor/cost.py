@@ -14,20 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from functools import lru_cache
 from typing import NamedTuple
 
+from advisor.castnames import keeps
 from advisor.hardware import Hardware
 from probes.casts import Cast
+from probes.errors import UnknownFormat
+from probes.format_names import format_named
+from probes.formats import FORMATS
 from probes.records import GRADIENT, Product, Site
 
 WEIGHT = "weight"
-
-# Bits of the dtypes that no format of ours describes; torch's names for those that one does.
-_BITS = MappingProxyType({"fp64": 64, "fp32": 32, "fp16": 16, "bf16": 16})
-_FORMAT_OF_DTYPE = MappingProxyType(
-    {"float64": "fp64", "double": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-)
 
 APPROXIMATIONS = (
     "bytes: an activation that enters several sites counts at each of them; all calls of a step live at once",
@@ -36,7 +34,10 @@ APPROXIMATIONS = (
 
 
 class Operand(NamedTuple):
-    """What the matrix unit is given. The format is None for what nobody sees outside a fused kernel."""
+    """What the matrix unit is given: a format, and the bits of an element in memory.
+
+    The format is None for what nobody sees outside a fused kernel.
+    """
 
     format: str | None
     bits: int
@@ -64,36 +65,54 @@ class Shares:
 
 
 def own_operand(site: Site, role: str) -> Operand:
-    """The tensor in the user's own dtype."""
-    dtype = str(site.dtypes.get(role, "fp32")).removeprefix("torch.")
-    name = _FORMAT_OF_DTYPE.get(dtype, dtype)
-    return Operand(name, _BITS.get(name, 32))
+    """The tensor in the user's own dtype; one that is no format of ours is taken to have 32 bits."""
+    return _own(str(site.dtypes.get(role, "fp32")))
+
+
+@lru_cache(maxsize=256)
+def _own(dtype: str) -> Operand:
+    try:
+        own = format_named(dtype)
+    except UnknownFormat:
+        return Operand(dtype, 32)
+    return Operand(own.name, own.stored_bits)
 
 
 def operand(site: Site, role: str, cast: Cast) -> Operand:
     """The tensor after `cast`; a cast to a wider format than the tensor's own leaves it as it is."""
-    own = own_operand(site, role)
-    return own if cast.bits > own.bits else Operand(cast.format.name, cast.bits)
+    own, wanted = own_operand(site, role), cast.format
+    return own if keeps(cast) or wanted.stored_bits > own.bits else Operand(wanted.name, wanted.stored_bits)
 
 
 def product_bits(left: Operand, right: Operand, hardware: Hardware) -> int:
     """Bits in which the hardware runs a product: those of the wider operand, if it multiplies the pair.
 
-    Two narrow operands that it does not multiply as they are get widened first: 8-bit values are exact in
-    bf16 and fp16 (e4m3fn, e5m2 and int8 need at most 8 significant bits and exponents within fp16's), so such
-    a product runs in 16 bits. What no 16-bit pair holds runs in 32.
+    Two operands that it does not multiply as they are get widened first, to a 16-bit format that holds every value of
+    both: so two formats of 8 bits, or 8 bits and bf16, run in 16. What no such format holds runs in 32.
     """
     if left.format is None or right.format is None:
         return max(32, left.bits, right.bits)
-    wider = max(left.bits, right.bits)
     if hardware.takes(left.format, right.format):
-        return wider
-    if wider <= 8:
-        return 16 if hardware.takes("bf16", "bf16") else 32
-    if wider == 16 and min(left.bits, right.bits) <= 8:
-        name = left.format if left.bits == wider else right.format
-        return 16 if hardware.takes(name, name) else 32
-    return max(32, wider)
+        return max(left.bits, right.bits)
+    for wide in ("bf16", "fp16"):
+        if hardware.takes(wide, wide) and _holds(wide, left.format) and _holds(wide, right.format):
+            return FORMATS[wide].bits
+    return max(32, left.bits, right.bits)
+
+
+@lru_cache(maxsize=1024)
+def _holds(wide: str, narrow: str) -> bool:
+    """Whether every finite value of a format is one of another's."""
+    try:
+        inner = format_named(narrow)
+    except UnknownFormat:
+        return False
+    outer = FORMATS[wide]
+    return (
+        inner.mantissa_bits <= outer.mantissa_bits
+        and inner.smallest_subnormal >= outer.smallest_subnormal
+        and inner.largest <= outer.largest
+    )
 
 
 def product_operands(site: Site, product: Product, casts: Mapping[str, Cast]) -> tuple[Operand, Operand]:

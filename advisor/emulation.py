@@ -3,19 +3,30 @@
 A product y = x·w is run as Q(x)·Q(w), so what autograd saves for the backward products are the cast operands, and a
 hook on the result casts the gradient before both of them: the three products of the plan, on any device, with the
 model's own code. A bias or an addend is given the cast gradient too. The gradient passes a cast unchanged
-(straight-through); the master weights, which the optimizer updates, are the model's own parameters.
+(straight-through; saturated elements are given theirs); the master weights, which the optimizer updates, are the
+model's own parameters.
+
+Each slot has a CastState: its place in a random stream, and delayed scaling's history. Every time the slot is cast goes
+into it, so a history counts calls and not steps: a module that is entered twice in a step, a weight that is used twice,
+evaluation inside the block, and what activation checkpointing recomputes, which is then cast with a later scale and
+other draws than it was at first. `state_dict` and `load_state_dict` carry it from one process to the next.
+
+Refused at once: scales by row, column or block. They belong along a product's inner dimension, which is another for
+each of the three products, so an operand would have to be cast anew, from its own values, for each of them.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from advisor.errors import PlanMismatch
+from advisor.castnames import keeps
+from advisor.errors import InvalidPlan, PlanMismatch
 from advisor.plan import Plan
 from probes.casts import Cast, CastState
 from probes.names import ROOT
@@ -29,7 +40,8 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
 
     `report()` says, slot by slot, how each cast is carried out and how often it was. `seed` starts the stream of
     stochastic rounding, which is the plan's own. The optimizer is left as it is: master weights and state keep their
-    dtype, which is all that a plan asks for today. Raises PlanMismatch at once if the plan's sites are not the model's.
+    dtype, which is all that a plan asks for today. Raises PlanMismatch at once if the plan's sites are not the model's,
+    and InvalidPlan for casts that cannot be carried out here: scales by row, column or block, and e8m0.
     """
 
     def __init__(
@@ -39,6 +51,7 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
         _require_match(plan, model)
         self.plan = plan
         self.casts = {Slot(one.site, one.role): Cast.parse(one.cast) for one in plan.assignments}
+        _require_possible(self.casts)
         self.states = {slot: CastState(seed=zlib.crc32(f"{seed}/{slot}".encode())) for slot in self.casts}
         self.counts: Counter[Slot] = Counter()
         self.unplanned: Counter[str] = Counter()
@@ -59,7 +72,7 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
                 "site": slot.site,
                 "role": slot.role,
                 "cast": str(cast),
-                "how": "never met" if not self.counts[slot] else "kept" if _keeps(cast) else "emulated",
+                "how": "never met" if not self.counts[slot] else "kept" if keeps(cast) else "emulated",
                 "count": self.counts[slot],
             }
             for slot, cast in self.casts.items()
@@ -71,6 +84,24 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
         if self.unplaced:
             rows.append({"site": None, "role": None, "cast": None, "how": "not placed", "count": self.unplaced})
         return rows
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Each slot's site, role, `calls` and `history`, as JSON can hold it: with it a training goes on bit-equal."""
+        return [
+            {**slot._asdict(), "calls": state.calls, "history": [float(amax) for amax in state.history]}
+            for slot, state in self.states.items()
+        ]
+
+    def load_state_dict(self, saved: Iterable[Mapping[str, Any]]) -> None:
+        """Go on from what `state_dict` gave, under the same plan and seed. Raises PlanMismatch for another plan's."""
+        found = {Slot(one["site"], one["role"]): one for one in saved}
+        if found.keys() != self.states.keys():
+            raise PlanMismatch(
+                "the saved state of the casts is of another plan: its sites and roles are not this one's"
+            )
+        for slot, one in found.items():
+            state = self.states[slot]
+            state.calls, state.history = one["calls"], deque(one["history"])
 
     def on_unplaced(self, operation: Operation) -> None:
         """Count what is recomputed where no site can be told."""
@@ -96,12 +127,9 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
     def _cast(self, slot: Slot, values: Tensor) -> Tensor:
         cast = self.casts[slot]
         self.counts[slot] += 1
-        if _keeps(cast):
+        if keeps(cast):
             return values
         with torch._C.DisableTorchFunction():
-            if values.requires_grad and torch.is_grad_enabled():
-                through: Tensor = _StraightThrough.apply(values, cast, self.states[slot])
-                return through
             return cast(values, self.states[slot])
 
     def __str__(self) -> str:
@@ -114,20 +142,20 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
         return "\n".join(lines)
 
 
-class _StraightThrough(torch.autograd.Function):
-    """The cast forward; the gradient as it comes, saturated elements included, because the scale leaves none out."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, cast: Cast, state: CastState) -> Tensor:
-        return cast(values, state)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0], None, None
-
-
-def _keeps(cast: Cast) -> bool:
-    return cast.format.name == "fp32" and cast.granularity == "none"
+def _require_possible(casts: Mapping[Slot, Cast]) -> None:
+    """Raises InvalidPlan, naming the first slot whose cast cannot be carried out."""
+    for slot, cast in casts.items():
+        if not cast.has_one_scale:
+            raise InvalidPlan(
+                f"{slot.site} {slot.role} is to be cast as {cast}, and a scale for every {cast.granularity} cannot be "
+                "applied: such scales run along a product's inner dimension, which is another one in each of the three "
+                "products that a tensor can enter. Granularity 'none' and 'tensor' can be applied"
+            )
+        if not cast.format.signed:
+            raise InvalidPlan(
+                f"{slot.site} {slot.role} is to be cast as {cast}, and {cast.format} is a format for scales, without a "
+                "sign and without zero"
+            )
 
 
 def _require_match(plan: Plan, model: nn.Module) -> None:

@@ -3,6 +3,7 @@
     AdvisorError
     ├── InvalidPlan (ValueError)          a plan, or what was asked of the planner, cannot be used
     │   └── PlanMismatch                  the plan was made for another model
+    ├── CastNotScored (ValueError)        a window does not tell what this cast would do
     ├── UnknownHardware (ValueError)      no such hardware in the table
     ├── InvalidModel (ValueError)         a model's declaration cannot be built
     │   └── DataMismatch                  the model and its data do not fit each other
@@ -25,6 +26,10 @@ class InvalidPlan(AdvisorError, ValueError):
 
 class PlanMismatch(InvalidPlan):
     """The plan names sites, roles or weight shapes that the model does not have."""
+
+
+class CastNotScored(AdvisorError, ValueError):
+    """A cast of which a window's sketches do not tell enough: with scales by row, column or block, or in e8m0."""
 
 
 class UnknownHardware(AdvisorError, ValueError):

@@ -2,8 +2,9 @@
 
 A pair is what decides whether a product runs in 8 bits: two narrow operands that no kernel takes together are
 widened first, and nothing is gained. The table holds ordered pairs (left operand, right operand), both orders
-written out. What is not in `probes.formats` is not here: an MI300X multiplies e4m3fnuz, another format than
-e4m3fn.
+written out, of formats with one scale a tensor: products of 4 and 6 bits and of blocks with scales of their own (MX,
+NVFP4) are absent, also where the hardware has them. A name is a format exactly: an MI300X multiplies e4m3fnuz, another
+format than e4m3fn.
 
 Peak rates and bandwidths are absent: no speed is predicted from this table.
 """
@@ -51,6 +52,13 @@ _LIKE: frozenset[Pair] = frozenset({("fp32", "fp32"), ("fp16", "fp16"), ("bf16",
 # this reason (pytorch/pytorch issue 132005).
 _FP8: frozenset[Pair] = frozenset({("e4m3fn", "e4m3fn"), ("e4m3fn", "e5m2"), ("e5m2", "e4m3fn")})
 
+# hipBLASLt: A and B may each be fp8 or bf8 (README, table of data types), and on gfx942 these are the FNUZ variants
+# alone ("Data type support"). PyTorch's _scaled_mm lets two e5m2 operands pass on ROCm (pytorch/pytorch pull request
+# 148228).
+_FP8_FNUZ: frozenset[Pair] = frozenset(
+    (left, right) for left in ("e4m3fnuz", "e5m2fnuz") for right in ("e4m3fnuz", "e5m2fnuz")
+)
+
 _GB = 10**9
 
 _ROWS = (
@@ -96,12 +104,11 @@ _ROWS = (
     Hardware(
         name="mi300x",
         title="AMD Instinct MI300X",
-        # hipBLASLt documentation, "Data type support": on gfx942 the 8-bit floats are the FNUZ variants
-        # alone.
-        pairs=_LIKE,
+        pairs=_LIKE | _FP8_FNUZ,  # CDNA 3, gfx942
         memory_bytes=192 * _GB,
-        source="AMD Instinct MI300X data sheet; hipBLASLt documentation, Data type support",
-        note="its 8-bit floats are the FNUZ variants, which the format table does not hold; int8 is left",
+        source="AMD Instinct MI300X data sheet; hipBLASLt README and documentation, Data type support",
+        note="its 8-bit floats are e4m3fnuz and e5m2fnuz, which are candidates only where they are named; e4m3fn and "
+        "e5m2 are not multiplied",
     ),
     Hardware(
         name="rtx4090",

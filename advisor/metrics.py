@@ -7,13 +7,19 @@ tensors themselves (`tests/test_metrics.py`) rates are within 0.005 and SQNR wit
     few_values    so few distinct magnitudes, or so many more elements in one bin than in its neighbours, that they
                   cannot be taken as spread evenly and it matters
     few_elements  so few elements carry the error, or decide a rate, that chance within their bins is noticeable
+    no_signs      the format's lowest value lies further out than its largest (int4's -8 and 7), and elements go there:
+                  a sketch has no signs, so they all count as beyond the largest value
 
 What is counted: rates are shares of the finite non-zero elements; overflow means rounding beyond the largest value,
 whether that saturates or not. NaN and Inf are in `nonfinite` and nowhere else. int8 has no subnormal results. Without
 elements to speak of (an empty slot, zeros only) rates and SQNR are NaN; without any error SQNR is +inf. Stochastic
 rounding is expected over its draws.
 
-A slot that met several tensors in a step is scored as if they had been one, with one scale.
+A slot that met several tensors in a step is scored as if they had been one, with one scale. A delayed scale follows
+the recorded steps, whatever lay between them.
+
+A sketch holds one largest magnitude a tensor, so a cast with scales by row, column or block cannot be scored from it,
+and is refused; so is e8m0, in which no tensor is written.
 """
 
 from __future__ import annotations
@@ -22,11 +28,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 
 from advisor.bins import BIN_BITS, Bins, at_largest
+from advisor.errors import CastNotScored
 from advisor.grid import Array, Expected, Grid
+from probes import scaling
 from probes.casts import Cast
 from probes.history import SlotHistory
+from probes.measurable import why_not_measurable
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Measured(Generic[Number]):
     bias_energy            Σx·δ, which is -Σx² if all is flushed to zero
     error_spread           standard deviation of error_energy, as elements may be anywhere in their bins
     amax, amin             largest and smallest non-zero finite magnitude; 0 where there is none
-    flags                  for all steps together: "few_values", "few_elements"
+    flags                  for all steps together: "few_values", "few_elements", "no_signs"
     """
 
     nonzero: Number
@@ -154,9 +164,12 @@ def measure(history: SlotHistory, cast: Cast, dtype: str | None = None) -> Metri
 
     dtype  the tensor's own ("float16", "bfloat16", "float32"), where known: fp16's subnormals are a coarse lattice
            that the sketch does not tell of
+
+    Raises CastNotScored.
     """
+    require_scored(cast)
     steps, amax = len(history.steps), history.amax.astype(np.float64)
-    step_scale = np.array([cast.scale_for(float(value)) for value in amax])
+    step_scale = scales(amax, cast)
     bins = Bins.of(history)
     scale = step_scale[bins.step]
     expected = bins.outcomes(cast, scale, dtype)
@@ -185,6 +198,38 @@ def measure(history: SlotHistory, cast: Cast, dtype: str | None = None) -> Metri
     return replace(metrics, flags=_flags(history, bins, expected, scale, metrics.pooled(), cast))
 
 
+def require_scored(*casts: Cast) -> None:
+    """Raises CastNotScored, which says why, for the first of these casts that sketches do not tell enough of."""
+    for cast in casts:
+        if reason := why_not_measurable(cast):
+            raise CastNotScored(reason)
+
+
+def scales(amax: Array, cast: Cast) -> Array:
+    """The scale of each of some steps [S], given their largest magnitudes: `Cast.scale_for`, for all of them at once.
+
+    The history of a delayed scale is the steps before. With a scale for more than one value a tensor there is none.
+    """
+    if cast.scale is None or cast.format.largest >= scaling.FLOAT32_LARGEST:
+        return np.ones_like(amax)
+    taken = amax
+    if cast.scale.rule == "delayed":
+        before = _largest_before(amax, cast.scale.length)
+        taken = np.where(before > 0, before, amax) * 2.0**cast.scale.margin
+        taken = np.minimum(taken, scaling.FLOAT32_LARGEST)
+    return scaling.scale_of(torch.from_numpy(taken), cast.scale, cast.format).numpy()
+
+
+def _largest_before(amax: Array, length: int) -> Array:
+    """The largest of the `length` values before each, [S]; 0 before the first."""
+    largest, reach = amax.copy(), 1
+    while reach < min(length, len(amax)):
+        step = min(reach, length - reach)
+        largest[step:] = np.maximum(largest[step:], largest[:-step])
+        reach += step
+    return np.append(0.0, largest)[:-1]
+
+
 def _flags(
     history: SlotHistory, bins: Bins, expected: Expected, scale: Array, pooled: PooledMetrics, cast: Cast
 ) -> tuple[str, ...]:
@@ -202,7 +247,8 @@ def _flags(
         pooled.error_spread > THRESHOLDS.error_spread * pooled.error_energy
         or rate_spread > THRESHOLDS.rate_spread * pooled.nonzero
     )
-    return ("few_values",) * few_values + ("few_elements",) * few_elements
+    no_signs = not cast.format.symmetric and pooled.overflows > 0
+    return ("few_values",) * few_values + ("few_elements",) * few_elements + ("no_signs",) * no_signs
 
 
 def _rate_shift(rates: tuple[Array, ...], bins: Bins, uneven: Array, scale: Array, cast: Cast) -> float:

@@ -33,7 +33,8 @@ def uniform(window: Window, hardware: str = "h100", **casts_by_role: str | Cast)
     """A plan with one cast a role, the same at every site; its cost is predicted from the window's scores.
 
     Raises InvalidPlan for a role that no site of the window has, and for no role at all; UnknownFormat or
-    InvalidCast for a cast that cannot be read; UnknownHardware.
+    InvalidCast for a cast that cannot be read; CastNotScored for one with scales by row, column or block;
+    UnknownHardware.
     """
     device = hardware_named(hardware)
     roles = sorted({role for site in window.sites for role in site.roles})

@@ -9,6 +9,8 @@ the slot's coherence, the ratio of the two estimates for the casts that have bot
 
 Noise is divided by the minibatch's own: `lost_batch_share` = 1 − 1/(1 + ratio). What is approximate: Gauss-Newton for
 the Hessian, a few draws of it, second order in δ, and the weight gradient's noise standing for all that lies upstream.
+A delayed cast's metrics follow the window's steps, but what was measured of it was measured with the scale of the
+scored step's own tensor.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from advisor.metrics import PooledMetrics, measure
+from advisor.metrics import PooledMetrics, measure, require_scored
 from probes.casts import Cast
+from probes.measurable import why_not_measurable
 from probes.records import GRADIENT, Evidence, Slot
 from probes.window import Window
 
@@ -55,9 +58,11 @@ class Scores:
 def score(window: Window, casts: Sequence[str | Cast] | None = None) -> Scores:
     """Score casts (default: the usual 8-bit and 16-bit ones) on every slot of a window; no training, no tensors.
 
-    Raises UnknownFormat or InvalidCast for a cast that is none, WindowError for a window that is still open.
+    Raises UnknownFormat or InvalidCast for a cast that is none, CastNotScored for one of which sketches do not tell
+    enough (scales by row, column or block), WindowError for a window that is still open.
     """
     chosen = [Cast.parse(cast) if isinstance(cast, str) else cast for cast in casts or DEFAULT_CASTS]
+    require_scored(*chosen)
     return Scores([row for slot in window.slots for row in _slot_rows(window, slot, chosen)])
 
 
@@ -69,7 +74,8 @@ def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[s
     def pooled(cast: Cast) -> PooledMetrics:
         return measure(history, cast, dtype).pooled()
 
-    known = {str(cast): cast for cast in map(Cast.parse, {*evidence.directional, *evidence.relative_noise})}
+    measured = map(Cast.parse, {*evidence.directional, *evidence.relative_noise})
+    known = {str(cast): cast for cast in measured if why_not_measurable(cast) is None}
     known |= {str(cast): cast for cast in casts}
     metrics = {name: pooled(cast) for name, cast in known.items()}
     forward = slot.role != GRADIENT

@@ -386,14 +386,23 @@ class JobView(View):
 
 
 class FormatView(View):
+    """An element number format and the figures that follow from its layout."""
+
     name: str
-    bits: int
+    bits: int = Field(description="width of a code, with its sign")
+    stored_bits: int = Field(description="width of an element in memory")
     exponent_bits: int
     mantissa_bits: int
+    bias: int = Field(description="of the exponent field; of an integer format, what makes its step 1")
+    signed: bool
+    code_points: int
+    nonfinite: str = Field(description="what it has beyond its finite values, and so what an overflow can become")
     largest: Number
+    lowest: Number
     smallest_normal: Number
-    smallest_subnormal: Number
-    epsilon: Number
+    smallest_subnormal: Number = Field(description="smallest non-zero magnitude")
+    epsilon: Number = Field(description="distance from 1 to the next larger value")
+    aliases: dict[str, list[str]] = Field(description="library to its names for this format; none where it has none")
 
 
 class HardwareView(View):

@@ -17,12 +17,14 @@ _HOME = {
     "FORMATS": "formats",
     "Format": "formats",
     "Product": "records",
+    "Scale": "scaling",
     "Site": "records",
     "SlotHistory": "history",
     "Window": "window",
     "format_named": "format_names",
     "load_window": "windowfile",
     "probe": "probing",
+    "straight_through": "gradients",
 }
 
 __all__ = sorted(_HOME)

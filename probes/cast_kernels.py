@@ -4,7 +4,7 @@ torch's own dtype casts would need a pass each for the scale, the limit, the cas
 again, and decoding e4m3fn alone takes 8 times a clone (torch 2.13, CPU, 4M values). These loops have no
 branch and 32-bit integers only, so that the compiler makes vector code of them, and allocate nothing.
 
-Nearest-even comes from the adder itself: with c = 1.5·2^23·spacing, x + c has no bits below the spacing, and
+Nearest-even comes from the adder itself: with c = 2^23·spacing, |x| + c has no bits below the spacing, and
 the sum is rounded to even; c is taken off again. For formats with float32's own exponents c would overflow.
 Their values are float32's with the last bits zero, so the bits are rounded as an integer, and a carry out of
 the mantissa is what the exponent needs.
@@ -26,7 +26,7 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from probes.formats import Format
-from probes.scaling import E4M3, E8M0_EXPONENTS, SMALLEST_EXPONENT, Scale, largest_scale
+from probes.scaling import E4M3, E8M0_EXPONENTS, SMALLEST_EXPONENT, Scale, largest_exponent, largest_scale
 from probes.threads import threads_for
 
 Row = NDArray[np.float32]
@@ -41,7 +41,7 @@ _STRIP = 1024  # scales that are written out at a time, one for each value: they
 _CURRENT, _POWER_OF_TWO_UP, _POWER_OF_TWO_OCP, _TWO_LEVELS = range(4)
 
 _E4M3_SMALLEST, _E4M3_LARGEST = np.float32(E4M3.smallest_subnormal), np.float32(E4M3.largest)
-_E4M3_OCTAVE, _E4M3_ADDER = np.float32(2.0**E4M3.emin), np.float32(1.5 * 2.0 ** (23 - E4M3.mantissa_bits))
+_E4M3_OCTAVE, _E4M3_ADDER = np.float32(2.0**E4M3.emin), np.float32(2.0 ** (23 - E4M3.mantissa_bits))
 
 
 class _Rounding(NamedTuple):
@@ -135,7 +135,7 @@ def round_tiles(
 @cache
 def _rounding(target: Format, rounding: str, saturate: bool) -> _Rounding:
     mode = {"stochastic": _STOCHASTIC, "zero": _TOWARD_ZERO}.get(rounding, _NEAREST)
-    factor = 1.5 * 2.0 ** (23 - target.mantissa_bits) if mode == _NEAREST else 2.0**-target.mantissa_bits
+    factor = 2.0 ** (23 - target.mantissa_bits) if mode == _NEAREST else 2.0**-target.mantissa_bits
     if mode == _NEAREST and target.emin == SMALLEST_EXPONENT:
         mode = _NEAREST_BY_BITS
     elif mode == _NEAREST and target.mantissa_bits == 23:
@@ -158,7 +158,7 @@ def _rounding(target: Format, rounding: str, saturate: bool) -> _Rounding:
 def _scaling(scale: Scale, target: Format) -> _Scaling:
     mantissa, exponent = frexp(target.largest)
     smallest, highest = E8M0_EXPONENTS
-    highest = min(highest, highest - target.emax)
+    highest = min(highest, largest_exponent(target))
     if scale.rule == "e8m0":
         rule, taken_off, above = _POWER_OF_TWO_OCP, target.emax, 0
     elif scale.rule == "e8m0up" or scale.power_of_two:
@@ -166,7 +166,7 @@ def _scaling(scale: Scale, target: Format) -> _Scaling:
         smallest = smallest if scale.rule == "e8m0up" else SMALLEST_EXPONENT
     else:
         rule, taken_off, above = (_TWO_LEVELS if scale.rule == "nvfp4" else _CURRENT), 0, 0
-    floats = (target.largest, 2.0**SMALLEST_EXPONENT, largest_scale(target.largest))
+    floats = (target.largest, 2.0**SMALLEST_EXPONENT, largest_scale(target.largest_magnitude))
     return _Scaling(
         rule,
         tuple(np.float32(value) for value in floats),
@@ -340,7 +340,8 @@ def _scale(amax, scaled):  # type: ignore[no-untyped-def]
         block = np.float32(min(np.float32(amax / largest) / over_all, _E4M3_LARGEST))
         octave = np.int32(block.view(np.int32) & _EXPONENT).view(np.float32)
         adder = max(octave, _E4M3_OCTAVE) * _E4M3_ADDER
-        return np.float32(max(np.float32(block + adder) - adder, _E4M3_SMALLEST)) * over_all
+        block = np.float32(max(np.float32(block + adder) - adder, _E4M3_SMALLEST))
+        return min(block * over_all, largest_scale)
     taken_off, smallest, highest, above = exponents
     bits = np.float64(amax).view(np.int64)  # float64 has every float32 as a normal number
     power = (bits >> 52) - 1023 - taken_off
@@ -368,13 +369,13 @@ def _round(values, out, scales, offset, how):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _nearest(values, out, scales, floats):  # type: ignore[no-untyped-def]
-    smallest_octave, one_and_a_half, ceiling, largest, lowest, beyond, below = floats
+    smallest_octave, adder_of_one, ceiling, largest, lowest, beyond, below = floats
     for i in range(values.size):
         value, scale = values[i], scales[i]
         scaled = abs(value / scale)
         magnitude = np.float32(ceiling if scaled > ceiling else scaled)
         octave = np.int32(magnitude.view(np.int32) & _EXPONENT).view(np.float32)
-        adder = max(octave, smallest_octave) * one_and_a_half
+        adder = max(octave, smallest_octave) * adder_of_one
         rounded = (magnitude + adder) - adder
         top, over = (lowest, below) if value < 0 else (largest, beyond)
         out[i] = np.copysign((over if rounded > top else rounded) * scale, value)

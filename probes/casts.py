@@ -28,30 +28,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from probes import cast_kernels, rounding, scaling
-from probes.errors import InvalidCast, UnsupportedTensor
+from probes import casting, rounding, scaling
+from probes.casting import Circumstances
+from probes.errors import InvalidCast
 from probes.format_names import format_named
-from probes.formats import FORMATS, Format
-from probes.kernels import in_memory_order
+from probes.formats import Format
+from probes.gradients import StraightThrough
 from probes.near import refuse
 from probes.rounding import ROUNDINGS
-from probes.scaling import FLOAT32_LARGEST, NVFP4_LARGEST, RULES, TILES, Scale
-from probes.straight_through import StraightThrough
-
-History = Sequence[float | Tensor]
-Outcome = tuple[Tensor, float | Tensor | None]  # the values; the largest magnitude, where delayed scaling wants it
+from probes.scaling import FLOAT32_LARGEST, NVFP4_LARGEST, RULES, Scale
 
 _TO_INF = ":inf"
-
-_CALCULATED_IN = {
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-}
 
 
 @dataclass
@@ -148,11 +137,6 @@ class Cast:
         """Width of an element, without its share of scales."""
         return self.format.bits
 
-    @property
-    def has_one_scale(self) -> bool:
-        """Whether one number scales a whole tensor (1 without scaling), so that its largest magnitude tells all."""
-        return self.granularity in ("none", "tensor")
-
     def scale_for(self, amax: float, history: Sequence[float] = ()) -> float:
         """The factor from a written value to the value itself, for a tensor of this largest finite magnitude.
 
@@ -164,9 +148,11 @@ class Cast:
         """
         if not self.has_one_scale:
             raise InvalidCast(f"{self} has a scale for every {self.granularity}, so the whole tensor has no one scale")
-        if self._needs_no_scale:
+        if self.needs_no_scale:
             return 1.0
-        return float(self._whole_scale(torch.tensor(max(amax, 0.0), dtype=torch.float64), tuple(history)))
+        if amax <= FLOAT32_LARGEST and np.float32(amax) == amax:
+            return casting.whole_scale_of_float32(self, amax, history)
+        return float(casting.whole_scale(self, torch.tensor(max(amax, 0.0), dtype=torch.float64), history))
 
     def __call__(self, x: Tensor, state: CastState | None = None, dimension: int = -1) -> Tensor:
         """What is read back after writing x: a new tensor of its shape and dtype.
@@ -188,108 +174,57 @@ class Cast:
     def saturates(self, x: Tensor, state: CastState | None = None, dimension: int = -1) -> Tensor:
         """Bool, of x's shape: whether each element rounds beyond the format's largest value, Inf included.
 
-        As the next call with this state would round them; the state is left as it is. Elsewhere than for stochastic
-        rounding the answer does not depend on the rounding of smaller elements. NaN is False.
+        As the next call with this state would round them; the state is left as it is. NaN is False.
         """
-        wide, dimension = _widened(x), self._dimension_of(x, dimension)
+        wide, dimension = casting.widened(x), self._dimension_of(x, dimension)
         if x.numel() == 0:
             return torch.zeros_like(x, dtype=torch.bool)
         with torch.no_grad():
-            matrix, target = scaling.as_matrix(wide, dimension), _target_in(wide.dtype, self.format)
-            stream = CastState(state.seed, state.calls).next_stream() if state is not None and self._is_random else 0
-            scale, _ = self._matrix_scales(matrix, () if state is None else tuple(state.history))
-            rounded = rounding.on_grid(matrix / scale, target, self.rounding, self._draws(matrix, stream))
+            matrix, target = scaling.as_matrix(wide, dimension), casting.target_in(wide.dtype, self.format)
+            next_state = CastState() if state is None else CastState(state.seed, state.calls, state.history)
+            scale, _ = casting.matrix_scales(self, matrix, tuple(next_state.history))
+            draws = casting.draws_for(self, matrix, next_state.next_stream())
+            rounded = rounding.on_grid(matrix / scale, target, self.rounding, draws)
             beyond = (rounded > target.largest) | (rounded < target.lowest)
             return scaling.as_shaped(beyond, x, dimension)
 
+    @property
+    def has_one_scale(self) -> bool:
+        """Whether one number scales a whole tensor (1 without scaling), so that its largest magnitude tells all."""
+        return self.granularity in ("none", "tensor")
+
+    @property
+    def needs_no_scale(self) -> bool:
+        """Whether all scales are 1: without scaling, and for a format that holds every float32."""
+        return self.scale is None or self.format.largest >= FLOAT32_LARGEST
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a call draws random numbers."""
+        return self.rounding == "stochastic"
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the scale is given in advance."""
+        return self.scale is not None and self.scale.rule == "static"
+
+    @property
+    def is_delayed(self) -> bool:
+        """Whether the scale comes from the calls before."""
+        return self.scale is not None and self.scale.rule == "delayed"
+
     def _cast(self, x: Tensor, state: CastState | None, dimension: int) -> Tensor:
-        wide, dimension = _widened(x), self._dimension_of(x, dimension)
+        dimension = self._dimension_of(x, dimension)
         if x.numel() == 0:
-            return x.detach().clone()
-        stream = (_PROCESS_STATE if state is None else state).next_stream() if self._is_random else 0
+            return casting.widened(x).to(x.dtype, copy=True)
+        stream = (_PROCESS_STATE if state is None else state).next_stream() if self.is_random else 0
         history = () if state is None else tuple(state.history)
-        if wide.dtype == torch.float32 and wide.device.type == "cpu" and self.format.signed:
-            run = self._whole_by_kernel if self.has_one_scale else self._tiles_by_kernel
-            result, amax = run(wide, history, dimension, stream)
-        else:
-            result, amax = self._by_expressions(wide, history, dimension, stream)
-        if state is not None and self.scale is not None and self.scale.rule == "delayed":
+        values, amax = casting.carry_out(self, x, Circumstances(history, stream, dimension))
+        if self.is_delayed and state is not None:
+            assert self.scale is not None
             assert amax is not None
             state.remember(amax, self.scale.length)
-        if x.dtype != result.dtype and self.saturate and torch.finfo(x.dtype).max < self.format.largest:
-            result.clamp_(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
-        return result.to(x.dtype)
-
-    def _whole_by_kernel(self, wide: Tensor, history: History, dimension: int, stream: int) -> Outcome:
-        """With one scale, memory is a row in any order; but a random draw belongs to a place in the tensor."""
-        if self._is_random or not _is_dense(wide):
-            wide = wide.contiguous()
-        result = torch.empty_like(wide)
-        values, out, amax, scale = _row(wide), _row(result), None, 1.0
-        if self.scale is not None and not self._needs_no_scale:
-            amax = cast_kernels.finite_amax(values) if self.scale.rule != "static" else 0.0
-            scale = float(self._whole_scale(torch.tensor(amax), history))
-        elif self._is_delayed:
-            amax = cast_kernels.finite_amax(values)
-        target = _target_in(wide.dtype, self.format)
-        cast_kernels.round_values(values, out, scale, target, self.rounding, self.saturate, stream)
-        return self._without_negative_zero(result), amax
-
-    def _tiles_by_kernel(self, wide: Tensor, history: History, dimension: int, stream: int) -> Outcome:
-        matrix = scaling.as_matrix(wide, dimension).contiguous()
-        result = torch.empty_like(matrix)
-        values, out, target = _row(matrix), _row(result), _target_in(wide.dtype, self.format)
-        assert self.scale is not None
-        if self._needs_no_scale:
-            cast_kernels.round_values(values, out, 1.0, target, self.rounding, self.saturate, stream)
-        else:
-            over_all = 1.0
-            if self.scale.rule == "nvfp4":
-                over_all = float(scaling.scale_over_all(torch.tensor(cast_kernels.finite_amax(values)), target))
-            rows, columns = matrix.shape
-            tile = scaling.fitted(TILES[self.granularity], (rows, columns))
-            how = self.scale, target, self.rounding, self.saturate, stream, over_all
-            cast_kernels.round_tiles(values, out, (rows, columns), tile, *how)
-        shaped = scaling.as_shaped(self._without_negative_zero(result), wide, dimension)
-        return (shaped if shaped.is_contiguous() else torch.empty_like(wide).copy_(shaped)), None
-
-    def _by_expressions(self, wide: Tensor, history: History, dimension: int, stream: int) -> Outcome:
-        matrix, target = scaling.as_matrix(wide, dimension), _target_in(wide.dtype, self.format)
-        scale, amax = self._matrix_scales(matrix, history)
-        draws = self._draws(matrix, stream)
-        written = rounding.to_grid(matrix / scale, target, self.rounding, self.saturate, draws)
-        shaped = scaling.as_shaped(written * scale, wide, dimension)
-        return (shaped if shaped.is_contiguous() else torch.empty_like(wide).copy_(shaped)), amax
-
-    def _matrix_scales(self, matrix: Tensor, history: History) -> tuple[Tensor, Tensor | None]:
-        """The scale of each element, broadcast to [rows, columns] where it can be; and the largest magnitude of all,
-        0-dim, where delayed scaling wants it."""
-        one = torch.ones((1, 1), dtype=matrix.dtype, device=matrix.device)
-        if self.scale is None:
-            return one, None
-        tile = TILES[self.granularity]
-        amax = scaling.tile_amax(matrix, tile)
-        over_all = amax.amax()
-        if self._needs_no_scale:
-            return one, over_all
-        if self.has_one_scale:
-            return self._whole_scale(over_all, history), over_all
-        return scaling.over_tiles(scaling.scale_of(amax, self.scale, self.format, over_all), matrix, tile), None
-
-    def _whole_scale(self, amax: Tensor, history: History) -> Tensor:
-        """0-dim: the scale of a whole tensor of this largest magnitude."""
-        assert self.scale is not None
-        if self._is_delayed:
-            amax = scaling.delayed_amax(amax, history, self.scale.margin)
-        return scaling.scale_of(amax, self.scale, self.format)
-
-    def _draws(self, matrix: Tensor, stream: int) -> Tensor | None:
-        if not self._is_random:
-            return None
-        return rounding.dither(stream, matrix.numel(), matrix.device).view(matrix.shape)
-
-    def _without_negative_zero(self, result: Tensor) -> Tensor:
-        return result if self.format.keeps_negative_zero else result.add_(0.0)
+        return values
 
     def _dimension_of(self, x: Tensor, dimension: int) -> int:
         """-1 where it does not matter, so that random draws are those of the tensor's own order."""
@@ -297,48 +232,12 @@ class Cast:
             raise IndexError(f"dimension {dimension} is none of a tensor of shape {list(x.shape)}")
         return -1 if self.has_one_scale else dimension
 
-    @property
-    def _needs_no_scale(self) -> bool:
-        return self.scale is None or self.format.largest >= FLOAT32_LARGEST
-
-    @property
-    def _is_random(self) -> bool:
-        return self.rounding == "stochastic"
-
-    @property
-    def _is_delayed(self) -> bool:
-        return self.scale is not None and self.scale.rule == "delayed"
-
 
 _PROCESS_STATE = CastState()
 
 
-def _widened(x: Tensor) -> Tensor:
-    """x in the dtype that it is calculated in, outside the autograd graph; x itself where that is its own."""
-    calculated_in = _CALCULATED_IN.get(x.dtype)
-    if calculated_in is None or x.layout != torch.strided:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _CALCULATED_IN)
-        raise UnsupportedTensor(f"a cast takes dense {allowed} tensors, not {x.dtype}, {x.layout}")
-    return x.detach().resolve_neg().to(calculated_in)
-
-
-def _target_in(dtype: torch.dtype, target: Format) -> Format:
-    """fp64 is fp32 to a float32 tensor, whose values it holds: the grid is then one that float32 can calculate."""
-    return FORMATS["fp32"] if dtype == torch.float32 and target.name == "fp64" else target
-
-
 def _unchanged(gradient: Tensor) -> Tensor:
     return gradient
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements fill their memory, in any order: only then does empty_like repeat the strides."""
-    return x.is_contiguous() or torch.empty_like(x, device="meta").stride() == x.stride()
-
-
-def _row(x: Tensor) -> NDArray[np.float32]:
-    """The memory of a dense tensor."""
-    return (x.view(-1) if x.is_contiguous() else in_memory_order(x)).numpy()
 
 
 def _splitmix64(value: int) -> int:

@@ -14,6 +14,11 @@ make the gradients, and its energy is compared with theirs: over the whole gradi
 is (SGD), and channel by channel, then averaged, where it divides each element by its own size (Adam and its kin),
 because there a channel whose small gradients are flushed to zero loses as much as any other.
 
+A candidate has one scale a tensor or none: scales by row or block would have to run along the inner dimension of each
+product, forward and backward, and here a tensor is cast once for all of them. It is called without a state, so a
+delayed cast takes its scale from the tensor at hand (times its margin) and not from the steps before: what it loses by
+being late is in the sketches' metrics alone.
+
 All draws come from generators of our own, and `torch.autograd.grad` towards the products' results touches no `.grad`
 and no parameter's hooks. A tensor hook that the user has put on an activation does run once more.
 """

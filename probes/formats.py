@@ -112,6 +112,11 @@ class Format:
             return self.smallest_subnormal
         return -self.largest - (0 if self.symmetric else self.largest_spacing)
 
+    @property
+    def largest_magnitude(self) -> float:
+        """Largest magnitude of either sign: 8 for int4."""
+        return max(self.largest, -self.lowest)
+
     @cached_property
     def largest_spacing(self) -> float:
         """Distance between the two largest values that the grid has up to 2^(emax + 1)."""

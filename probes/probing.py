@@ -24,6 +24,7 @@ from probes.casts import Cast
 from probes.coverage import coverage_of
 from probes.errors import WindowError
 from probes.history import history_of
+from probes.measurable import why_not_measurable
 from probes.recorder import Clock, Recorder
 from probes.records import GRADIENT, Evidence, Product, Site, Slot
 from probes.window import Window
@@ -40,10 +41,12 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
     overhead           let the watching take this share of the time (0.05 is a twentieth), and record fewer steps
                        for it; None records as `every` says
     curvature_steps    recorded steps on which damage and gradient noise are measured by extra backward passes; 0: none
-    casts              candidates for those measurements, as strings or Casts
+    casts              candidates for those measurements, as strings or Casts, each with one scale a tensor or none; a
+                       delayed one is measured with its own tensor's scale
 
     An exception inside leaves the model without a hook; the steps that were complete stay in the window. Raises
-    WindowError for arguments that make no window.
+    WindowError for arguments that make no window, casts with scales by row, column or block among them; UnknownFormat
+    and InvalidCast for a cast that is none.
     """
 
     def __init__(
@@ -60,8 +63,9 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         _check(model, optimizer, steps, every, overhead, curvature_steps)
         self._model, self._optimizer = model, optimizer
         self._total, self._every, self._overhead = steps, every, overhead
-        chosen = [Cast.parse(cast) if isinstance(cast, str) else cast for cast in casts or USUAL_CASTS]
-        self._recorder = Recorder(model, chosen, adaptive=not isinstance(optimizer, torch.optim.SGD))
+        self._recorder = Recorder(
+            model, candidates(casts or USUAL_CASTS), adaptive=not isinstance(optimizer, torch.optim.SGD)
+        )
         self._scored = _spread(curvature_steps, range(0, steps, every))
         self._clock: Clock | None = None
         self.window = Window()
@@ -118,6 +122,15 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         self._recorder.stack.detach()
         while self._handles:
             self._handles.pop().remove()
+
+
+def candidates(casts: Sequence[str | Cast]) -> list[Cast]:
+    """The casts, read. Raises UnknownFormat, InvalidCast, and WindowError for one that no window can measure."""
+    chosen = [Cast.parse(cast) if isinstance(cast, str) else cast for cast in casts]
+    for cast in chosen:
+        if reason := why_not_measurable(cast):
+            raise WindowError(reason)
+    return chosen
 
 
 def _check(model: Any, optimizer: Any, steps: int, every: int, overhead: float | None, curvature_steps: int) -> None:

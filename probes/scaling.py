@@ -44,6 +44,7 @@ from probes.near import refuse
 from probes.rounding import to_grid
 
 FLOAT32_LARGEST = float(np.finfo(np.float32).max)
+FLOAT32_SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 SMALLEST_EXPONENT = -126  # of a float32 scale
 E8M0_EXPONENTS = -127, 127
 E4M3 = FORMATS["e4m3fn"]  # the format of nvfp4's block scales
@@ -114,15 +115,18 @@ class Scale:
             raise InvalidCast(f"a {self.rule} scale takes no ':pow2', which is for scales in float32")
         if self.rule != "delayed" and (self.length, self.margin) != (16, 0):
             raise InvalidCast(f"a length and a margin are for delayed scales, not for {self.rule}")
-        if self.length not in _LENGTHS or self.margin not in _MARGINS:
+        whole = isinstance(self.length, int) and isinstance(self.margin, int)
+        if not whole or self.length not in _LENGTHS or self.margin not in _MARGINS:
             raise InvalidCast(
                 f"delayed(len={self.length},margin={self.margin}): the length is an integer from {_LENGTHS[0]} to "
                 f"{_LENGTHS[-1]}, the margin one from {_MARGINS[0]} to {_MARGINS[-1]}"
             )
         if (self.value is not None) != (self.rule == "static"):
             raise InvalidCast("a static scale needs its value, as in static=0.013, and no other takes one")
-        if self.value is not None and not 2.0**SMALLEST_EXPONENT <= self.value <= FLOAT32_LARGEST:
-            raise InvalidCast(f"static={self.value!r}: a scale is a float32 from 2^-126 to {FLOAT32_LARGEST:.8g}")
+        if self.value is not None:
+            object.__setattr__(self, "value", float(self.value))  # so that 2 and 2.0 are written alike
+            if not 2.0**SMALLEST_EXPONENT <= self.value <= FLOAT32_LARGEST:
+                raise InvalidCast(f"static={self.value!r}: a scale is a float32 from 2^-126 to {FLOAT32_LARGEST:.8g}")
 
     @classmethod
     def parse(cls, text: str) -> Scale:
@@ -193,20 +197,31 @@ def scale_of(amax: Tensor, scale: Scale, target: Format, tensor_amax: Tensor | N
         assert tensor_amax is not None
         found = _nvfp4(amax, tensor_amax, target)
     else:
-        found = _in_float32(amax, target.largest)
+        found = _in_float32(amax, target.largest, target.largest_magnitude)
     return torch.where(amax > 0, found, 1.0)
 
 
 def scale_over_all(tensor_amax: Tensor, target: Format) -> Tensor:
     """nvfp4's second scale, of the whole tensor: with it the largest block's own scale is e4m3fn's largest value."""
-    return _in_float32(tensor_amax, target.largest * E4M3.largest)
+    return _in_float32(tensor_amax, target.largest * E4M3.largest, target.largest_magnitude * E4M3.largest)
 
 
 def delayed_amax(own: Tensor, history: Sequence[Tensor | float], margin: int) -> Tensor:
     """0-dim: what delayed scaling takes for this call's largest magnitude."""
     earlier = [torch.as_tensor(one, dtype=own.dtype, device=own.device) for one in history]
     largest = torch.stack([torch.zeros_like(own), *earlier]).amax()
-    return (torch.where(largest > 0, largest, own) * 2.0**margin).clamp(max=FLOAT32_LARGEST)
+    taken = torch.where(largest > 0, largest, own)
+    return torch.where(taken > 0, (taken * 2.0**margin).clamp(FLOAT32_SMALLEST, FLOAT32_LARGEST), taken)
+
+
+def with_margin(amax: float, margin: int) -> float:
+    """The same for one number: octaves kept free above a largest magnitude, within float32."""
+    return min(max(amax * 2.0**margin, FLOAT32_SMALLEST), FLOAT32_LARGEST) if amax > 0 else amax
+
+
+def largest_exponent(target: Format) -> int:
+    """Exponent of the largest power of two that times the format's largest magnitude is finite in float32."""
+    return 128 - math.frexp(target.largest_magnitude)[1]
 
 
 @cache
@@ -226,11 +241,11 @@ def static_value(scale: Scale) -> float:
     return 2.0 ** (exponent - (mantissa == 0.5)) if scale.power_of_two else float(value)
 
 
-def _in_float32(amax: Tensor, largest: float) -> Tensor:
-    """amax / largest in float32, within limits. The divisor is a tensor because CUDA turns a division by a number into
-    a product with its reciprocal."""
+def _in_float32(amax: Tensor, largest: float, beyond: float) -> Tensor:
+    """amax / largest in float32, within limits, `beyond` being what must not overflow. The divisor is a tensor because
+    CUDA turns a division by a number into a product with its reciprocal."""
     scale = amax / torch.full_like(amax, largest)
-    return scale.clamp(2.0**SMALLEST_EXPONENT, largest_scale(largest)).to(torch.float32).to(amax.dtype)
+    return scale.clamp(2.0**SMALLEST_EXPONENT, largest_scale(beyond)).to(torch.float32).to(amax.dtype)
 
 
 def _exponent_up(amax: Tensor, target: Format) -> Tensor:
@@ -241,14 +256,15 @@ def _exponent_up(amax: Tensor, target: Format) -> Tensor:
 
 
 def _power_of_two(exponent: Tensor, within: tuple[int, int], target: Format, like: Tensor) -> Tensor:
-    return torch.ldexp(torch.ones_like(like), exponent.clamp(within[0], min(within[1], 127 - target.emax)))
+    return torch.ldexp(torch.ones_like(like), exponent.clamp(within[0], min(within[1], largest_exponent(target))))
 
 
 def _nvfp4(amax: Tensor, tensor_amax: Tensor, target: Format) -> Tensor:
     over_all = scale_over_all(tensor_amax, target)
     block = (amax / torch.full_like(amax, target.largest)).to(torch.float32).to(amax.dtype) / over_all
     block = to_grid(block.to(torch.float32), E4M3, "nearest", saturate=True).clamp(min=E4M3.smallest_subnormal)
-    return (block * over_all.to(torch.float32)).to(amax.dtype)
+    scale = block * over_all.to(torch.float32)
+    return scale.clamp(max=largest_scale(target.largest_magnitude)).to(amax.dtype)
 
 
 def _static(body: str) -> float:

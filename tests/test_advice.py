@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import advisor
-from advisor.errors import InvalidPlan, UnknownHardware
+from advisor.errors import CastNotScored, InvalidPlan, UnknownHardware
 from probes.errors import InvalidCast, UnknownFormat, WindowError
 from probes.probing import probe
 from probes.window import Window
@@ -158,13 +158,53 @@ def test_a_window_without_a_loss_asks_for_a_tolerance() -> None:
         ({"tolerance": -1.0}, InvalidPlan, "tolerance"),
         ({"tolerance": math.nan}, InvalidPlan, "tolerance"),
         ({"max_lost_batch": 1.0}, InvalidPlan, "max_lost_batch"),
-        ({"casts": ["e4m3"]}, UnknownFormat, "e4m3fn"),
+        ({"casts": ["fp8"]}, UnknownFormat, "e4m3fn"),
         ({"casts": ["e4m3fn/diagonal"]}, InvalidCast, "diagonal"),
+        ({"casts": ["e4m3fn", "e4m3fn/block32"]}, CastNotScored, "block32/e8m0/nearest has a scale for every block32"),
+        ({"casts": ["e8m0"]}, CastNotScored, "e8m0 is a format for scales"),
     ],
 )
 def test_bad_arguments_say_what_is_allowed(arguments: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         advisor.recommend(window_of(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("cast", "says"), [("e4m3fn/row", "a scale for every row"), ("e8m0/none", "without a sign and without zero")]
+)
+def test_a_window_does_not_measure_what_it_cannot(cast: str, says: str) -> None:
+    model = mlp()
+    with pytest.raises(WindowError, match=says):
+        advisor.probe(model, torch.optim.SGD(model.parameters(), lr=0.1), casts=["e4m3fn", cast])
+
+
+def test_evidence_of_a_cast_that_cannot_be_scored_is_left_aside() -> None:
+    window = window_of(steps=2)
+    header = window.header()
+    for slot in header["slots"]:
+        for kind in ("directional", "directional_se"):
+            slot["evidence"][kind]["e4m3fn/row/current/nearest"] = 1.0
+    newer = Window.from_parts(header, [window.history(*slot) for slot in window.slots])
+    assert advisor.score(newer).rows == advisor.score(window).rows
+
+
+def test_new_casts_are_measured_scored_and_planned_like_the_usual_ones() -> None:
+    casts = ["e4m3fnuz", "e2m1", "int4", "e8m3", "tf32", "e3m4/tensor/delayed", "e4m3fn/tensor/current:pow2/zero"]
+    _, _, window = train(mlp, 4, lambda model, optimizer: probe(model, optimizer, steps=4, casts=casts))
+    rows = advisor.score(window, [*casts, "fp64", "e3m2/tensor/static=0.1"]).rows
+    assert len(rows) == 9 * len(window.slots)
+    for row in rows:
+        measured = row["cast"].split("/")[0] not in ("fp64", "e3m2")
+        assert row["damage_from"] == (None if row["role"] == "grad_output" else "directional" if measured else "sketch")
+        assert row["sqnr_db"] > 0
+    exact = [row for row in rows if row["cast"].startswith("fp64")]
+    assert {row["sqnr_db"] for row in exact} == {math.inf}
+    plan = advisor.recommend(window, hardware="mi300x", casts=casts, tolerance=1.0, max_lost_batch=0.9)
+    assert plan.predicted.share_8bit > 0.5
+    assert {one.cast.split("/")[0] for one in plan.assignments} <= {"e4m3fnuz", "fp32"}
+    assert "also multiplies" not in str(plan.notes)
+    assert "also multiplies" not in str(advisor.recommend(window, hardware="h100").notes)
+    assert "mi300x also multiplies e4m3fnuz, e5m2fnuz" in str(advisor.recommend(window, hardware="mi300x").notes)
 
 
 def test_a_plan_for_old_hardware_uses_its_pairs() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,8 @@ from api import log
 from api.app import create_app
 from api.hosts import HostRefused, check_host
 from api.settings import Settings
+from probes.format_names import ALIASES
+from probes.formats import FORMATS
 
 EXTERNAL = {"name": "away", "kind": "external"}
 
@@ -344,11 +347,23 @@ def test_two_clients_at_once_both_get_through(service: Service) -> None:
 
 def test_the_catalogue_is_the_tables(service: Service) -> None:
     formats = {row["name"]: row for row in service.get("/v1/formats")["items"]}
+    assert list(formats) == list(FORMATS)
+    for name, row in formats.items():
+        assert row["aliases"] == {library: list(names) for library, names in ALIASES[name].items() if names}
+        assert row["nonfinite"] == FORMATS[name].nonfinite.value
+        figures = row.keys() - {"aliases", "nonfinite"}
+        assert {figure: row[figure] for figure in figures} == {
+            figure: getattr(FORMATS[name], figure) for figure in figures
+        }
     assert formats["e4m3fn"]["largest"] == 448
     assert formats["e5m2"]["smallest_subnormal"] == 2.0**-16
+    assert formats["fp64"]["largest"] == sys.float_info.max
+    assert (formats["int4"]["lowest"], formats["e8m0"]["signed"], formats["tf32"]["stored_bits"]) == (-8, False, 32)
+    assert "any eXmY" in service.get("/openapi.json")["paths"]["/v1/formats"]["get"]["description"]
     hardware = {row["name"]: row for row in service.get("/v1/hardware")["items"]}
     assert ["e4m3fn", "e5m2"] in hardware["h100"]["pairs"]
     assert ["e5m2", "e5m2"] not in hardware["h100"]["pairs"]
+    assert ["e4m3fnuz", "e5m2fnuz"] in hardware["mi300x"]["pairs"]
 
 
 def test_alive_but_not_ready_without_a_worker(service: Service) -> None:

@@ -90,6 +90,7 @@ def test_history_of_any_cast_is_computed_from_sketches(
         ("0", {"role": "key"}, 404, "input, weight, grad_output"),
         ("0", {}, 422, "role"),
         ("0", {"role": "input", "cast": "e9m9"}, 422, "e9m9"),
+        ("0", {"role": "input", "cast": "e4m3fn/block32"}, 422, "a scale for every block32"),
         ("0", {"role": "input", "metric": "speed"}, 422, "underflow"),
         ("0", {"role": "input", "window": "win_none"}, 404, "win_none"),
     ],
@@ -144,6 +145,27 @@ def test_scores_are_the_library_s(service: Service, pushed: dict[str, Any], wind
         assert (row["site"], row["role"], row["cast"]) == (wanted["site"], wanted["role"], wanted["cast"])
         assert row["underflow"] == pytest.approx(wanted["underflow"])
         assert row["damage"] == (None if wanted["damage"] is None else pytest.approx(wanted["damage"]))
+
+
+def test_scales_by_row_or_block_are_refused_wherever_a_cast_is_named(
+    service: Service, pushed: dict[str, Any], own: str
+) -> None:
+    says = "e4m3fn/block32/e8m0/nearest has a scale for every block32"
+    asked = service.client.get("/v1/models/net/scores", params={"cast": ["int8", "e4m3fn/block32"]})
+    assert says in problem(asked, 422)["detail"]
+    jobs = service.get("/v1/jobs")["items"]
+    opened = service.post("/v1/models/own/windows", {"steps": 2, "casts": ["e4m3fn/block32"]})
+    assert says in problem(opened, 422)["detail"]
+    assert service.get("/v1/jobs")["items"] == jobs
+
+
+def test_scores_follow_a_delayed_scale(service: Service, pushed: dict[str, Any], window: advisor.Window) -> None:
+    cast = "e4m3fn/tensor/delayed(len=2,margin=0)/nearest"
+    rows = service.get("/v1/models/net/scores", cast=["e4m3fn/tensor/delayed(len=2)"])["items"]
+    assert [row["sqnr_db"] for row in rows] == pytest.approx(
+        [row["sqnr_db"] for row in advisor.score(window, [cast]).rows]
+    )
+    assert {row["cast"] for row in rows} == {cast}
 
 
 def test_scores_are_filtered_and_paged(service: Service, pushed: dict[str, Any]) -> None:
@@ -216,7 +238,9 @@ def test_a_uniform_plan_is_the_recipe(service: Service, pushed: dict[str, Any]) 
     ("body", "says"),
     [
         ({"hardware": "h1000"}, "h100"),
-        ({"casts": ["e4m3"]}, "e4m3fn"),
+        ({"casts": ["fp8"]}, "e4m3fn"),
+        ({"casts": ["e4m3fn/block32"]}, "a scale for every block32"),
+        ({"uniform": {"input": "e4m3fn/row"}}, "a scale for every row"),
         ({"tolerance": -1}, "tolerance"),
         ({"tolerance": "NaN"}, "tolerance"),
         ({"max_lost_batch": 2}, "max_lost_batch"),
@@ -409,7 +433,16 @@ def test_a_window_of_no_steps_is_refused(service: Service) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [{"steps": 0}, {"steps": "many"}, {"warmup": -1}, {"casts": ["e4m3"]}, {"casts": []}, {"step": 1}]
+    "body",
+    [
+        {"steps": 0},
+        {"steps": "many"},
+        {"warmup": -1},
+        {"casts": ["fp8"]},
+        {"casts": ["int8/row"]},
+        {"casts": []},
+        {"step": 1},
+    ],
 )
 def test_a_window_that_cannot_be_opened_is_refused(service: Service, body: dict[str, Any]) -> None:
     problem(service.post("/v1/models/net/windows", body), 422)

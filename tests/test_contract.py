@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import advisor
+from probes.formats import FORMATS
+from probes.rounding import ROUNDINGS
+from probes.scaling import RULES
 
 PUBLIC = [
     "AdvisorError",
@@ -26,6 +29,7 @@ PUBLIC = [
     "probe",
     "recommend",
     "score",
+    "straight_through",
     "uniform",
 ]
 
@@ -98,6 +102,13 @@ def test_probe_score_recommend_apply(build: Any, tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
     assert {row["how"] for row in applied.report()} <= {"emulated", "kept"}
     assert all(row["count"] >= 40 for row in applied.report())
+
+
+def test_the_readme_has_the_whole_vocabulary_of_casts() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    scales = {rule.replace("delayed", "delayed(len=16,margin=0)") for rules in RULES.values() for rule in rules}
+    words = {*FORMATS, *RULES, *scales, *ROUNDINGS} - {"static"} | {"static=0.013"}
+    assert not [word for word in words if f"`{word}`" not in readme]
 
 
 def test_the_public_names() -> None:

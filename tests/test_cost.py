@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from advisor.castnames import KEEP, parse_cast, short_cast
+from advisor.cli import numbers_text
 from advisor.cost import Operand, memory, product_bits, role_bytes, shares, site_shares
 from advisor.errors import UnknownHardware
 from advisor.hardware import HARDWARE, hardware_named
@@ -43,6 +44,14 @@ def test_8bit_share_of_a_linear_layer(chosen: dict[str, str], expected: float) -
     assert share_8bit(linear(), **chosen) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("name", [*FORMATS, "e4m2", "e8m3", "e7m7"])
+@pytest.mark.parametrize("device", HARDWARE)
+def test_only_listed_pairs_run_in_8_bits(name: str, device: str) -> None:
+    listed = (name, name) in hardware_named(device).pairs
+    everything = dict.fromkeys(("input", "weight", "grad_output"), f"{name}/none")
+    assert share_8bit(linear(), device, **everything) == (FORMATS[name].bits <= 8 if listed else 0)
+
+
 def test_a_device_without_8bit_floats_runs_them_in_no_8bit_product() -> None:
     everything = dict.fromkeys(("input", "weight", "grad_output"), "e4m3fn")
     assert [name for name in HARDWARE if share_8bit(linear(), name, **everything) == 0] == ["a100", "mi300x"]
@@ -72,6 +81,15 @@ def test_the_share_counts_flops_of_all_sites() -> None:
         (("bf16", 16), ("fp16", 16), 32),  # neither holds the other
         (("e4m3fn", 8), ("fp32", 32), 32),
         (("fp32", 32), ("fp64", 64), 64),
+        (("e2m1", 4), ("e2m1", 4), 16),  # no pair of the table, though 4 bits are enough for neither
+        (("e3m2", 6), ("e4m3fn", 8), 16),
+        (("int4", 4), ("int8", 8), 16),
+        (("e8m3", 12), ("e8m3", 12), 16),  # bf16 holds it
+        (("e5m9", 15), ("e4m3fn", 8), 16),  # fp16 does
+        (("e6m9", 16), ("e6m9", 16), 32),  # neither
+        (("e8m0", 8), ("fp16", 16), 32),
+        (("tf32", 32), ("tf32", 32), 32),
+        (("bfloat", 16), ("e4m3fn", 8), 32),  # no format of ours
         ((None, 32), ("e4m3fn", 8), 32),
     ],
 )
@@ -109,6 +127,19 @@ def test_a_bf16_tensor_is_not_widened_by_the_cast_that_keeps_it() -> None:
     assert role_bytes(site, "weight", parse_cast("bf16")) == 0  # no copy: it is the weight itself
 
 
+def test_bytes_are_those_in_memory() -> None:
+    site = linear()
+    assert role_bytes(site, "input", parse_cast("tf32")) == 16 * 64 * 4
+    assert role_bytes(site, "weight", parse_cast("tf32")) == 0  # no copy: tf32 is read from float32
+    assert role_bytes(site, "input", parse_cast("fp64")) == 16 * 64 * 4
+    assert role_bytes(site, "input", parse_cast("e2m1")) == 16 * 64 / 2
+    assert role_bytes(site, "weight", parse_cast("e3m2")) == 32 * 64 * 6 / 8
+    double = linear(dtype="float64")
+    assert role_bytes(double, "input", parse_cast(KEEP)) == 16 * 64 * 8
+    assert role_bytes(double, "input", parse_cast("fp32/tensor")) == 16 * 64 * 4
+    assert role_bytes(linear(dtype="complex64"), "input", parse_cast(KEEP)) == 16 * 64 * 4
+
+
 def test_a_shared_parameter_counts_once() -> None:
     one, other = linear("embedding"), dataclasses.replace(linear("head"), parameter="embedding.weight")
     chosen = {(site.name, role): parse_cast("e4m3fn") for site in (one, other) for role in site.roles}
@@ -131,6 +162,7 @@ def test_the_hardware_table_is_sound() -> None:
         assert set(row.formats) <= set(FORMATS)
         assert {(right, left) for left, right in row.pairs} == row.pairs, "pairs are written in both orders"
         assert ("e5m2", "e5m2") not in row.pairs
+        assert not {"e8m0", "tf32"} & set(row.formats)
 
 
 def test_unknown_hardware_names_what_is_near() -> None:
@@ -139,8 +171,30 @@ def test_unknown_hardware_names_what_is_near() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "short"), [("e4m3fn", "e4m3fn"), ("bf16", "bf16"), ("e5m2/none", "e5m2/none/nearest")]
+    ("text", "short", "in_tables"),
+    [
+        ("e4m3fn", "e4m3fn", "e4m3fn"),
+        ("bf16", "bf16", "bf16"),
+        ("e5m2/none", "e5m2/none/nearest", "e5m2/none"),
+        ("float8_e4m3fn", "e4m3fn", "e4m3fn"),
+        ("e2m2", "e2m2", "e2m2"),
+        ("e8m3", "e8m3", "e8m3"),
+        ("e8m3/tensor", "e8m3/tensor/current/nearest", "e8m3/tensor/current"),
+        ("e4m3fn/block32", "e4m3fn/block32/e8m0/nearest", "e4m3fn/block32/e8m0"),
+        (
+            "e4m3fn/tensor/delayed",
+            "e4m3fn/tensor/delayed(len=16,margin=0)/nearest",
+            "e4m3fn/tensor/delayed(len=16,margin=0)",
+        ),
+        ("int8/tensor/static=0.5/zero", "int8/tensor/static=0.5/zero", "int8/tensor/static=0.5/zero"),
+        ("e5m2:inf", "e5m2/tensor/current/nearest:inf", "e5m2/tensor/current/nearest:inf"),
+    ],
 )
-def test_short_names(text: str, short: str) -> None:
+def test_short_names(text: str, short: str, in_tables: str) -> None:
     assert short_cast(Cast.parse(text)) == short
-    assert Cast.parse(short) == Cast.parse(text)
+    assert numbers_text.short_cast(str(Cast.parse(text))) == in_tables
+    assert Cast.parse(short) == Cast.parse(in_tables) == Cast.parse(text)
+
+
+def test_a_format_of_a_newer_service_is_shown_whole() -> None:
+    assert numbers_text.short_cast("e99m1/none/nearest") == "e99m1/none/nearest"

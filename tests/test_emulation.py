@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import advisor
-from advisor.errors import PlanMismatch
+from advisor.errors import InvalidPlan, PlanMismatch
 from advisor.plan import Plan
-from probes.casts import Cast
+from probes.casts import Cast, CastState
 from probes.probing import probe
 from probes.window import Window
 from tests.models import convnet, encoder, mlp, train
@@ -91,6 +92,60 @@ def test_stochastic_casts_are_reproducible_and_leave_the_users_stream_alone() ->
     with advisor.apply(random, model):
         model(x).sum().backward()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_scales_of_every_kind_are_applied_with_a_history_of_their_slot() -> None:
+    model, batches = nn.Linear(8, 6), [torch.randn(5, 8) * 2.0**k for k in (0, 3, 1)]
+    recipe = {
+        "input": "e4m3fn/tensor/delayed(len=2,margin=1)/zero",
+        "weight": "e3m4/tensor/static=0.02",
+        "grad_output": "e2m3/tensor/delayed/nearest",
+    }
+    plan = advisor.uniform(window_of(model, 5, 8), **recipe)
+    q, history, gradients = {role: Cast.parse(cast) for role, cast in recipe.items()}, CastState(), CastState()
+    with advisor.apply(plan, model) as applied:
+        for x in batches:
+            model.weight.grad = None
+            y = model(x)
+            y.square().sum().backward()
+            qx = q["input"](x, history)
+            assert torch.equal(y, F.linear(qx, q["weight"](model.weight.detach()), model.bias))
+            assert torch.equal(model.weight.grad, q["grad_output"](2 * y.detach(), gradients).T @ qx)
+    assert [(row["role"], len(row["history"])) for row in applied.state_dict()] == [
+        ("input", 2),
+        ("weight", 0),
+        ("grad_output", 3),
+    ]
+
+
+def test_the_casts_state_goes_from_one_training_to_the_next() -> None:
+    model, batches = nn.Linear(8, 6), [torch.randn(5, 8) * 3.0**k for k in (1, 0, -1, 1)]
+    plan = advisor.uniform(
+        window_of(model, 5, 8), input="e4m3fn/tensor/delayed/stochastic", weight="int8/none/stochastic"
+    )
+
+    def results(applied: advisor.apply, some: list[Tensor]) -> list[Tensor]:
+        with applied:
+            return [model(x).detach() for x in some]
+
+    through = results(advisor.apply(plan, model, seed=3), batches)
+    first, second = advisor.apply(plan, model, seed=3), advisor.apply(plan, model, seed=3)
+    start = results(first, batches[:2])
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert torch.equal(torch.stack([*start, *results(second, batches[2:])]), torch.stack(through))
+    assert not torch.equal(through[2], results(advisor.apply(plan, model, seed=3), batches[2:])[0])
+    with pytest.raises(PlanMismatch, match="of another plan"):
+        second.load_state_dict(first.state_dict()[1:])
+
+
+@pytest.mark.parametrize("cast", ["e4m3fn/row", "int8/column", "e4m3fn/block32/e8m0up", "e2m1/block16", "e8m0/none"])
+def test_casts_that_cannot_be_applied_are_refused_at_once(cast: str) -> None:
+    model = nn.Linear(8, 6)
+    told = advisor.uniform(window_of(model, 5, 8), **RECIPE).to_dict()
+    told["assignments"][1]["cast"] = cast
+    says = "e8m0 is a format for scales" if cast == "e8m0/none" else f"a scale for every {cast.split('/')[1]} cannot be"
+    with pytest.raises(InvalidPlan, match=rf"\(root\) weight is to be cast as {cast}.*{says}"):
+        advisor.apply(Plan.from_dict(told), model)
 
 
 def test_what_cannot_be_placed_is_said() -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from advisor.errors import CastNotScored
 from advisor.grid import Grid
-from advisor.metrics import PooledMetrics, measure
+from advisor.metrics import PooledMetrics, measure, scales
 from probes import rounding
 from probes.casts import Cast, CastState
 from probes.formats import FORMATS
@@ -54,14 +55,10 @@ class Emulated:
         self.signal = self.error = self.bias = 0.0
         for tensor in tensors:
             x = tensor.float()
-            scale = cast.scale_for(float(x.abs().max()))
+            scale = cast.scale_for(float(x.abs().max()), tuple(state.history))
             units = (x / torch.tensor(scale)).double()
             draws = rounding.dither(1, x.numel(), x.device).view(x.shape)
-            unlimited = (
-                rounding.round_nearest(units, target)
-                if cast.rounding == "nearest"
-                else rounding.round_stochastic(units, target, draws)
-            )
+            unlimited = rounding.on_grid(units, target, cast.rounding, draws)
             result = cast(x, state).double()
             written = result.abs() / scale
             self.nonzero += int((x != 0).sum())
@@ -254,6 +251,77 @@ def test_steps_keep_their_own_scale_and_add() -> None:
     assert metrics.pooled().underflows == pytest.approx(metrics.underflows.sum())
 
 
+OTHER_FORMATS = [name for name in FORMATS if name not in ("e8m0", "e4m3fn", "e5m2", "int8", "fp16", "bf16")]
+
+
+@pytest.mark.parametrize("name", [*OTHER_FORMATS, "e5m0", "e8m3", "e2m0"])
+def test_every_format(name: str) -> None:
+    for x in (gaussian(0, 100_000), laplace(2)[:100_000].bfloat16()):
+        for rest in ("none/nearest", "tensor/current/nearest", "tensor/current:pow2/stochastic", "tensor/current/zero"):
+            metrics = pooled(x, f"{name}/{rest}")
+            if metrics.flags:
+                assert (name, metrics.flags) == ("int4", ("no_signs",))
+            else:
+                assert_as_emulated(metrics, Emulated([x], f"{name}/{rest}"))
+
+
+@pytest.mark.parametrize("name", ["wide gaussian", "laplace", "log-normal", "relu", "softmax"])
+def test_toward_zero(name: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = ORDINARY[name]().to(dtype)
+        for cast in ("e4m3fn/none/zero", "e5m2/tensor/current/zero", "int8/tensor/current/zero", "bf16/none/zero"):
+            metrics, emulated = pooled(x, cast), Emulated([x], cast)
+            assert metrics.flags == (), cast
+            assert_as_emulated(metrics, emulated)
+            assert abs(metrics.bias_energy / metrics.signal_energy - emulated.bias / emulated.signal) < 0.005
+
+
+@pytest.mark.parametrize("amax", [0.3, 1.0, 5.1, 7e20])
+def test_toward_zero_the_largest_element_may_lose_a_step(amax: float) -> None:
+    """amax over its scale can end just below the largest value in float32, and is then cut to the value below."""
+    x = torch.full((1000,), amax)
+    casts = [f"{name}/tensor/current/zero" for name in ("e4m3fn", "e5m2", "e3m4", "e2m1", "int8", "fp16")]
+    for cast in casts:
+        assert pooled(x, cast).error_energy == pytest.approx(Emulated([x], cast).error, rel=1e-4, abs=1e-9 * amax**2)
+
+
+def test_toward_zero_nothing_finite_overflows_to_inf() -> None:
+    x = gaussian(0) * 300
+    saturating, overflowing = pooled(x, "e4m3fn/none/zero"), pooled(x, "e4m3fn/none/zero:inf")
+    assert overflowing.overflow == saturating.overflow > 0.1
+    assert overflowing.sqnr_db == saturating.sqnr_db > 0
+
+
+DELAYED = ("delayed", "delayed(len=1,margin=0)", "delayed(len=2,margin=1)", "delayed(len=3,margin=-1):pow2")
+
+
+@pytest.mark.parametrize("scale", [*DELAYED, "current:pow2", "static=0.013", "static=0.013:pow2"])
+def test_every_scale_is_the_steps_own(scale: str) -> None:
+    growing = [gaussian(k, 50_000) * 1.5**k for k in range(5)]
+    jumping = [gaussian(k, 50_000) * factor for k, factor in enumerate((0.0, 1.0, 0.0, 0.1, 3.0))]
+    for steps in (growing, jumping):
+        for cast in (f"e4m3fn/tensor/{scale}/nearest", f"int8/tensor/{scale}/zero", f"e5m2/tensor/{scale}/stochastic"):
+            metrics = measure(history(*steps), Cast.parse(cast)).pooled()
+            assert "few_values" not in metrics.flags
+            if not metrics.flags:
+                assert_as_emulated(metrics, Emulated(steps, cast))
+    assert "few_elements" not in measure(history(*growing), Cast.parse(f"e4m3fn/tensor/{scale}")).pooled().flags
+
+
+@pytest.mark.parametrize("scale", [*DELAYED, "delayed(len=100,margin=64)", "current", "current:pow2", "static=1e-30"])
+@pytest.mark.parametrize("name", ["e4m3fn", "int8", "e3m0", "tf32", "fp32", "fp64"])
+def test_scales_of_steps_are_those_of_the_cast(name: str, scale: str) -> None:
+    cast = Cast.parse(f"{name}/tensor/{scale}")
+    assert cast.scale is not None
+    generator = np.random.default_rng(0)
+    amax = np.append([0.0, 0.0, 448.0, 1.0, 0.0], np.float32(2.0 ** generator.uniform(-140, 127.9, 60))).astype(float)
+    expected = [
+        cast.scale_for(step, amax[max(0, i - cast.scale.length) : i].tolist()) for i, step in enumerate(amax.tolist())
+    ]
+    assert scales(amax, cast).tolist() == expected
+    assert scales(amax[:0], cast).tolist() == []
+
+
 @pytest.mark.parametrize("cast", ["e4m3fn/none/nearest", "e5m2/tensor/current/nearest", "int8/none/nearest"])
 def test_bias_is_what_is_systematically_lost(cast: str) -> None:
     x = gaussian(0) * 0.02
@@ -355,6 +423,23 @@ def test_error_made_by_few_elements_is_flagged() -> None:
     assert "few_elements" in pooled(x, "e4m3fn").flags
 
 
+def test_the_largest_float32_over_the_smallest_scale() -> None:
+    x = gaussian(0, 20_000).abs().clamp(max=4) * 8e37
+    for way in ("nearest", "stochastic", "zero"):
+        metrics = pooled(x, f"e4m3fn/tensor/static={2.0**-126!r}/{way}")
+        assert metrics.overflow == 1
+        assert metrics.sqnr_db == pytest.approx(0, abs=0.1)  # all that is left is 448·2^-126
+        assert metrics.bias_energy == pytest.approx(-metrics.signal_energy, rel=0.02)
+
+
+def test_int4s_lowest_value_is_flagged_where_elements_go_there() -> None:
+    assert pooled(gaussian(0), "int4").flags == ()
+    assert pooled(gaussian(0), "int4/none").flags == ()
+    metrics, emulated = pooled(3 * gaussian(0), "int4/none"), Emulated([3 * gaussian(0)], "int4/none")
+    assert metrics.flags == ("no_signs",)
+    assert metrics.sqnr_db < emulated.sqnr_db - SQNR_DB  # the flag is there for a reason
+
+
 def test_the_predicted_spread_is_the_spread() -> None:
     """Error energies of 200 tensors of 500 elements scatter as each one's `error_spread` says."""
     for cast in ("bf16/none/nearest", "bf16/none/stochastic"):
@@ -410,6 +495,21 @@ def test_overflow_without_saturation_is_an_infinite_error() -> None:
     assert pooled(x, "e5m2/none/nearest:inf").sqnr_db == pooled(x, "e5m2/none/nearest").sqnr_db
 
 
+@pytest.mark.parametrize(
+    ("cast", "says"),
+    [
+        ("e4m3fn/row", "a scale for every row, and a window knows the largest magnitude of a whole tensor alone"),
+        ("int8/column", "a scale for every column"),
+        ("e4m3fn/block32/e8m0/nearest", "e4m3fn/block32/e8m0/nearest has a scale for every block32"),
+        ("e2m1/block16/nvfp4", "Granularity 'none' and 'tensor' can be measured"),
+        ("e8m0/none", "e8m0 is a format for scales, without a sign and without zero"),
+    ],
+)
+def test_what_sketches_cannot_tell_is_refused(cast: str, says: str) -> None:
+    with pytest.raises(CastNotScored, match=says):
+        pooled(gaussian(0, 10), cast)
+
+
 def test_int8_has_no_subnormal_results() -> None:
     for cast in EVERY_CAST:
         if cast.startswith("int8"):
@@ -434,8 +534,8 @@ def test_range_and_exponent_bits() -> None:
 # ---- the closed forms
 
 
-@pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "int8", "fp16", "bf16"])
-@pytest.mark.parametrize("way", ["nearest", "stochastic"])
+@pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "int8", "fp16", "bf16", "e2m1", "e3m0"])
+@pytest.mark.parametrize("way", ["nearest", "stochastic", "zero"])
 def test_integrals_are_the_mean_over_points(name: str, way: str) -> None:
     grid = Grid(Cast.parse(f"{name}/none/{way}"))
     target, generator = grid.cast.format, np.random.default_rng(0)
@@ -452,9 +552,10 @@ def test_integrals_are_the_mean_over_points(name: str, way: str) -> None:
             )
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_points_are_what_the_cast_does(name: str) -> None:
-    cast = Cast.parse(f"{name}/none/nearest")
+@pytest.mark.parametrize("way", ["nearest", "zero"])
+@pytest.mark.parametrize("name", [*FORMATS, "e3m0", "e8m7"])
+def test_points_are_what_the_cast_does(name: str, way: str) -> None:
+    cast = Cast.parse(f"{name}/none/{way}")
     x = torch.cat([2.0 ** torch.linspace(-30, 20, 50_000), torch.arange(1, 1000) / 2, torch.tensor([464.0, 61440.0])])
     expected = Grid(cast).at(x.double().numpy())
     result = cast(x).double()
@@ -463,7 +564,7 @@ def test_points_are_what_the_cast_does(name: str) -> None:
     np.testing.assert_array_equal(expected.product, delta * x.double().numpy())
     np.testing.assert_array_equal(expected.underflow, result == 0)
     np.testing.assert_array_equal(expected.subnormal, (result != 0) & (result < cast.format.smallest_normal))
-    beyond = rounding.round_nearest(x.double(), cast.format).numpy() > cast.format.largest
+    beyond = rounding.on_grid(x.double(), cast.format, way).numpy() > cast.format.largest
     np.testing.assert_array_equal(expected.overflow, beyond)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import advisor
 from advisor.castnames import KEEP
-from advisor.errors import InvalidPlan, UnknownHardware
+from advisor.errors import CastNotScored, InvalidPlan, UnknownHardware
 from probes.errors import UnknownFormat
 from probes.window import Window
 
@@ -72,6 +72,17 @@ def test_an_unknown_role_is_named(window: Window) -> None:
 def test_no_role_is_refused(window: Window) -> None:
     with pytest.raises(InvalidPlan, match="at least one role"):
         advisor.uniform(window)
+
+
+def test_a_recipe_may_have_any_scale_of_a_whole_tensor(window: Window) -> None:
+    plan = advisor.uniform(window, input="e4m3fn/tensor/delayed", weight="int8/tensor/static=0.01/zero")
+    assert {one.cast for one in plan.assignments if one.role == "input"} == {
+        "e4m3fn/tensor/delayed(len=16,margin=0)/nearest"
+    }
+    assert all(one.sqnr_db is not None and one.sqnr_db > 5 for one in plan.assignments if one.role == "input")
+    assert advisor.Plan.from_dict(plan.to_dict()) == plan
+    with pytest.raises(CastNotScored, match="a scale for every block32"):
+        advisor.uniform(window, input="e4m3fn/block32")
 
 
 def test_other_wrong_names_are_refused(window: Window) -> None:

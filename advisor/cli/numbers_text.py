@@ -57,11 +57,18 @@ def seconds(value: float | None) -> str:
 
 
 def short_cast(text: str) -> str:
-    """A canonical cast without the parts that are its format's defaults: e4m3fn, bf16, e5m2/none."""
-    from probes.formats import FORMATS
+    """A canonical cast without the parts that are its format's defaults: e4m3fn, bf16, e5m2/none. It parses back.
+
+    A format that only a newer service knows is left with all its parts.
+    """
+    from probes.errors import UnknownFormat
+    from probes.format_names import format_named
 
     name, _, rest = text.partition("/")
-    narrow = name in FORMATS and FORMATS[name].bits <= 8
+    try:
+        narrow = format_named(name).bits <= 8
+    except UnknownFormat:
+        return text
     if rest == ("tensor/current/nearest" if narrow else "none/nearest"):
         return name
     return text.removesuffix("/nearest")

@@ -5,7 +5,8 @@ arm it goes on from the last checkpoint. The curves are the step events, in whic
 baseline that diverges fails the job, for then nothing can be compared; a plan that does is a finding, and the
 job's result.
 
-A resumed arm is bit-identical to one that was not cut short, but for stochastic rounding: its stream starts anew.
+A resumed arm is bit-identical to one that was not cut short: the casts' own state, stochastic rounding's place in its
+stream and delayed scaling's history, is in the checkpoint's notes.
 """
 
 import contextlib
@@ -109,11 +110,17 @@ class Arms:
         than a finding; for the baseline at any step.
         """
         steps = self.wanted.steps
-        done, counted = self.checkpoints.resume(trainer, name)
+        done, notes = self.checkpoints.resume(trainer, name)
+        counted: AppliedRows = notes["applied"] if notes else []
         with precision() as applied:
+            if applied is not None and notes:
+                applied.load_state_dict(notes["casts"])
 
             def counts() -> AppliedRows:
-                return _add(counted or [], [] if applied is None else applied.report())
+                return [] if applied is None else _add(counted, applied.report())
+
+            def noted() -> dict[str, Any]:
+                return {"applied": counts(), "casts": [] if applied is None else applied.state_dict()}
 
             for step in range(done + 1, steps + 1):
                 strict = must_be_finite and (name == "baseline" or step == 1)
@@ -121,8 +128,8 @@ class Arms:
                 self.attempt.step(name, step, steps, loss, self.pace)
                 if not math.isfinite(loss):
                     return Arm(losses=[], diverged_at=step), counts()
-                self.checkpoints.save_if_due(trainer, name, step, counts)
-            self.checkpoints.save(trainer, name, steps, counts())
+                self.checkpoints.save_if_due(trainer, name, step, noted)
+            self.checkpoints.save(trainer, name, steps, noted())
             report = counts()
             losses = trainer.evaluate(self.wanted.evaluate_batches)
         self.attempt.check()

@@ -4,29 +4,20 @@ from fastapi import APIRouter
 
 from advisor.hardware import HARDWARE
 from api.schemas import FormatView, HardwareView, Page
-from probes.formats import FORMATS
+from probes.format_names import ALIASES
+from probes.formats import FORMATS, Format
 
 router = APIRouter(tags=["catalogue"])
 
 
 @router.get("/formats")
 def formats() -> Page[FormatView]:
-    """The element formats that casts are made of."""
-    return Page(
-        items=[
-            FormatView(
-                name=name,
-                bits=row.bits,
-                exponent_bits=row.exponent_bits,
-                mantissa_bits=row.mantissa_bits,
-                largest=row.largest,
-                smallest_normal=row.smallest_normal,
-                smallest_subnormal=row.smallest_subnormal,
-                epsilon=row.epsilon,
-            )
-            for name, row in FORMATS.items()
-        ]
-    )
+    """The element formats that casts are made of.
+
+    A cast may also name any eXmY, with X from 2 to 8 exponent and Y from 0 to 23 mantissa bits: one that is not
+    listed is laid out as IEEE 754 would. The aliases, other libraries' names, are accepted in a cast as well.
+    """
+    return Page(items=[_format_view(row) for row in FORMATS.values()])
 
 
 @router.get("/hardware")
@@ -44,4 +35,24 @@ def hardware() -> Page[HardwareView]:
             )
             for row in HARDWARE.values()
         ]
+    )
+
+
+def _format_view(row: Format) -> FormatView:
+    return FormatView(
+        name=row.name,
+        bits=row.bits,
+        stored_bits=row.stored_bits,
+        exponent_bits=row.exponent_bits,
+        mantissa_bits=row.mantissa_bits,
+        bias=row.bias,
+        signed=row.signed,
+        code_points=row.code_points,
+        nonfinite=row.nonfinite.value,
+        largest=row.largest,
+        lowest=row.lowest,
+        smallest_normal=row.smallest_normal,
+        smallest_subnormal=row.smallest_subnormal,
+        epsilon=row.epsilon,
+        aliases={library: list(names) for library, names in ALIASES[row.name].items() if names},
     )

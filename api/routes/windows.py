@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from advisor import Cast
 from api import matching, recording
 from api.bodies import JSON_TYPE, media_type
 from api.context import Services, ServicesDep
@@ -24,6 +23,7 @@ from api.views import job_view, window_view, window_views
 from api.windowcache import decode
 from db.store import jobs, models, windows
 from db.tables import Model
+from probes.probing import candidates
 from probes.window import Window
 from probes.windowfile import load_window
 
@@ -121,8 +121,7 @@ def file(window_id: str, services: ServicesDep) -> Response:
 
 
 def _open(services: Services, once: Once, model_id: str, wanted: WindowRequest) -> Response:
-    for text in wanted.casts or []:
-        Cast.parse(text)
+    candidates(wanted.casts or [])
     with once, services.database.writing() as session:
         model = models.get(session, model_id)
         if model.kind == "external":

@@ -1,0 +1,56 @@
+"""A run that is cut short goes on as if it had not been: with the casts' own state too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_jobs_attempts import SPEC, CutShort, add_window_job, claimed, given_back
+
+import advisor
+from advisor.training import Trainer
+from api.jobs.attempt import Attempt
+from api.jobs.checkpoints import Checkpoints
+from api.jobs.pace import Pace
+from api.jobs.run import Arms
+from api.schemas import RunRequest
+from db.session import Database
+
+RECIPE = {
+    "input": "e4m3fn/tensor/delayed(len=3,margin=0)/stochastic",
+    "weight": "int8/tensor/delayed/nearest",
+    "grad_output": "e5m2/tensor/current/stochastic",
+}
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def plan() -> advisor.Plan:
+    trainer = Trainer(SPEC)
+    with advisor.probe(trainer.model, trainer.optimizer, steps=1, curvature_steps=0) as window:
+        trainer.step()
+    return advisor.uniform(window, **RECIPE)
+
+
+def trained(attempt: Attempt, plan: advisor.Plan, folder: Path) -> Any:
+    """The plan's arm, with a checkpoint after every step."""
+    trainer = Trainer(SPEC)
+    arms = Arms(attempt, Checkpoints(folder, 1e-9), RunRequest(steps=STEPS, evaluate_batches=2), Pace({"plan": STEPS}))
+    arm, applied = arms.train("plan", trainer, lambda: advisor.apply(plan, trainer.model), must_be_finite=True)
+    return arm.losses, applied, [parameter.detach().tolist() for parameter in trainer.model.parameters()]
+
+
+@pytest.mark.parametrize("at", [2, 5, STEPS])
+def test_delayed_and_stochastic_casts_go_on_where_they_were(
+    database: Database, tmp_path: Path, plan: advisor.Plan, at: int
+) -> None:
+    job_id = add_window_job(database)
+    undisturbed = trained(claimed(database), plan, tmp_path / "undisturbed")
+    given_back(database, job_id)
+    first = CutShort(database, job_id, claimed(database).number)
+    first.at = ("plan", at)
+    with pytest.raises(KeyboardInterrupt):
+        trained(first, plan, tmp_path / "job")
+    given_back(database, job_id)
+    assert trained(claimed(database), plan, tmp_path / "job") == undisturbed
