@@ -143,6 +143,7 @@ Other libraries differ here: see [peers.md](peers.md).
 | no elements | no elements |
 | e8m0: zero | 2^-127, its smallest value; NaN with `:inf` |
 | e8m0: negative | NaN |
+| e8m0: between 2^-127 and 2^-126, to nearest | 2^-126, as torch and ml_dtypes have it: float32 is subnormal there |
 | float16, bfloat16 | calculated in float32, then rounded to the tensor's own dtype. If that cannot hold a value (to \
 bf16, 65504 is 65536), it becomes the dtype's largest; with `:inf`, Inf |
 | float64 | calculated in float64, rounded once |

@@ -22,7 +22,7 @@ Bit for bit the same as `rounding.py` and `scaling.py`, by these means:
                 Raina 2004, "Accelerating correctly rounded floating-point division when the divisor is known in
                 advance"). Dividends are lifted by 2^64, so that nothing does. Formats with more exponents than that
                 leaves room for take IEEE's division. A power of two is divided by as a product with its reciprocal
-    fusing      is turned off; but no sum follows a product here, so there is nothing that it could change
+    fusing      of a product and a sum is turned off, and flushing of subnormal values: the PTX says so of each operation
     NaN         put back at the end. In between it may be anything: a GPU's products have another NaN (all ones)
                 than the CPU's, and an integer carry makes -0 of that one
     bfloat16    as 16-bit integers: the interpreter of Triton 3.9 rounds every half away from zero
@@ -236,11 +236,8 @@ def _cast_columns(values: Tensor, out: Tensor, how: dict[str, Any]) -> None:
 
 def _found(values: Tensor, rows: int, earlier: Tensor | None = None) -> Tensor:
     """int32 [rows]: the bits of each row's largest finite magnitude; 0 instead where `earlier` is above 0."""
-    found, columns, block = (
-        torch.zeros(rows, dtype=torch.int32, device=values.device),
-        values.numel() // rows,
-        _block(values),
-    )
+    found = torch.zeros(rows, dtype=torch.int32, device=values.device)
+    columns, block = values.numel() // rows, _block(values)
     chunks = triton.cdiv(columns, block)
     programs = min(chunks, max(_SEARCHERS // rows, 1)), rows
     _launch(_amax_of_rows, programs, 4, _loadable(values), found, earlier, columns, chunks, BLOCK=block)
@@ -253,6 +250,7 @@ def _block(values: Tensor) -> int:
 
 
 def _launch(kernel: Any, programs: tuple[int, ...], warps: int, *arguments: Any, **named: Any) -> None:
+    """A kernel on its tensors' device. Triton before 3.6 does not know the last option, and flushes in divisions."""
     with torch.cuda.device_of(arguments[0]):
         kernel[programs](*arguments, **named, num_warps=warps, enable_fp_fusion=False, enable_reflect_ftz=False)
 

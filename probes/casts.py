@@ -185,7 +185,9 @@ class Cast:
             scale, _ = casting.matrix_scales(self, matrix, tuple(next_state.history))
             draws = casting.draws_for(self, matrix, next_state.next_stream())
             rounded = rounding.on_grid(matrix / scale, target, self.rounding, draws)
-            beyond = (rounded > target.largest) | (rounded < target.lowest)
+            beyond = rounded > target.largest
+            if target.signed:
+                beyond |= rounded < target.lowest
             return scaling.as_shaped(beyond, x, dimension)
 
     @property

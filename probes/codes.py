@@ -24,15 +24,11 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from probes.errors import ProbeError
+from probes.errors import NotInFormat
 from probes.formats import Format, NonFinite
 
 Codes = NDArray[Any]  # unsigned integers
 Values = NDArray[np.float64]
-
-
-class NotInFormat(ProbeError, ValueError):
-    """A value that has no code in the format, or a number that is none of its codes."""
 
 
 def decode(codes: ArrayLike, target: Format) -> Values:

@@ -2,6 +2,7 @@
 
 ProbeError
 ├── UnknownFormat         a format name that no table holds
+├── NotInFormat           a value without a code in a format, or a number that is no code
 ├── InvalidCast           a cast string, or a combination of its parts, that means nothing
 ├── UnsupportedTensor     a tensor of a dtype that has no place in a sketch or a cast
 └── WindowError           a window that was opened, used or asked in a way it cannot serve
@@ -17,6 +18,10 @@ class ProbeError(Exception):
 
 class UnknownFormat(ProbeError, ValueError):
     """No format has this name."""
+
+
+class NotInFormat(ProbeError, ValueError):
+    """A value that has no code in the format, or a number that is none of its codes."""
 
 
 class InvalidCast(ProbeError, ValueError):

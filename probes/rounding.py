@@ -39,7 +39,7 @@ def to_grid(x: Tensor, target: Format, rounding: str, saturate: bool, dither: Te
     rounded = on_grid(x, target, rounding, dither)
     if rounding == "zero" and not saturate:
         rounded = torch.where(x.isinf(), x, rounded.clamp(target.lowest, target.largest))
-    return limit(rounded, target, saturate) if target.signed else _without_sign(x, rounded, target, saturate)
+    return limit(rounded, target, saturate) if target.signed else _without_sign(x, rounded, target, rounding, saturate)
 
 
 def on_grid(x: Tensor, target: Format, rounding: str, dither: Tensor | None = None) -> Tensor:
@@ -116,13 +116,18 @@ def dither(stream: int, count: int, device: torch.device) -> Tensor:
     return _hash(_hash((index + first) & _MASK) ^ second) >> (32 - DITHER_BITS)
 
 
-def _without_sign(x: Tensor, rounded: Tensor, target: Format, saturate: bool) -> Tensor:
+def _without_sign(x: Tensor, rounded: Tensor, target: Format, rounding: str, saturate: bool) -> Tensor:
     """e8m0, which has neither negative values nor zero.
 
     What is below the smallest value becomes that value. Negative values become NaN, and unless saturated so do zero
-    and what overflows: ml_dtypes' rule. (torch's cast drops the sign, and gives a zero the smallest value.)
+    and what overflows: ml_dtypes' rule. (torch's cast drops the sign, and gives a zero the smallest value.) Nearest
+    takes all that lies between the two smallest values, where float32 is subnormal, to the upper one: torch's and
+    ml_dtypes' rule, so that a scale here is the scale that they store.
     """
-    within = rounded.clamp(target.smallest_subnormal, target.largest)
+    smallest = target.smallest_subnormal
+    within = rounded.clamp(smallest, target.largest)
+    if rounding == "nearest":
+        within = torch.where((x > smallest) & (x < 2 * smallest), 2 * smallest, within)
     if not saturate:
         within = torch.where((x == 0) | (rounded > target.largest), torch.nan, within)
     return torch.where(x < 0, torch.nan, within)

@@ -20,8 +20,7 @@ from oracles import (
 )
 
 from probes import codes
-from probes.codes import NotInFormat
-from probes.errors import ProbeError
+from probes.errors import NotInFormat, ProbeError
 from probes.format_names import format_named
 from probes.formats import FORMATS, Format
 
