@@ -131,7 +131,9 @@ Inf, or NaN in formats without Inf; formats with neither ({neither}) refuse `:in
 Rounding `zero` with `:inf` takes finite values to the largest, which is what lies toward zero, and only Inf to Inf or
 NaN. `cast.saturates(x)` tells which elements these are.
 
-Other libraries differ here: see [peers.md](peers.md).
+Other libraries differ here: see [peers.md](peers.md). ONNX's Cast operator does too: it wraps integers around (8 to
+INT4 is -8, here 7), gives FLOAT8E8M0 a rounding upward as its default, which no cast here has (the scale rule `e8m0up`
+does it), and makes a NaN in FLOAT4E2M1 -0.
 
 ## What the unusual becomes
 
@@ -147,6 +149,7 @@ Other libraries differ here: see [peers.md](peers.md).
 | float16, bfloat16 | calculated in float32, then rounded to the tensor's own dtype. If that cannot hold a value (to \
 bf16, 65504 is 65536), it becomes the dtype's largest; with `:inf`, Inf |
 | float64 | calculated in float64, rounded once |
+| subnormal float32 | calculated with. Leave `torch.set_flush_denormal` alone: flushed, spacings of e8mY are 0 |
 | other dtypes, sparse layouts | refused with `UnsupportedTensor` |
 
 ## Gradients

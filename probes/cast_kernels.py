@@ -109,7 +109,8 @@ def round_tiles(
         (*_rounding(target, rounding, saturate), _keys(stream)),
         (*_scaling(scale, target), np.float32(over_all)),
     )
-    threads, (rows, columns), (height, width) = threads_for(values.size), shape, tile
+    threads, (rows, columns) = threads_for(values.size), shape
+    height, width = min(tile[0], rows), min(tile[1], columns)
     if height == 1:
         if columns % width == 0:
             rows, columns = 1, values.size  # no tile reaches over the end of a row, so all rows are one
@@ -235,21 +236,29 @@ def _round_bands(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _round_rows(values, out, first, last, scales, how):  # type: ignore[no-untyped-def]
-    """Rows that share a scale in each column."""
-    for start in range(first * scales.size, last * scales.size, scales.size):
-        stop = start + scales.size
-        _round(values[start:stop], out[start:stop], scales, start, how)
+    """Rows that share a scale in each column; short ones several at a time."""
+    columns, at_once = scales.size, max(_STRIP // scales.size, 1)
+    strip = np.empty(columns * max(min(at_once, last - first), 1), dtype=np.float32)
+    for start in range(0, strip.size, columns):
+        strip[start : start + columns] = scales
+    for start in range(first * columns, last * columns, strip.size):
+        stop = min(start + strip.size, last * columns)
+        _round(values[start:stop], out[start:stop], strip[: stop - start], start, how)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _columns_amax(bits, first, last, columns):  # type: ignore[no-untyped-def]
-    """Bit patterns [columns] of each column's largest finite magnitude over some rows."""
-    largest = np.zeros(columns, dtype=np.int32)
-    for start in range(first * columns, last * columns, columns):
-        row = bits[start : start + columns]
+    """Bit patterns [columns] of each column's largest finite magnitude over some rows; short ones several at a time."""
+    strip = np.zeros(columns * max(min(_STRIP // columns, last - first), 1), dtype=np.int32)
+    for start in range(first * columns, last * columns, strip.size):
+        rows = bits[start : min(start + strip.size, last * columns)]
+        for i in range(rows.size):
+            magnitude = np.int32(rows[i] & _MAGNITUDE)
+            strip[i] = max(strip[i], magnitude if magnitude < _EXPONENT else np.int32(0))
+    largest = strip[:columns]
+    for start in range(columns, strip.size, columns):
         for column in range(columns):
-            magnitude = np.int32(row[column] & _MAGNITUDE)
-            largest[column] = max(largest[column], magnitude if magnitude < _EXPONENT else np.int32(0))
+            largest[column] = max(largest[column], strip[start + column])
     return largest
 
 
@@ -257,6 +266,10 @@ def _columns_amax(bits, first, last, columns):  # type: ignore[no-untyped-def]
 def _scales_of(largest, width, scaled):  # type: ignore[no-untyped-def]
     """Scales [columns] of tiles of this many columns each."""
     scales = np.empty(largest.size, dtype=np.float32)
+    if width == 1:
+        for column in range(largest.size):
+            scales[column] = _scale(np.int32(largest[column]).view(np.float32), scaled)
+        return scales
     for left in range(0, largest.size, width):
         tile = largest[left : left + width]
         scales[left : left + width] = _scale(np.int32(tile.max()).view(np.float32), scaled)
@@ -438,7 +451,7 @@ def _toward_zero(values, out, scales, floats):  # type: ignore[no-untyped-def]
         octave = np.int32(magnitude.view(np.int32) & _EXPONENT).view(np.float32)
         spacing = max(octave, smallest_octave) * relative_spacing
         rounded = np.floor(magnitude / spacing) * spacing
-        out[i] = np.copysign((over if scaled == np.inf else rounded) * scale, value)
+        out[i] = np.copysign((over if abs(value) == np.inf else rounded) * scale, value)
 
 
 @njit(cache=True, nogil=True, inline="always")

@@ -22,7 +22,8 @@ Bit for bit the same as `rounding.py` and `scaling.py`, by these means:
                 Raina 2004, "Accelerating correctly rounded floating-point division when the divisor is known in
                 advance"). Dividends are lifted by 2^64, so that nothing does. Formats with more exponents than that
                 leaves room for take IEEE's division. A power of two is divided by as a product with its reciprocal
-    fusing      of a product and a sum is turned off, and flushing of subnormal values: the PTX says so of each operation
+    fusing      of a product and a sum is turned off, as is the flushing of subnormal values: each operation in the PTX
+                says so
     NaN         put back at the end. In between it may be anything: a GPU's products have another NaN (all ones)
                 than the CPU's, and an integer carry makes -0 of that one
     bfloat16    as 16-bit integers: the interpreter of Triton 3.9 rounds every half away from zero
@@ -533,7 +534,7 @@ def _cast(value, scale, draw, numbers, HOW: tl.constexpr):  # type: ignore[no-un
         sign = tl.where(rounded == 0, 0, sign)
     beyond = rounded > top
     if HOW.rounding == "zero":
-        beyond = magnitude == float("inf")
+        beyond = tl.abs(value) == float("inf")
     if HOW.saturate or HOW.rounding == "zero":
         rounded = tl.minimum(rounded, top)
     if HOW.rule != "none":

@@ -52,11 +52,15 @@ class Outcome(NamedTuple):
 
 
 def carry_out(cast: Cast, x: Tensor, found: Circumstances) -> Outcome:
-    """The cast of a tensor that has elements, in x's dtype, by the fastest way there is."""
-    if cast.format.signed and _is_for_triton(x):
+    """The cast of a tensor that has elements, in x's dtype, by the fastest way there is.
+
+    What follows a tensor's operations (FX and JIT tracing, fake tensors, vmap) meets the plain expressions, whose
+    operations are torch's.
+    """
+    if cast.format.signed and _is_for_triton(x) and not _is_followed(x):
         return by_triton(cast, x.detach().resolve_neg(), found)
     wide = widened(x)
-    by_loops = wide.dtype == torch.float32 and wide.device.type == "cpu" and cast.format.signed
+    by_loops = wide.dtype == torch.float32 and wide.device.type == "cpu" and cast.format.signed and not _is_followed(x)
     values, amax = (by_compiled_loops if by_loops else by_expressions)(cast, wide, found)
     if x.dtype == values.dtype:
         return Outcome(values, amax)
@@ -81,8 +85,8 @@ def by_expressions(cast: Cast, wide: Tensor, found: Circumstances) -> Outcome:
     matrix, target = scaling.as_matrix(wide, found.dimension), target_in(wide.dtype, cast.format)
     scale, amax = matrix_scales(cast, matrix, found.history)
     draws = draws_for(cast, matrix, found.stream)
-    written = rounding.to_grid(matrix / scale, target, cast.rounding, cast.saturate, draws)
-    return Outcome(_back_in_shape(written * scale, wide, found.dimension), amax)
+    written = rounding.to_grid(matrix / scale, target, cast.rounding, cast.saturate, draws, matrix.isinf())
+    return Outcome(_back_in_shape(_finite(cast, written * scale), wide, found.dimension), amax)
 
 
 def matrix_scales(cast: Cast, matrix: Tensor, history: Sequence[float | Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -120,7 +124,7 @@ def by_compiled_loops(cast: Cast, wide: Tensor, found: Circumstances) -> Outcome
     outcome = _whole_by_loops(cast, wide, found) if cast.has_one_scale else _tiles_by_loops(cast, wide, found)
     if not cast.format.keeps_negative_zero:
         outcome.values.add_(0.0)
-    return outcome
+    return Outcome(_finite(cast, outcome.values), outcome.amax)
 
 
 def whole_scale_of_float32(cast: Cast, amax: float, history: Sequence[float | Tensor]) -> float:
@@ -146,7 +150,7 @@ def by_triton(cast: Cast, x: Tensor, found: Circumstances) -> Outcome:
         amax = cast_triton.round_whole(values, result, *how, found.history)
         if cast.is_delayed and amax is None:
             amax = cast_triton.finite_amax(values)
-        return Outcome(_laid_out(result, x), amax)
+        return Outcome(_laid_out(_finite(cast, result), x), amax)
     matrix = scaling.as_matrix(x, found.dimension).contiguous()
     result = torch.empty_like(matrix)
     cast_triton.round_tiles(matrix, result, scaling.TILES[cast.granularity], *how)
@@ -173,7 +177,8 @@ def _whole_by_loops(cast: Cast, wide: Tensor, found: Circumstances) -> Outcome:
 
 
 def _tiles_by_loops(cast: Cast, wide: Tensor, found: Circumstances) -> Outcome:
-    matrix = scaling.as_matrix(wide, found.dimension).contiguous()
+    across = _runs_along_first(wide, found.dimension) and not cast.is_random  # a draw belongs to a place in the rows
+    matrix = wide.reshape(len(wide), -1) if across else scaling.as_matrix(wide, found.dimension).contiguous()
     result, target = torch.empty_like(matrix), target_in(wide.dtype, cast.format)
     values, out, how = _row(matrix), _row(result), (target, cast.rounding, cast.saturate, found.stream)
     assert cast.scale is not None
@@ -184,9 +189,26 @@ def _tiles_by_loops(cast: Cast, wide: Tensor, found: Circumstances) -> Outcome:
         if cast.scale.rule == "nvfp4":
             over_all = float(scaling.scale_over_all(torch.tensor(cast_kernels.finite_amax(values)), target))
         shape = matrix.shape[0], matrix.shape[1]
-        tile = scaling.fitted(scaling.TILES[cast.granularity], shape)
-        cast_kernels.round_tiles(values, out, shape, tile, cast.scale, *how, over_all)
+        tile = scaling.TILES[cast.granularity]
+        size = scaling.fitted(scaling.Tile(tile.columns, tile.rows) if across else tile, shape)
+        cast_kernels.round_tiles(values, out, shape, size, cast.scale, *how, over_all)
+    if across:
+        return Outcome(result.view(wide.shape), None)
     return Outcome(_back_in_shape(result, wide, found.dimension), None)
+
+
+def _finite(cast: Cast, values: Tensor) -> Tensor:
+    """Saturated values times a static scale may leave float32, for which no other scale is too large."""
+    if cast.is_static and cast.saturate and not cast.needs_no_scale and values.dtype == torch.float32:
+        assert cast.scale is not None
+        if scaling.static_value(cast.scale) > scaling.largest_scale(cast.format.largest_magnitude):
+            return values.clamp_(-scaling.FLOAT32_LARGEST, scaling.FLOAT32_LARGEST)
+    return values
+
+
+def _runs_along_first(x: Tensor, dimension: int) -> bool:
+    """Whether memory is the transpose of the matrix of rows along the dimension: its tiles are then turned, not x."""
+    return x.dim() > 1 and dimension in (0, -x.dim()) and x.is_contiguous()
 
 
 def _back_in_shape(matrix: Tensor, like: Tensor, dimension: int) -> Tensor:
@@ -199,6 +221,16 @@ def _laid_out(values: Tensor, like: Tensor) -> Tensor:
         return values
     empty = torch.empty_like(like, dtype=values.dtype)
     return values if empty.stride() == values.stride() else empty.copy_(values)
+
+
+def _is_followed(x: Tensor) -> bool:
+    """Whether somebody records operations on x, or x has no memory to work on: loops of our own they cannot see."""
+    return (
+        type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
 
 
 def _is_for_triton(x: Tensor) -> bool:

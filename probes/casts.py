@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 
 import numpy as np
 import torch
@@ -32,22 +33,24 @@ from torch import Tensor
 
 from probes import casting, rounding, scaling
 from probes.casting import Circumstances
-from probes.errors import InvalidCast
+from probes.errors import InvalidCast, UnsupportedTensor
 from probes.format_names import format_named
 from probes.formats import Format
-from probes.gradients import StraightThrough
+from probes.gradients import StraightThrough, outside_graphs
 from probes.near import refuse
 from probes.rounding import ROUNDINGS
 from probes.scaling import FLOAT32_LARGEST, NVFP4_LARGEST, RULES, Scale
 
 _TO_INF = ":inf"
+_COUNTING = Lock()  # autograd's threads and the user's may share a state, the process's own at least
 
 
 @dataclass
 class CastState:
     """What a cast carries from call to call: its place in a stream of random numbers, and recent largest magnitudes.
 
-    The same seed and the same calls give the same values, on every device; torch's generators are never used.
+    The same seed and the same calls give the same values, on every device; torch's generators are never used. So two
+    tensors want two seeds: states that are alike round them alike.
 
     history  the largest finite magnitude of each of the latest calls of a delayed cast, the newest last: floats from
              the CPU, 0-dim tensors from elsewhere, which are not waited for
@@ -57,10 +60,16 @@ class CastState:
     calls: int = 0
     history: deque[float | Tensor] = field(default_factory=deque)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or not isinstance(self.calls, int):
+            raise TypeError(f"a seed and a number of calls are integers, got {self.seed!r} and {self.calls!r}")
+
     def next_stream(self) -> int:
         """64 bits that name the stream of the next call."""
-        self.calls += 1
-        return _splitmix64(_splitmix64(self.seed) + self.calls)
+        with _COUNTING:
+            self.calls += 1
+            calls = self.calls
+        return _splitmix64(_splitmix64(self.seed) + calls)
 
     def remember(self, amax: float | Tensor, length: int) -> None:
         """Add a call's largest magnitude, and forget what is more than `length` calls ago."""
@@ -88,6 +97,10 @@ class Cast:
     saturate: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.format, Format) or not isinstance(self.scale, Scale | None):
+            raise InvalidCast(f"a cast is made of a Format and a Scale, not of {self.format!r} and {self.scale!r}")
+        if self.format != format_named(self.format.name):
+            raise InvalidCast(f"{self.format!r} is not what {self.format.name!r} names: its text would not read back")
         if self.granularity not in RULES:
             refuse("granularity", self.granularity, tuple(RULES))
         rules = RULES[self.granularity]
@@ -150,9 +163,10 @@ class Cast:
             raise InvalidCast(f"{self} has a scale for every {self.granularity}, so the whole tensor has no one scale")
         if self.needs_no_scale:
             return 1.0
+        recent = self._recent(history)
         if amax <= FLOAT32_LARGEST and np.float32(amax) == amax:
-            return casting.whole_scale_of_float32(self, amax, history)
-        return float(casting.whole_scale(self, torch.tensor(max(amax, 0.0), dtype=torch.float64), history))
+            return casting.whole_scale_of_float32(self, amax, recent)
+        return float(casting.whole_scale(self, torch.tensor(max(amax, 0.0), dtype=torch.float64), recent))
 
     def __call__(self, x: Tensor, state: CastState | None = None, dimension: int = -1) -> Tensor:
         """What is read back after writing x: a new tensor of its shape and dtype.
@@ -162,10 +176,18 @@ class Cast:
                    a stream of the process's own that goes on from call to call, and no history
         dimension  the one that rows and blocks of scales run along
 
-        The gradient passes unchanged (see `straight_through` for more). A value that x's own dtype cannot hold
+        The gradient passes unchanged (see `straight_through` for more). torch.compile makes no graph of a cast, but
+        breaks its own in two. A value that x's own dtype cannot hold
         (fp16's largest, rounded up to bf16) becomes that dtype's largest under saturation. Raises UnsupportedTensor
         for any other dtype and for sparse layouts, and IndexError for a dimension that x has not.
         """
+        if torch.compiler.is_compiling():
+            return outside_graphs(self._call)(x, state, dimension)
+        return self._call(x, state, dimension)
+
+    def _call(self, x: Tensor, state: CastState | None, dimension: int) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise UnsupportedTensor(f"a cast takes a torch.Tensor, not {type(x).__name__}")
         if x.requires_grad and torch.is_grad_enabled():
             through: Tensor = StraightThrough.apply(x, lambda value: self._cast(value, state, dimension), _unchanged)
             return through
@@ -181,9 +203,9 @@ class Cast:
             return torch.zeros_like(x, dtype=torch.bool)
         with torch.no_grad():
             matrix, target = scaling.as_matrix(wide, dimension), casting.target_in(wide.dtype, self.format)
-            next_state = CastState() if state is None else CastState(state.seed, state.calls, state.history)
-            scale, _ = casting.matrix_scales(self, matrix, tuple(next_state.history))
-            draws = casting.draws_for(self, matrix, next_state.next_stream())
+            now = _PROCESS_STATE if state is None else state
+            scale, _ = casting.matrix_scales(self, matrix, self._recent(() if state is None else state.history))
+            draws = casting.draws_for(self, matrix, CastState(now.seed, now.calls).next_stream())
             rounded = rounding.on_grid(matrix / scale, target, self.rounding, draws)
             beyond = rounded > target.largest
             if target.signed:
@@ -220,13 +242,17 @@ class Cast:
         if x.numel() == 0:
             return casting.widened(x).to(x.dtype, copy=True)
         stream = (_PROCESS_STATE if state is None else state).next_stream() if self.is_random else 0
-        history = () if state is None else tuple(state.history)
+        history = self._recent(() if state is None else state.history)
         values, amax = casting.carry_out(self, x, Circumstances(history, stream, dimension))
         if self.is_delayed and state is not None:
             assert self.scale is not None
             assert amax is not None
             state.remember(amax, self.scale.length)
         return values
+
+    def _recent(self, history: Iterable[float | Tensor]) -> tuple[float | Tensor, ...]:
+        """As much of a history as the scale looks back on."""
+        return tuple(history)[-self.scale.length :] if self.scale is not None and self.is_delayed else ()
 
     def _dimension_of(self, x: Tensor, dimension: int) -> int:
         """-1 where it does not matter, so that random draws are those of the tensor's own order."""

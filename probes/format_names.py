@@ -57,12 +57,12 @@ _ANY_RULE = "any eXmY with X from 2 to 8 and Y from 0 to 23"
 
 
 def format_named(name: Any) -> Format:
-    """The format of this name: of the table, of another library (a dtype object too), or any eXmY.
+    """The format of this name: of the table, of another library (its dtype too, object or class), or any eXmY.
 
     An eXmY that the table does not hold is laid out as IEEE 754 would, and keeps its name: e8m7 has bf16's values.
     Raises UnknownFormat, with the names that are near and all that there are.
     """
-    text = str(name).removeprefix("torch.")
+    text = name.__name__ if isinstance(name, type) else str(name).removeprefix("torch.")
     if text in FORMATS:
         return FORMATS[text]
     if text in _OWN_NAME:

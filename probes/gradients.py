@@ -47,13 +47,33 @@ def straight_through(
 
     Raises InvalidCast for another word for `saturated`, and what the casts raise.
     """
+    if torch.compiler.is_compiling():
+        return outside_graphs(_straight_through)(x, forward, backward, saturated, state, backward_state, dimension)
+    return _straight_through(x, forward, backward, saturated, state, backward_state, dimension)
+
+
+def outside_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, which torch.compile is not to look into: it would take compiled loops for operations of numpy."""
+    disabled: Callable[..., Tensor] = torch.compiler.disable(function)
+    return disabled
+
+
+def _straight_through(
+    x: Tensor,
+    forward: Cast | None,
+    backward: Cast | None,
+    saturated: str,
+    state: CastState | None,
+    backward_state: CastState | None,
+    dimension: int,
+) -> Tensor:
     if saturated not in SATURATED:
         refuse("way to treat saturated elements", saturated, SATURATED)
     mask = forward is not None and saturated == "mask" and x.requires_grad
     kept = ~forward.saturates(x, state, dimension) if forward is not None and mask else None
 
     def written(values: Tensor) -> Tensor:
-        return values if forward is None else forward(values, state, dimension)
+        return values.clone() if forward is None else forward(values, state, dimension)
 
     def returned(gradient: Tensor) -> Tensor:
         gradient = gradient if kept is None else gradient.where(kept, 0.0)
@@ -66,11 +86,15 @@ def straight_through(
 class StraightThrough(torch.autograd.Function):
     """One function for the value, another for its gradient."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, written: Callable[[Tensor], Tensor], returned: Callable[[Tensor], Tensor]) -> Any:
-        ctx.returned = returned
-        result = written(x.detach())
-        return x.view_as(x) if result is x else result
+    def forward(x: Tensor, written: Callable[[Tensor], Tensor], returned: Callable[[Tensor], Tensor]) -> Any:
+        return written(x.detach())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.returned = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

@@ -28,17 +28,26 @@ DITHER_BITS = 24  # what a float32 fraction can be compared with exactly
 _MASK = 0xFFFFFFFF
 
 
-def to_grid(x: Tensor, target: Format, rounding: str, saturate: bool, dither: Tensor | None = None) -> Tensor:
+def to_grid(
+    x: Tensor,
+    target: Format,
+    rounding: str,
+    saturate: bool,
+    dither: Tensor | None = None,
+    infinite: Tensor | None = None,
+) -> Tensor:
     """Values of x (float32 or float64) in the target format, by one of ROUNDINGS. A NaN stays one in every format.
 
     saturate  whether what lies beyond the largest value, Inf included, becomes that value; otherwise Inf or NaN, as
               the format has it. Rounding toward zero then takes finite values to the largest all the same, for that
               is what lies toward zero (IEEE 754, 7.4), and only Inf stays beyond
     dither    for "stochastic": integers of x's shape, uniform in [0, 2^24)
+    infinite  where x is a quotient: whether each value was Inf before the division, which may have overflowed
     """
     rounded = on_grid(x, target, rounding, dither)
     if rounding == "zero" and not saturate:
-        rounded = torch.where(x.isinf(), x, rounded.clamp(target.lowest, target.largest))
+        infinite = x.isinf() if infinite is None else infinite
+        rounded = torch.where(infinite, x, rounded.clamp(target.lowest, target.largest))
     return limit(rounded, target, saturate) if target.signed else _without_sign(x, rounded, target, rounding, saturate)
 
 
@@ -69,9 +78,9 @@ def round_stochastic(x: Tensor, target: Format, dither: Tensor) -> Tensor:
 
     dither  integers of x's shape, uniform in [0, 2^24)
 
-    The mean is x, exactly so where the fraction has at most 24 bits: always, but for values far below the
-    smallest subnormal, where the mean is off by less than 2^-24 of the spacing. NaN, Inf and -0 stay what
-    they are.
+    The mean is x, exactly so where the fraction has at most 24 bits: for every float32, but for values far below the
+    smallest subnormal. There, and for float64, the mean is off by less than 2^-24 of the spacing. NaN, Inf and -0 stay
+    what they are.
     """
     spacing = grid_spacing(x, target)
     steps = x / spacing

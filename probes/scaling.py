@@ -115,7 +115,7 @@ class Scale:
             raise InvalidCast(f"a {self.rule} scale takes no ':pow2', which is for scales in float32")
         if self.rule != "delayed" and (self.length, self.margin) != (16, 0):
             raise InvalidCast(f"a length and a margin are for delayed scales, not for {self.rule}")
-        whole = isinstance(self.length, int) and isinstance(self.margin, int)
+        whole = type(self.length) is int and type(self.margin) is int
         if not whole or self.length not in _LENGTHS or self.margin not in _MARGINS:
             raise InvalidCast(
                 f"delayed(len={self.length},margin={self.margin}): the length is an integer from {_LENGTHS[0]} to "
@@ -125,8 +125,9 @@ class Scale:
             raise InvalidCast("a static scale needs its value, as in static=0.013, and no other takes one")
         if self.value is not None:
             object.__setattr__(self, "value", float(self.value))  # so that 2 and 2.0 are written alike
-            if not 2.0**SMALLEST_EXPONENT <= self.value <= FLOAT32_LARGEST:
-                raise InvalidCast(f"static={self.value!r}: a scale is a float32 from 2^-126 to {FLOAT32_LARGEST:.8g}")
+            most = 2.0**127 if self.power_of_two else FLOAT32_LARGEST
+            if not 2.0**SMALLEST_EXPONENT <= self.value <= most:
+                raise InvalidCast(f"static={self.value!r}: a scale is a float32 from 2^-126 to {most:.8g}")
 
     @classmethod
     def parse(cls, text: str) -> Scale:
@@ -268,14 +269,10 @@ def _nvfp4(amax: Tensor, tensor_amax: Tensor, target: Format) -> Tensor:
 
 
 def _static(body: str) -> float:
-    given = re.fullmatch(r"static=(.+)", body)
-    try:
-        value = float(given[1]) if given else math.nan
-    except ValueError:
-        value = math.nan
-    if math.isnan(value):
+    given = re.fullmatch(r"static=([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)", body)
+    if not given:
         raise InvalidCast(f"a static scale is written static=0.013, got {body!r}")
-    return value
+    return float(given[1])
 
 
 def _delayed(body: str) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 The loops run in numba's OpenMP threading layer. On Linux that is the very library that torch loads (libgomp), so the
 threads are torch's own, which go on spinning for some milliseconds after each operation and would hold up any others.
+As after torch's own operations, a forked child must set_num_threads(1), as DataLoader's workers do, or OpenMP ends it.
 """
 
 from __future__ import annotations

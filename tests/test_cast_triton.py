@@ -160,7 +160,7 @@ def test_delayed_scaling_takes_what_was_seen_before(margin: int) -> None:
 @pytest.fixture
 def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a small tensor has many blocks, of which one program does several."""
-    for name, value in {"_BLOCK": 256, "_LARGE_BLOCK": 512, "_MANY_ROWS": 6, "_SEARCHERS": 3}.items():
+    for name, value in {"_BLOCK": 512, "_LARGE_BLOCK": 512, "_MANY_ROWS": 6, "_SEARCHERS": 3}.items():
         monkeypatch.setattr(cast_triton, name, value)
 
 
@@ -170,7 +170,7 @@ def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_every_shape(scaling: str) -> None:
     cast = Cast.parse(f"e2m1/{scaling}/stochastic" if scaling == "none" else f"e2m1/{scaling}")
-    for shape in ((), (700,), (3, 1), (2, 600), (7, 520), (2, 3, 48), (131, 20)):
+    for shape in ((), (3, 1), (2, 1600), (7, 520), (131, 20)):
         check(cast, any_bits(shape, seed=len(shape)) if scaling != "tensor" else torch.randn(shape), (0.0,))
 
 
@@ -261,7 +261,6 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str, i
         ("e4m3fn/tensor", "float32", square),
         ("bf16/tensor/current:pow2/stochastic", "float32", square),
         ("e5m2/tensor/delayed/nearest:inf", "float16", square),
-        ("int4/tensor/static=0.1/zero", "float32", square),
         ("e2m1/block16/nvfp4/stochastic", "float32", square),
         ("e4m3fn/block32/e8m0", "bfloat16", square),
         ("e4m3fnuz/row/current/zero:inf", "float32", square),

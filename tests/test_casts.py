@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,7 @@ from oracles import (
     assert_same,
     by_gfloat,
     by_ml_dtypes,
+    by_specification,
     by_torch,
     edge_cast,
     edges,
@@ -21,10 +25,11 @@ from oracles import (
     saturated,
     strided_float32,
 )
+from tensors import generator
 from torch import Tensor
 
 from probes.casts import Cast, CastState
-from probes.errors import ProbeError, UnsupportedTensor
+from probes.errors import InvalidCast, ProbeError, UnsupportedTensor
 from probes.formats import FORMATS, Format
 
 INF, NAN = float("inf"), float("nan")
@@ -352,3 +357,33 @@ def test_a_dimension_that_is_not_there_is_refused(cast: str) -> None:
             Cast.parse(cast)(x, dimension=dimension)
         with pytest.raises(IndexError, match="dimension"):
             Cast.parse(cast).saturates(x, dimension=dimension)
+
+
+@pytest.mark.parametrize("text", ["e5m2/tensor/static=1e-10/zero:inf", "e4m3/tensor/delayed/zero:inf"])
+def test_toward_zero_no_finite_value_becomes_inf_even_if_its_quotient_overflows(text: str) -> None:
+    x = torch.tensor([1e38, -1e38, INF, 1.0])
+    cast = Cast.parse(text)
+    result = cast(x, CastState(history=deque([1e-30])))
+    assert result.isinf().tolist() == [False, False, True, False]
+    assert_same(by_specification(cast, x, CastState(history=deque([1e-30]))), result)
+
+
+@pytest.mark.parametrize("shape", [(700, 1), (1, 700), (300, 3), (5, 3, 3, 3), (130, 2), (2, 600)])
+@pytest.mark.parametrize("text", ["block32", "block16", "column", "row", "block1x128", "block128x128"])
+def test_narrow_and_long_tensors(text: str, shape: tuple[int, ...]) -> None:
+    cast, x = Cast.parse(f"e4m3fn/{text}"), torch.randn(shape, generator=generator(len(shape)))
+    for dimension in range(-len(shape), len(shape)):
+        assert_same(cast(x, dimension=dimension), by_specification(cast, x, CastState(), dimension))
+
+
+def test_what_is_no_tensor_and_no_format_is_refused() -> None:
+    with pytest.raises(UnsupportedTensor, match="ndarray"):
+        Cast.parse("bf16")(np.ones(3))  # type: ignore[arg-type]
+    with pytest.raises(InvalidCast, match="made of a Format"):
+        Cast("e4m3fn")  # type: ignore[arg-type]
+    with pytest.raises(InvalidCast, match="made of a Format"):
+        Cast(FORMATS["e4m3fn"], "tensor", "current")  # type: ignore[arg-type]
+    with pytest.raises(InvalidCast, match="would not read back"):
+        Cast(replace(FORMATS["e4m3fn"], bias=200))
+    with pytest.raises(TypeError, match="integers"):
+        CastState(seed=1.5)  # type: ignore[arg-type]

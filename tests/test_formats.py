@@ -180,3 +180,9 @@ def test_what_names_no_format(name: object) -> None:
 def test_the_table_and_the_codes_do_not_import_torch() -> None:
     check = "import sys, probes, probes.formats, probes.codes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_dtype_classes_name_their_format() -> None:
+    assert format_named(np.float16) is FORMATS["fp16"]
+    assert format_named(ml_dtypes.bfloat16) is FORMATS["bf16"]
+    assert format_named(ml_dtypes.float8_e4m3fn) is FORMATS["e4m3fn"]

@@ -283,3 +283,21 @@ def test_a_layer_learns_through_its_casts() -> None:
     start = (plain(inputs) - wanted).square().mean().item()
     assert trained(plain, through=False) < 0.1 * start
     assert trained(cast, through=True) < 0.15 * start
+
+
+def test_the_mask_is_of_the_very_draws_that_the_cast_makes() -> None:
+    """Without a state both come from the process's own, wherever that is."""
+    cast = Cast.parse("e4m3fn/none/stochastic:inf")
+    for _ in range(3):
+        x = (448 + 31 * torch.rand(5000, generator=torch.Generator().manual_seed(3))).requires_grad_()
+        result = straight_through(x, cast, saturated="mask")
+        result.nan_to_num().sum().backward()
+        assert x.grad is not None
+        assert torch.equal(x.grad == 0, result.isnan())
+        cast(torch.ones(3))  # another draw between
+
+
+def test_without_a_cast_the_result_is_a_tensor_of_its_own() -> None:
+    x = torch.ones(3, requires_grad=True)
+    straight_through(x, None).mul_(2)
+    assert (x == 1).all()

@@ -7,6 +7,7 @@ casts.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import gfloat
 import numpy as np
 import pytest
 import torch
-from oracles import assert_same, by_gfloat, edge_cast, every_pattern, gfloat_format
+from oracles import assert_same, by_gfloat, by_specification, edge_cast, every_pattern, gfloat_format
 from tensors import generator
 from torch import Tensor
 
@@ -420,3 +421,24 @@ def test_a_power_of_two_scale_changes_exponents_alone() -> None:
     x = rows_of_sizes(40, 50)
     for scale in ("tensor/current:pow2", "row/current:pow2", "block32/e8m0up"):
         assert_same(Cast.parse(f"e4m3fn/{scale}")(x * 2.0**9), Cast.parse(f"e4m3fn/{scale}")(x) * 2.0**9)
+
+
+def test_a_history_is_looked_back_on_no_further_than_its_length() -> None:
+    cast, x = Cast.parse("e4m3fn/tensor/delayed(len=2)"), torch.tensor([1.0, 0.3])
+    assert cast.scale_for(1.0, [100.0, 1.0, 1.0]) == cast.scale_for(1.0, [1.0, 1.0])
+    assert torch.equal(cast(x, CastState(history=deque([100.0, 1.0, 1.0]))), cast(x, CastState(history=deque([1.0]))))
+
+
+@pytest.mark.parametrize("text", ["e4m3fn/tensor/static=1e38", "int8/tensor/static=2e38", "bf16/tensor/static=2.5"])
+def test_a_large_static_scale_saturates_at_float32s_end(text: str) -> None:
+    largest = torch.finfo(torch.float32).max
+    x = torch.tensor([3.4e38, -INF, 1e38, NAN])
+    result = Cast.parse(text)(x)
+    assert result[:3].isfinite().all()
+    assert result[1] == -largest
+    assert_same(result, by_specification(Cast.parse(text), x, CastState()))
+
+
+def test_a_power_of_two_beyond_float32_is_refused() -> None:
+    with pytest.raises(InvalidCast, match="a scale is a float32"):
+        Cast.parse("e5m2/tensor/static=3e38:pow2")
