@@ -130,6 +130,8 @@ class Cast:
         granularity = rest.pop(0) if rest else "tensor" if target.bits <= 8 else "none"
         try:
             scale = None
+            if granularity in ROUNDINGS:
+                raise InvalidCast(f"{granularity!r} is a rounding, which comes last: {name}/none/{granularity}")
             if RULES.get(granularity):
                 default = RULES[granularity][0]
                 scale = Scale.parse(_rule_of(rest.pop(0), granularity) if rest else default)
@@ -280,6 +282,9 @@ def _splitmix64(value: int) -> int:
 def _rule_of(text: str, granularity: str) -> str:
     """The text of a scale, refused with the granularity's own rules if it names none."""
     rule = re.split(r"[(=:]", text, maxsplit=1)[0]
+    if rule in ROUNDINGS:
+        choice = " or ".join(RULES[granularity])
+        raise InvalidCast(f"{rule!r} is a rounding; before it comes the scale of a {granularity}: {choice}")
     if rule not in RULES[granularity]:
         refuse(f"scale at granularity {granularity!r}", rule, RULES[granularity])
     return text

@@ -137,7 +137,10 @@ REFUSED = [
     ("e2m1/block32/nvfp4", ["scale at granularity 'block32'", "'nvfp4'", "e8m0, e8m0up, current"]),
     ("e4m3fn/block32/e8m0upp", ["'e8m0upp'", "did you mean e8m0up"]),
     ("e4m3fn/tensor/curent", ["'curent'", "did you mean current"]),
-    ("e4m3fn/tensor/stochastic", ["scale at granularity 'tensor'", "'stochastic'", "current, delayed, static"]),
+    (
+        "e4m3fn/tensor/stochastic",
+        ["the scale of a tensor", "'stochastic' is a rounding", "current or delayed or static"],
+    ),
     ("e4m3fn/tensor//nearest", ["scale at granularity 'tensor'", "''"]),
     ("bf16/block16/nvfp4", ["nvfp4 scales are for narrow formats", "bf16"]),
     ("e8m0/block16/nvfp4", ["nvfp4 scales are for narrow formats", "e8m0"]),
@@ -259,3 +262,15 @@ def test_a_static_scale_of_any_number_is_written_as_a_float(value: float) -> Non
 def test_a_static_scale_is_written_in_plain_digits(number: str) -> None:
     with pytest.raises(InvalidCast, match="written static="):
         Cast.parse(f"e4m3fn/tensor/static={number}")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("bf16/stochastic", "bf16/none/stochastic"),
+        ("e4m3fn/tensor/nearest", "a rounding; .*current or delayed or static"),
+    ],
+)
+def test_a_rounding_in_another_parts_place_is_told_its_own(text: str, says: str) -> None:
+    with pytest.raises(InvalidCast, match=says):
+        Cast.parse(text)
