@@ -70,7 +70,7 @@ def recommend(
         notes += _left_out(target)
     return plan_from_rows(
         last.sites,
-        _worst([score(each, casts or DEFAULT_CASTS).rows for each in windows]),
+        _worst([score(each, casts or DEFAULT_CASTS, slots=each.product_slots).rows for each in windows]),
         hardware=target,
         tolerance=tolerance,
         max_lost_batch=max_lost_batch,

@@ -133,6 +133,13 @@ class PooledMetrics(Measured[float]):
 class Metrics(Measured[Array]):
     """A slot step by step: arrays [S], float64."""
 
+    def divided(self, gain: Array) -> Metrics:
+        """Those of the same elements, each step's divided by its gain [S]."""
+        of_first, of_second = ("amax", "amin"), ("signal_energy", "error_energy", "bias_energy", "error_spread")
+        changed = {name: getattr(self, name) / gain for name in of_first}
+        changed |= {name: getattr(self, name) / gain**2 for name in of_second}
+        return replace(self, **changed)
+
     def pooled(self) -> PooledMetrics:
         """Counts and energies add; spreads add as variances; amax is the largest, amin the smallest non-zero."""
         added = {name: float(getattr(self, name).sum()) for name in _ADDED}
@@ -165,11 +172,14 @@ def measure(history: SlotHistory, cast: Cast, dtype: str | None = None) -> Metri
     dtype  the tensor's own ("float16", "bfloat16", "float32"), where known: fp16's subnormals are a coarse lattice
            that the sketch does not tell of
 
+    Gradients that were recorded with a loss scale (the history's `gain`) are scored without it: a scale of s on x is
+    one of s·gain on the x·gain that was recorded.
+
     Raises CastNotScored.
     """
     require_scored(cast)
-    steps, amax = len(history.steps), history.amax.astype(np.float64)
-    step_scale = scales(amax, cast)
+    steps, amax, gain = len(history.steps), history.amax.astype(np.float64), history.gain
+    step_scale = scales(amax / gain, cast) * gain
     bins = Bins.of(history)
     scale = step_scale[bins.step]
     expected = bins.outcomes(cast, scale, dtype)
@@ -195,7 +205,8 @@ def measure(history: SlotHistory, cast: Cast, dtype: str | None = None) -> Metri
         amin=history.amin.astype(np.float64),
         flags=(),
     )
-    return replace(metrics, flags=_flags(history, bins, expected, scale, metrics.pooled(), cast))
+    flagged = replace(metrics, flags=_flags(history, bins, expected, scale, metrics.pooled(), cast))
+    return flagged.divided(gain)
 
 
 def require_scored(*casts: Cast) -> None:

@@ -73,7 +73,8 @@ def _scored(window: Window, casts: Mapping[Slot, Cast]) -> dict[Slot, Row | None
     wanted = sorted({str(cast) for cast in casts.values()} - {KEEP})
     if not wanted:
         return dict.fromkeys(casts)
-    table = by_slot(window.sites, score(window, casts=[Cast.parse(text) for text in wanted]).rows)
+    scores = score(window, casts=[Cast.parse(text) for text in wanted], slots=window.product_slots)
+    table = by_slot(window.sites, scores.rows)
     return {slot: table[slot].get(str(cast)) for slot, cast in casts.items()}
 
 

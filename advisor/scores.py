@@ -55,21 +55,24 @@ class Scores:
         return [row for row in self.rows if row["site"] == site and role in (None, row["role"])]
 
 
-def score(window: Window, casts: Sequence[str | Cast] | None = None) -> Scores:
+def score(window: Window, casts: Sequence[str | Cast] | None = None, *, slots: Sequence[Slot] | None = None) -> Scores:
     """Score casts (default: the usual 8-bit and 16-bit ones) on every slot of a window; no training, no tensors.
+
+    `slots`: score these alone, as `window.product_slots` for what a plan can choose from.
 
     Raises UnknownFormat or InvalidCast for a cast that is none, CastNotScored for one of which sketches do not tell
     enough (scales by row, column or block), WindowError for a window that is still open.
     """
     chosen = [Cast.parse(cast) if isinstance(cast, str) else cast for cast in casts or DEFAULT_CASTS]
     require_scored(*chosen)
-    return Scores([row for slot in window.slots for row in _slot_rows(window, slot, chosen)])
+    return Scores(
+        [row for slot in (window.slots if slots is None else slots) for row in _slot_rows(window, slot, chosen)]
+    )
 
 
 def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[str, Any]]:
     history, evidence = window.history(*slot), window.evidence(*slot)
-
-    dtype = window.site(slot.site).dtypes.get(slot.role)
+    dtype, is_product = window.dtype(slot), window.is_product(slot)
 
     def pooled(cast: Cast) -> PooledMetrics:
         return measure(history, cast, dtype).pooled()
@@ -78,7 +81,7 @@ def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[s
     known = {str(cast): cast for cast in measured if why_not_measurable(cast) is None}
     known |= {str(cast): cast for cast in casts}
     metrics = {name: pooled(cast) for name, cast in known.items()}
-    forward = slot.role != GRADIENT
+    forward = is_product and slot.role != GRADIENT
     damage = _Estimate(
         evidence.directional if forward else {},
         {name: _damage_from_sketch(found, evidence) for name, found in metrics.items()} if forward else {},

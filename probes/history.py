@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 
 from probes.errors import MalformedWindow
 from probes.layout import BIN_SHIFT, BINS
+from probes.relative import RelativeHistory
 
-_MAGIC = b"NAS1"
-_HEADER = struct.Struct("<4sIQ")  # magic, steps, occupied bins
+_FIRST = struct.Struct("<4sIQ")  # magic, steps, occupied bins; the arrays follow
+_HEADER = struct.Struct("<4sIQQI")  # magic, steps, occupied bins, bytes of the arrays, finer sketches
+_FINER = struct.Struct("<HQ")  # bytes of the tiling's name, of its sketches; both follow
+_MOST_FINER = 64
 _MOST_ELEMENTS = 2**53  # what float64 counts exactly
 _MOST_STEPS, _MOST_OCCUPIED = 1 << 20, 1 << 24  # what a hostile header may claim: some 200 MB inflated
 
@@ -34,6 +37,7 @@ STEP_ARRAYS = {
     "amin": np.float32,
     "significant_bits": np.uint8,
     "distinct": np.int32,
+    "gain": np.float64,
 }
 BIN_ARRAYS = {"bins": np.uint16, "counts": np.int64}
 
@@ -48,6 +52,8 @@ class SlotHistory:
     amax, amin        float32 [S]: largest and smallest non-zero finite magnitude; 0 where there is none
     significant_bits  uint8 [S]: the most mantissa bits that any element uses
     distinct          int32 [S]: estimated distinct magnitudes in a strided sample of 8,192 elements; up to 4,096
+    gain              float64 [S]: what the recorded values were multiplied by (a loss scale); scores take it out
+    finer             tiling → sketches relative to the largest value of each tile, for scales by row or block
     """
 
     steps: NDArray[np.int64]
@@ -63,6 +69,8 @@ class SlotHistory:
     amin: NDArray[np.float32]
     significant_bits: NDArray[np.uint8]
     distinct: NDArray[np.int32]
+    gain: NDArray[np.float64]
+    finer: Mapping[str, RelativeHistory] = field(default_factory=dict)
 
     @property
     def nonzero(self) -> NDArray[np.int64]:
@@ -82,34 +90,39 @@ class SlotHistory:
 
     def pack(self) -> bytes:
         """The history as bytes: what `unpack` reads."""
-        header = _HEADER.pack(_MAGIC, len(self.steps), len(self.bins))
         arrays = [_little_endian(getattr(self, name), dtype) for name, dtype in STEP_ARRAYS.items()]
         arrays += [np.diff(self.offsets).astype("<i8").tobytes()]
         arrays += [_little_endian(getattr(self, name), dtype) for name, dtype in BIN_ARRAYS.items()]
-        return header + zlib.compress(b"".join(arrays), 6)
+        body = zlib.compress(b"".join(arrays), 6)
+        header = _HEADER.pack(b"NAS2", len(self.steps), len(self.bins), len(body), len(self.finer))
+        return header + body + pack_finer(self.finer)
 
     @classmethod
     def unpack(cls, data: bytes) -> SlotHistory:
-        """Read a packed history. Raises MalformedWindow on anything that `pack` did not write."""
+        """Read a packed history, of this version or the one before. Raises MalformedWindow on anything else."""
         try:
-            magic, steps, occupied = _HEADER.unpack_from(data)
+            if data[:4] == b"NAS1":
+                (_, steps, occupied), body, finer, rest = _FIRST.unpack_from(data), data[_FIRST.size :], 0, b""
+            else:
+                magic, steps, occupied, size, finer = _HEADER.unpack_from(data)
+                if magic != b"NAS2":
+                    raise MalformedWindow("these bytes are no packed history of a known version")
+                body, rest = data[_HEADER.size : _HEADER.size + size], data[_HEADER.size + size :]
         except struct.error as error:
             raise MalformedWindow(f"a packed history starts with {_HEADER.size} bytes, got {len(data)}") from error
-        if magic != _MAGIC or steps > _MOST_STEPS or occupied > _MOST_OCCUPIED:
+        if steps > _MOST_STEPS or occupied > _MOST_OCCUPIED:
             raise MalformedWindow("these bytes are no packed history of a known version")
-        widths = [np.dtype(dtype).itemsize for dtype in STEP_ARRAYS.values()]
-        size = steps * (sum(widths) + 8) + occupied * (2 + 8)
-        body = _inflate(data[_HEADER.size :], size)
-        arrays, position = {}, 0
-        layout = [(name, dtype, steps) for name, dtype in STEP_ARRAYS.items()]
+        layout = [(name, dtype, steps) for name, dtype in STEP_ARRAYS.items() if data[:4] != b"NAS1" or name != "gain"]
         layout += [("lengths", np.int64, steps)]
         layout += [(name, dtype, occupied) for name, dtype in BIN_ARRAYS.items()]
+        inflated = _inflate(body, sum(np.dtype(dtype).itemsize * length for _, dtype, length in layout))
+        arrays, position = {"gain": np.ones(steps)}, 0
         for name, dtype, length in layout:
             stored = np.dtype(dtype).newbyteorder("<")
-            arrays[name] = np.frombuffer(body, stored, length, position).astype(dtype)
+            arrays[name] = np.frombuffer(inflated, stored, length, position).astype(dtype)
             position += length * stored.itemsize
         offsets = np.append(0, np.cumsum(arrays.pop("lengths")))
-        return cls(offsets=offsets, **arrays).checked()
+        return cls(offsets=offsets, **arrays, finer=unpack_finer(rest, finer)).checked()
 
     def checked(self) -> SlotHistory:
         """Itself, or MalformedWindow if its arrays contradict each other."""
@@ -128,6 +141,8 @@ class SlotHistory:
         if (np.diff(self.offsets) < 0).any() or (np.diff(self.steps) <= 0).any() or (self.steps < 0).any():
             return False
         starts[self.offsets] = True
+        if not (np.isfinite(self.gain).all() and (self.gain > 0).all()):
+            return False
         rise = np.diff(self.bins.astype(np.int64)) > 0
         return bool((rise | starts[1:-1]).all())
 
@@ -172,16 +187,17 @@ class SparseRow(NamedTuple):
     counts: NDArray[np.int64]
     tail: NDArray[np.float64]  # zeros, NaNs, +Infs, -Infs, sum of squares
     extremes: NDArray[np.float32]
+    gain: float = 1.0
 
 
-def sparse_row(step: int, sums: NDArray[np.float64], extremes: NDArray[np.float32]) -> SparseRow:
+def sparse_row(step: int, sums: NDArray[np.float64], extremes: NDArray[np.float32], gain: float = 1.0) -> SparseRow:
     """A row of the sketch arrays (`sums` [SUMS], `extremes` [EXTREMES], as `sketch.py` lays them out), compacted."""
     (bins,) = np.nonzero(sums[:BINS])
     counts = sums[bins].astype(np.int64)
-    return SparseRow(step, bins.astype(np.uint16), counts, sums[BINS : BINS + 5].copy(), extremes.copy())
+    return SparseRow(step, bins.astype(np.uint16), counts, sums[BINS : BINS + 5].copy(), extremes.copy(), gain)
 
 
-def history_of(rows: Sequence[SparseRow]) -> SlotHistory:
+def history_of(rows: Sequence[SparseRow], finer: Mapping[str, RelativeHistory] | None = None) -> SlotHistory:
     """A history from its steps' rows, in their order."""
     tail = np.array([row.tail for row in rows], dtype=np.float64).reshape(-1, 5)
     extremes = np.array([row.extremes for row in rows], dtype=np.float32).reshape(-1, 4)
@@ -199,7 +215,38 @@ def history_of(rows: Sequence[SparseRow]) -> SlotHistory:
         amin=np.where(extremes[:, 0] > 0, -extremes[:, 1], 0).astype(np.float32),
         significant_bits=extremes[:, 2].astype(np.uint8),
         distinct=extremes[:, 3].astype(np.int32),
+        gain=np.array([row.gain for row in rows], dtype=np.float64),
+        finer=dict(finer or {}),
     )
+
+
+def pack_finer(finer: Mapping[str, RelativeHistory]) -> bytes:
+    """Sketches by tiling as bytes, each with its name and length before it."""
+    pieces = []
+    for tiling, history in finer.items():
+        name, payload = tiling.encode(), history.pack()
+        pieces += [_FINER.pack(len(name), len(payload)), name, payload]
+    return b"".join(pieces)
+
+
+def unpack_finer(data: bytes, count: int) -> dict[str, RelativeHistory]:
+    """What `pack_finer` wrote. Raises MalformedWindow on anything else."""
+    if count > _MOST_FINER:
+        raise MalformedWindow(f"a packed history claims {count} finer sketches; {_MOST_FINER} are possible")
+    found: dict[str, RelativeHistory] = {}
+    position = 0
+    try:
+        for _ in range(count):
+            name_bytes, payload_bytes = _FINER.unpack_from(data, position)
+            start = position + _FINER.size
+            position = start + name_bytes + payload_bytes
+            name = data[start : start + name_bytes].decode()
+            found[name] = RelativeHistory.unpack(data[start + name_bytes : position])
+    except (struct.error, UnicodeDecodeError) as error:
+        raise MalformedWindow(f"a packed history's finer sketches cannot be read: {error}") from error
+    if position != len(data) or len(found) != count:
+        raise MalformedWindow("a packed history's finer sketches do not end where they should")
+    return found
 
 
 def _little_endian(array: NDArray[Any], dtype: Any) -> bytes:

@@ -11,25 +11,28 @@ While the block runs, a Recorder meets the model's products; when it is left, wh
 
 from __future__ import annotations
 
-import statistics
-from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
 from probes.casts import Cast
-from probes.coverage import coverage_of
+from probes.closing import contents_of
 from probes.errors import WindowError
-from probes.history import history_of
+from probes.loss_scale import LossScale
 from probes.measurable import why_not_measurable
-from probes.recorder import Clock, Recorder
-from probes.records import GRADIENT, Evidence, Product, Site, Slot
+from probes.pace import Clock, spread
+from probes.parameters import ParameterWatch
+from probes.recorder import Depth, Recorder
 from probes.window import Window
 
 USUAL_CASTS = ("e4m3fn", "e5m2", "int8", "bf16", "fp16")  # the candidates of the directional products
+PARAMETER_STEPS = 4  # steps whose optimizer update is sketched: it changes slowly, and each costs six reads
+
+_watched: WeakSet[nn.Module] = WeakSet()
 
 
 class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function, like torch.no_grad
@@ -43,10 +46,12 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
     curvature_steps    recorded steps on which damage and gradient noise are measured by extra backward passes; 0: none
     casts              candidates for those measurements, as strings or Casts, each with one scale a tensor or none; a
                        delayed one is measured with its own tensor's scale
+    finer              scales finer than a tensor's to sketch for as well (`tiles.py` names them)
+    loss_scale         the factor on the loss, where it has a constant one; None finds it, a GradScaler's too
 
     An exception inside leaves the model without a hook; the steps that were complete stay in the window. Raises
-    WindowError for arguments that make no window, casts with scales by row, column or block among them; UnknownFormat
-    and InvalidCast for a cast that is none.
+    WindowError for arguments that make no window, casts with scales by row, column or block among them, and for a
+    model that another open window watches; UnknownFormat and InvalidCast for a cast that is none.
     """
 
     def __init__(
@@ -59,69 +64,123 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         overhead: float | None = None,
         curvature_steps: int = 2,
         casts: Sequence[str | Cast] | None = None,
+        finer: Sequence[str] = (),
+        loss_scale: float | None = None,
     ) -> None:
         _check(model, optimizer, steps, every, overhead, curvature_steps)
-        self._model, self._optimizer = model, optimizer
-        self._total, self._every, self._overhead = steps, every, overhead
+        self._model = unwrapped(model)
+        self._optimizer = optimizer
+        self._total, self._every = steps, every
         self._recorder = Recorder(
-            model, candidates(casts or USUAL_CASTS), adaptive=not isinstance(optimizer, torch.optim.SGD)
+            self._model,
+            candidates(casts or USUAL_CASTS),
+            finer,
+            adaptive=not isinstance(optimizer, torch.optim.SGD),
+            loss_scale=LossScale(loss_scale),
         )
-        self._scored = _spread(curvature_steps, range(0, steps, every))
-        self._clock: Clock | None = None
+        self._parameters = ParameterWatch(self._model, optimizer, self._recorder.rows, self._recorder.note)
+        self._scored = spread(curvature_steps, range(0, steps, every))
+        self._followed = spread(PARAMETER_STEPS, range(0, steps, every))
+        self._clock = None if overhead is None else Clock(overhead)
+        self._open, self._hooks = ExitStack(), ExitStack()
+        self._entered = self._stepped = False
         self.window = Window()
-        self._handles: list[Any] = []
-        self._entered = False
 
     def __enter__(self) -> Window:
         if self._entered:
             raise WindowError("a window can be opened once; call probe(...) again for another")
+        if self._model in _watched:
+            raise WindowError("another open window watches this model: leave its `with` block first")
         self._entered = True
-        self._clock = None if self._overhead is None else Clock(self._overhead)
-        self._recorder.__enter__()
-        self._handles = [
-            self._optimizer.register_step_pre_hook(self._before_step),
-            self._optimizer.register_step_post_hook(self._after_step),
-        ]
+        _watched.add(self._model)
+        self._open.callback(_watched.discard, self._model)
+        if self._clock is not None:
+            self._clock.start()
+        self._recorder.loss_scale.on_update = self._after_scaler
+        self._open.enter_context(self._recorder.loss_scale.watching_scalers())
+        # Hooks on the optimizer stay until the block is left: one of them ends the window, and torch is then going
+        # through its hooks.
+        self._hooks.callback(self._optimizer.register_step_pre_hook(self._before_step).remove)
+        self._hooks.callback(self._optimizer.register_step_post_hook(self._after_step).remove)
+        self._open.callback(self._recorder.stack.detach)
         self._plan_step(allowed=self._clock is None)
+        self._recorder.__enter__()
         return self.window
 
     def __exit__(self, kind: Any, *error: Any) -> None:
+        recorder, parameters = self._recorder, self._parameters
         self._stop()
-        self._recorder.__exit__(kind, *error)
-        notes = list(self._recorder.notes)
-        if self._recorder.step < self._total and kind is None:
-            notes.append(f"the window was left after {self._recorder.step} of {self._total} optimizer steps")
+        self._hooks.close()
+        recorder.__exit__(kind, *error)
+        if recorder.step < self._total and kind is None:
+            recorder.note(f"the window was left after {recorder.step} of {self._total} optimizer steps")
         if kind is not None:
-            notes.append(f"the window was cut short by {kind.__name__} in step {self._recorder.step}")
+            recorder.note(f"the window was cut short by {kind.__name__} in step {recorder.step}")
         self.window.done = True
-        _close(self.window, self._recorder, self._model, self._optimizer, notes)
+        self.window.fill(contents_of(recorder, parameters, self._model, self._optimizer))
+        # This object may outlive its block, in a traceback too: it keeps nothing of the training alive.
+        del self._recorder, self._parameters, self._model, self._optimizer
 
     def _before_step(self, *_: Any) -> None:
-        self._recorder.follow_gradients()
+        recorder = self._recorder
+        if not self.window.done:
+            self._parameters.before_step(recorder.step, recorder.depth.recorded, recorder.depth.followed)
 
     def _after_step(self, *_: Any) -> None:
         recorder = self._recorder
-        recorded = recorder.recording
+        if not self.window.done:
+            self._parameters.after_step(recorder.step, recorder.depth.recorded, recorder.depth.followed)
+            self._stepped = True
+            self._end_step()
+
+    def _after_scaler(self) -> None:
+        """A GradScaler ended its step. If the optimizer did not step, it was skipped: it is a step all the same."""
+        if not self._stepped and self._recorder.began:
+            self._recorder.note(f"step {self._recorder.step} was skipped by the GradScaler: its gradients overflowed")
+            self._end_step()
+        self._stepped = False
+
+    def _end_step(self) -> None:
+        recorder = self._recorder
+        recorded = recorder.depth.recorded
         recorder.end_step()
         if recorder.step >= self._total:
             self._stop()
             self.window.done = True
             return
-        allowed = True if self._clock is None else self._clock.lap(recorded)
-        self._plan_step(allowed)
+        self._plan_step(allowed=self._clock is None or self._clock.lap(recorded))
 
     def _plan_step(self, allowed: bool) -> None:
-        step = self._recorder.step
-        self._recorder.recording = allowed and step % self._every == 0
-        due = len([s for s in self._scored if s <= step])
-        self._recorder.scoring = self._recorder.recording and len(self._recorder.scored) < due
+        recorder = self._recorder
+        recorded = allowed and recorder.step % self._every == 0
+        recorder.depth = Depth(
+            recorded=recorded,
+            scored=recorded and len(recorder.scoring.steps) < self._due(self._scored),
+            followed=recorded and len(self._parameters.steps) < self._due(self._followed),
+            tiled=recorded,
+        )
+
+    def _due(self, steps: Sequence[int]) -> int:
+        """How many of these steps have come; one that was not recorded is made up for by a later one."""
+        return len([step for step in steps if step <= self._recorder.step])
 
     def _stop(self) -> None:
         """Stop watching: hooks off. The override mode itself is left when the `with` block is."""
-        self._recorder.recording = self._recorder.scoring = False
-        self._recorder.stack.detach()
-        while self._handles:
-            self._handles.pop().remove()
+        self._recorder.depth = Depth()
+        self._recorder.forget()
+        self._parameters.forget()
+        self._open.close()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own model within torch's wrappers, so that sites have the same names with and without them."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def candidates(casts: Sequence[str | Cast]) -> list[Cast]:
@@ -148,87 +207,3 @@ def _check(model: Any, optimizer: Any, steps: int, every: int, overhead: float |
         raise WindowError(f"overhead={overhead}: a share of the training time, above 0 and at most 1, or None")
     if curvature_steps < 0:
         raise WindowError(f"curvature_steps={curvature_steps}: 0 turns it off, 2 is usual")
-
-
-def _spread(count: int, steps: range) -> list[int]:
-    """`count` of these steps, evenly over the window."""
-    count = min(count, len(steps))
-    return [steps[(2 * i + 1) * len(steps) // (2 * count)] for i in range(count)]
-
-
-def _close(
-    window: Window,
-    recorder: Recorder,
-    model: nn.Module,
-    optimizer: Any,
-    notes: list[str],
-) -> None:
-    steps = max(len(recorder.recorded), 1)
-    rows = {slot: rows for slot, rows in recorder.rows.items() if rows}
-    sites = [
-        Site(
-            name=name,
-            op=tally.op,
-            roles=(*tally.roles, *([GRADIENT] if Slot(name, GRADIENT) in rows else [])),
-            shapes=dict(tally.shapes),
-            dtypes=dict(tally.dtypes),
-            elements={role: count / steps for role, count in tally.elements.items()},
-            products=tuple(
-                Product(product, operands, flops / steps) for (product, operands), flops in tally.products.items()
-            ),
-            parameter=tally.parameter,
-            parameter_shape=None if tally.parameter is None else tuple(model.get_parameter(tally.parameter).shape),
-            calls=tally.calls / steps,
-        )
-        for name, tally in recorder.tallies.items()
-        if any(slot.site == name for slot in rows)
-    ]
-    if recorder.recorded and not sites:
-        notes.append(
-            "no matrix product was met: the hook sees torch's own functions, and not what a fused kernel "
-            "(nn.LSTM, say) multiplies inside"
-        )
-    elif recorder.tried and not recorder.knew_the_loss:
-        notes.append(
-            "no loss function with a known curvature was met (F.cross_entropy, F.mse_loss), so damage is not predicted"
-        )
-    window.fill(
-        model_name=type(model).__name__,
-        optimizer_name=type(optimizer).__name__,
-        parameters={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
-        steps=recorder.recorded,
-        losses=recorder.losses,
-        sites=sites,
-        coverage=coverage_of(recorder.seen_flops, recorder.unseen or Counter(), recorder.forwards / steps),
-        histories={slot: history_of(found) for slot, found in rows.items()},
-        evidence={slot: _evidence(slot, recorder) for slot in rows},
-        notes=notes,
-    )
-
-
-def _evidence(slot: Slot, recorder: Recorder) -> Evidence:
-    sums = recorder.curvature.get(slot, [])
-    steps = len(sums)
-    directional: dict[str, float] = {}
-    spread: dict[str, float] = {}
-    for cast in sums[0].directional if sums else ():
-        directional[cast] = sum(part.directional[cast] for part in sums) / steps
-        # For a normal a, the variance of a² is two thirds of E[a⁴].
-        spread[cast] = (2 / 3 * sum(part.squares[cast] for part in sums)) ** 0.5 / steps
-    parameter = recorder.tallies[slot.site].parameter
-    return Evidence(
-        curvature=sum(part.curvature for part in sums) / steps if sums else None,
-        directional=directional,
-        directional_se=spread,
-        relative_noise={cast: statistics.fmean(ratios) for cast, ratios in recorder.noise_ratios.get(slot, {}).items()},
-        batch_noise=_batch_noise(parameter, recorder),
-        whole_batch=slot.site in recorder.whole_batch,
-    )
-
-
-def _batch_noise(parameter: str | None, recorder: Recorder) -> float | None:
-    """Minibatch noise over gradient energy: of the site's parameter, or of all together where it has none."""
-    followed = [recorder.gradient_noise[parameter]] if parameter in recorder.gradient_noise else []
-    followed = followed or list(recorder.gradient_noise.values())
-    energy = sum(noise.energy for noise in followed)
-    return sum(noise.differences for noise in followed) / energy if energy else None

@@ -7,7 +7,6 @@ replaced: the product is run as it was called, and no random number is drawn fro
 
 from __future__ import annotations
 
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,15 +18,15 @@ from torch import Tensor, nn
 
 from probes.casts import Cast
 from probes.coverage import FlopsUnseen
-from probes.curvature import Met, Sums, curvature_sums, noise_ratios, unchanged, view_of
-from probes.history import SparseRow, sparse_row
+from probes.curvature import view_of
+from probes.loss_scale import LossScale, StepScale
 from probes.losses import loss_call
 from probes.names import Frame, in_backward
 from probes.records import GRADIENT, Product, Slot
+from probes.rows import SlotRows
+from probes.scoring import Scoring
 from probes.sites import ProductCall, SiteHook
-from probes.sketch import SketchArray
-
-NOISE_SAMPLE = 4096  # elements of each weight gradient that are followed from step to step
+from probes.tiles import Tiling, tilings_of
 
 
 @dataclass
@@ -44,68 +43,58 @@ class SiteTally:
     calls: int = 0
 
 
-@dataclass
-class GradientNoise:
-    """Minibatch noise of one parameter's gradient, from successive differences, which a slow drift hardly moves."""
+@dataclass(frozen=True)
+class Depth:
+    """What a step is recorded with.
 
-    last: Tensor | None = None
-    differences: float = 0.0
-    energy: float = 0.0
+    `scored`: by extra backward passes; `followed`: the optimizer's step, too; `tiled`: with sketches by row and block.
+    """
 
-    def add(self, sample: Tensor) -> None:
-        if self.last is not None:
-            self.differences += float((sample - self.last).square().sum()) / 2
-            self.energy += float(sample.square().sum() + self.last.square().sum()) / 2
-        self.last = sample
-
-
-@dataclass
-class PendingCurvature:
-    """One loss call's sums, waiting for the gradient that reaches the loss: d(total)/d(result) times its scale."""
-
-    sums: dict[Slot, Sums]
-    scale: float = 0.0
+    recorded: bool = False
+    scored: bool = False
+    followed: bool = False
+    tiled: bool = False
 
 
 class Recorder(SiteHook):
-    """Records while `recording`; `end_step` closes a step."""
+    """Records to the `depth` that is set; `end_step` closes a step.
 
-    def __init__(self, model: nn.Module, casts: Sequence[Cast], adaptive: bool, seed: int = 0) -> None:
+    `gradient_factor` multiplies every gradient before it is sketched: one over the number of ranks that average theirs.
+    """
+
+    def __init__(
+        self, model: nn.Module, casts: Sequence[Cast], finer: Sequence[str], adaptive: bool, loss_scale: LossScale
+    ) -> None:
         super().__init__(model)
-        self.adaptive = adaptive
-        self.casts = tuple(casts)
-        self.seed = seed
-        self.recording = False
-        self.scoring = False
+        self.notes: dict[str, None] = {}
+        self.depth = Depth()
+        self.rows = SlotRows()
+        self.scoring = Scoring(model, casts, adaptive, seed=0, note=self.note)
+        self.loss_scale = loss_scale
+        self.gradient_factor = 1.0
         self.step = 0
         self.recorded: list[int] = []
-        self.losses: list[float] = []
-        self.rows: dict[Slot, list[SparseRow]] = defaultdict(list)
+        self.losses: list[Tensor | None] = []
+        self.loss_scales: list[StepScale] = []
         self.tallies: dict[str, SiteTally] = {}
-        self.curvature: dict[Slot, list[Sums]] = defaultdict(list)
-        self.scored: list[int] = []
-        self.tried = 0
-        self.knew_the_loss = False
-        self.noise_ratios: dict[Slot, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        self.gradient_noise: dict[str, GradientNoise] = defaultdict(GradientNoise)
-        self.whole_batch: set[str] = set()
-        self.notes: dict[str, None] = {}
         self.unseen: Counter[tuple[str, str]] | None = None
         self.seen_flops = 0.0
         self.forwards = 0
-        self._drawing = False
+        self.began = False
+        self._finer = tuple(finer)
         self._counter: FlopsUnseen | None = None
-        self._arrays: dict[torch.device, SketchArray] = {}
-        self._slots: dict[torch.device, dict[Slot, int]] = defaultdict(dict)
         self._start_step()
 
     def _start_step(self) -> None:
         self._forward_sites: set[str] = set()
         self._weights_seen: dict[Slot, set[object]] = defaultdict(set)
-        self._met: list[Met] = []
-        self._pending: list[PendingCurvature] = []
         self._loss: list[Tensor] = []
         self._batch: int | None = None
+        self.began = False
+
+    def note(self, text: str) -> None:
+        """Something could not be done as asked; said once."""
+        self.notes[text] = None
 
     # What the hook meets.
 
@@ -113,14 +102,15 @@ class Recorder(SiteHook):
         """Read the batch size off the model's inputs; on the first recorded forward, count what is not seen."""
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
         self._batch = tensors[0].shape[0] if tensors else None
-        if self.recording and torch.is_grad_enabled():
+        self.began = self.began or torch.is_grad_enabled()
+        if self.depth.recorded and torch.is_grad_enabled():
             self.forwards += 1
             if self.unseen is None:
                 self._count_unseen(frame)
 
     def on_product(self, call: ProductCall) -> Tensor:
         """Sketch the operands, run the product, and wait for its gradient."""
-        if not (self.recording and torch.is_grad_enabled()):
+        if not (self.depth.recorded and torch.is_grad_enabled()):
             return call.run()
         if not call.recomputing:
             self._forward_sites.add(call.site)
@@ -139,55 +129,51 @@ class Recorder(SiteHook):
             self.seen_flops += sum(p.flops for p in products if GRADIENT not in p.operands)
         self._tally(call, products)
         for role, operand in zip(call.roles, call.operands, strict=True):
-            self._sketch(Slot(call.site, role), operand, once=role == "weight" and call.parameter is not None)
+            tilings = self._tilings(call, role, operand.dim())
+            self._sketch(Slot(call.site, role), operand, tilings, once=role == "weight" and call.parameter is not None)
         if result.requires_grad:
             self._await_gradient(call, result)
         return result
 
     def on_other(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Everything else: losses are recognised, and normalisation over the batch."""
-        if not self.recording or in_backward():
+        if not self.depth.recorded or in_backward():
             return function(*args, **kwargs)
-        if function is F.batch_norm and self._mixes(args, kwargs):
-            for met in self._met:
-                met.whole_batch = True
-                self.whole_batch.add(met.call.site)
+        if self.depth.scored and function is F.batch_norm and _mixes(args, kwargs):
+            self.scoring.mix_samples()
         result = function(*args, **kwargs)
-        if self.scoring and torch.is_grad_enabled():
-            self._score(function, args, kwargs, result)
+        if torch.is_grad_enabled():
+            loss = loss_call(function, args, kwargs)
+            if loss is not None:
+                self.loss_scale.met_loss(result)
+                if self.depth.scored:
+                    self.scoring.on_loss(loss, result, self.step)
         return result
 
     def on_backward(self, root: Any) -> None:
         """The training loss is what backward starts from; several in a step add up."""
-        if self.recording and isinstance(root, Tensor) and root.numel() == 1:
+        if self.depth.recorded and isinstance(root, Tensor) and root.numel() == 1:
             self._loss.append(root.detach())
+            self.loss_scale.backward_from(root)
 
     # Steps.
 
-    def follow_gradients(self) -> None:
-        """Before the optimizer's step: keep a strided sample of each weight gradient."""
-        for name, parameter in self.model.named_parameters():
-            gradient = parameter.grad
-            if gradient is None or gradient.layout != torch.strided or parameter.dim() < 2:
-                continue
-            flat = gradient.detach().reshape(-1)
-            stride = max(1, -(-flat.numel() // NOISE_SAMPLE))
-            self.gradient_noise[name].add(flat[::stride].float().clone())
-
     def end_step(self) -> None:
-        """Close the step: recorded sketches become sparse rows, and what waited for its gradient is settled."""
-        if self.recording:
+        """Close the step: its sketches are handed over, and what waited for its gradient is settled."""
+        scale = self.loss_scale.end_step()
+        if self.depth.recorded:
             self.recorded.append(self.step)
-            self.losses.append(float(sum(loss.double() for loss in self._loss)) if self._loss else float("nan"))
-            for device, array in self._arrays.items():
-                sums, extremes = (part.numpy() for part in array.drain())
-                for slot, row in self._slots[device].items():
-                    if sums[row].any():
-                        self.rows[slot].append(sparse_row(self.step, sums[row], extremes[row]))
-        if self.scoring:
-            self.tried += 1
-            self._settle()
+            self.losses.append(torch.stack([loss.double() for loss in self._loss]).sum() if self._loss else None)
+            self.loss_scales.append(scale)
+            self.rows.end_step(self.step, lambda slot: scale.value if slot.role == GRADIENT else 1.0)
+        if self.depth.scored:
+            self.scoring.end_step(self.step, scale.value)
         self.step += 1
+        self._start_step()
+
+    def forget(self) -> None:
+        """Let go of every tensor of the step that is under way."""
+        self.scoring.forget()
         self._start_step()
 
     # What is made of it.
@@ -201,7 +187,7 @@ class Recorder(SiteHook):
         for product in products:
             tally.products[product.name, product.operands] += product.flops
 
-    def _sketch(self, slot: Slot, values: Tensor, once: bool = False) -> None:
+    def _sketch(self, slot: Slot, values: Tensor, tilings: Sequence[Tiling] = (), once: bool = False) -> None:
         if once:
             view = view_of(values)
             if view in self._weights_seen[slot]:
@@ -211,80 +197,32 @@ class Recorder(SiteHook):
         tally.shapes[slot.role] = tuple(values.shape)
         tally.dtypes[slot.role] = str(values.dtype).removeprefix("torch.")
         tally.elements[slot.role] += values.numel()
-        rows = self._slots[values.device]
-        row = rows.setdefault(slot, len(rows))
-        array = self._arrays.get(values.device)
-        if array is None:
-            array = self._arrays[values.device] = SketchArray(device=values.device)
-        array.reserve(row + 1)
         try:
-            array.add(row, values)
+            self.rows.add(slot, values)
+            for tiling in tilings:
+                self.rows.add_tiles(slot, values, tiling)
         except Exception as error:  # a kind of tensor nobody thought of: the training goes on, and the window says so
-            self.notes[f"{slot.role} of {slot.site} could not be read: {type(error).__name__}: {error}"] = None
+            self.note(f"{slot.role} of {slot.site} could not be read: {type(error).__name__}: {error}")
+
+    def _tilings(self, call: ProductCall, role: str, dimensions: int) -> Sequence[Tiling]:
+        if not (self.depth.tiled and self._finer):
+            return ()
+        return tilings_of(self._finer, call.operation.name, call.roles, role, dimensions)
 
     def _await_gradient(self, call: ProductCall, result: Tensor) -> None:
-        step, slot = self.step, Slot(call.site, GRADIENT)
-        if self.scoring:
-            self._met.append(met := Met.of(call, result, self._batch))
+        step, slot, tilings = self.step, Slot(call.site, GRADIENT), self._tilings(call, GRADIENT, result.dim())
+        met = self.scoring.meet(call, result, self._batch) if self.depth.scored else None
 
         def received(gradient: Tensor) -> None:
-            if step != self.step or self._drawing:
+            if step != self.step or self.scoring.drawing:
                 return
             with torch._C.DisableTorchFunction():
-                self._sketch(slot, gradient)
-            if self.scoring and met.intact:
-                self._score_noise(call, gradient)
+                factor = self.gradient_factor
+                self._sketch(slot, gradient if factor == 1.0 else gradient * factor, tilings)
+            if met is not None:
+                self.scoring.on_gradient(met, gradient)
 
         result.register_hook(received)
-
-    def _score_noise(self, call: ProductCall, gradient: Tensor) -> None:
-        try:
-            found = noise_ratios(call, gradient, self.casts, self.adaptive)
-        except Exception as error:  # as in `_score`
-            self.notes[f"no gradient noise at {call.site}: {type(error).__name__}: {error}"] = None
-            return
-        for slot, ratios in found.items():
-            for cast, ratio in ratios.items():
-                self.noise_ratios[slot][cast].append(ratio)
-
-    def _score(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        loss = loss_call(function, args, kwargs)
-        self.knew_the_loss |= loss is not None
-        if loss is None or not self._met:
-            return
-        self._drawing = True
-        try:
-            draw = self.seed + 1_000_003 * self.step + len(self._pending)
-            with unchanged(self.model):
-                sums = curvature_sums(loss, self._met, self.casts, seed=draw)
-        except Exception as error:  # whatever it was, the user's training goes on, and the window says so
-            self.notes[f"no curvature: the extra backward pass failed with {type(error).__name__}: {error}"] = None
-            return
-        finally:
-            self._drawing = False
-        pending = PendingCurvature(sums)
-        self._pending.append(pending)
-
-        def reached(gradient: Tensor) -> None:
-            pending.scale += float(gradient) * loss.scale
-            self._met = []  # the graph is about to be freed, and the operands with it
-
-        result.register_hook(reached)
-
-    def _settle(self) -> None:
-        total: dict[Slot, Sums] = defaultdict(Sums)
-        for pending in self._pending:
-            if pending.scale > 0:
-                for slot, sums in pending.sums.items():
-                    total[slot].add(sums, pending.scale)
-        for slot, sums in total.items():
-            self.curvature[slot].append(sums)
-        if total:
-            self.scored.append(self.step)
-
-    def _mixes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        training = args[5] if len(args) > 5 else kwargs.get("training", False)
-        return bool(training)
 
     def _count_unseen(self, frame: Frame) -> None:
         counter = FlopsUnseen(lambda: self.stack.frames[-1].path if self.stack.frames else "")
@@ -301,27 +239,6 @@ class Recorder(SiteHook):
         frame.leave = stop
 
 
-class Clock:
-    """Which steps to record when the watching may take only a share of the time.
-
-    The first step is left alone, to learn what a plain one takes. A recorded step's surplus is a debt, and each plain
-    step pays the allowed share of its own time.
-    """
-
-    def __init__(self, overhead: float) -> None:
-        self.overhead = overhead
-        self.debt = 0.0
-        self.plain: list[float] = []
-        self._started = time.perf_counter()
-
-    def lap(self, recorded: bool) -> bool:
-        """A step has ended; whether the next may be recorded."""
-        now = time.perf_counter()
-        spent, self._started = now - self._started, now
-        if recorded:
-            usual = sorted(self.plain)[len(self.plain) // 2]
-            self.debt += max(0.0, spent - usual)
-        else:
-            self.plain.append(spent)
-            self.debt -= self.overhead * spent
-        return self.debt <= 0
+def _mixes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    training = args[5] if len(args) > 5 else kwargs.get("training", False)
+    return bool(training)

@@ -1,0 +1,70 @@
+"""What a window holds when it is closed, made of what was recorded while it was open."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import torch
+from torch import nn
+
+from probes.coverage import coverage_of
+from probes.parameters import ParameterWatch
+from probes.recorder import Recorder, SiteTally
+from probes.records import GRADIENT, Product, Site, Slot
+from probes.window import Contents
+
+
+def contents_of(
+    recorder: Recorder, parameters: ParameterWatch, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Contents:
+    """Plain data; nothing of the model stays in it."""
+    steps = max(len(recorder.recorded), 1)
+    histories = recorder.rows.histories()
+    records = parameters.records()
+    sites = tuple(
+        _site(name, tally, steps, Slot(name, GRADIENT) in histories, model)
+        for name, tally in recorder.tallies.items()
+        if any(slot.site == name for slot in histories)
+    )
+    if recorder.recorded and not sites:
+        recorder.note("no matrix product was met: the hook sees torch's own functions")
+    elif recorder.scoring.tried and not recorder.scoring.knew_the_loss:
+        recorder.note(
+            "no loss function with a known curvature was met (F.cross_entropy, F.mse_loss), so damage is not predicted"
+        )
+    scales = tuple(scale.value for scale in recorder.loss_scales)
+    losses = (math.nan if loss is None else float(loss) for loss in recorder.losses)
+    noise = {site.name: parameters.batch_noise(site.parameter) for site in sites}
+    return Contents(
+        model_name=type(model).__name__,
+        optimizer_name=type(optimizer).__name__,
+        parameters={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+        steps=tuple(recorder.recorded),
+        losses=tuple(loss / scale for loss, scale in zip(losses, scales, strict=True)),
+        sites=sites,
+        coverage=coverage_of(recorder.seen_flops, recorder.unseen or Counter(), recorder.forwards / steps),
+        histories=histories,
+        evidence={slot: recorder.scoring.evidence(slot, noise.get(slot.site)) for slot in histories},
+        notes=tuple(recorder.notes),
+        loss_scales=scales,
+        parameter_records=records,
+        backward_errors=recorder.scoring.backward_errors,
+        curvature_from=recorder.scoring.curvature_from,
+    )
+
+
+def _site(name: str, tally: SiteTally, steps: int, has_gradient: bool, model: nn.Module) -> Site:
+    products = (Product(product, operands, flops / steps) for (product, operands), flops in tally.products.items())
+    return Site(
+        name=name,
+        op=tally.op,
+        roles=(*tally.roles, *([GRADIENT] if has_gradient else [])),
+        shapes=dict(tally.shapes),
+        dtypes=dict(tally.dtypes),
+        elements={role: count / steps for role, count in tally.elements.items()},
+        products=tuple(products),
+        parameter=tally.parameter,
+        parameter_shape=None if tally.parameter is None else tuple(model.get_parameter(tally.parameter).shape),
+        calls=tally.calls / steps,
+    )

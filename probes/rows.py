@@ -1,0 +1,100 @@
+"""The sketches of a window that is being recorded: which row of which device's array belongs to which slot.
+
+A tensor is sketched into its slot's row where it lies. At the end of a recorded step each device's array is handed to
+the host and zeroed; on an accelerator the copy runs beside the next step's work and is read when that has ended, so
+that no step waits for it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from probes.history import SlotHistory, SparseRow, history_of, sparse_row
+from probes.records import Slot
+from probes.relative import RelativeArray, RelativeHistory, RelativeRow
+from probes.sketch import SketchArray
+from probes.tiles import Tiling
+
+Gain = Callable[[Slot], float]
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """One device's sketches of one step, perhaps still on their way to the host."""
+
+    step: int
+    slots: dict[Slot, int]
+    sums: Tensor
+    extremes: Tensor
+    gain: Gain
+    arrived: torch.cuda.Event | None
+
+
+class SlotRows:
+    """Rows of sketches by slot, and what finished steps left of them."""
+
+    def __init__(self) -> None:
+        self.finished: dict[Slot, list[SparseRow]] = defaultdict(list)
+        self._arrays: dict[torch.device, SketchArray] = {}
+        self._slots: dict[torch.device, dict[Slot, int]] = defaultdict(dict)
+        self._relative: dict[torch.device, RelativeArray] = {}
+        self._relative_rows: dict[tuple[Slot, str], list[RelativeRow]] = defaultdict(list)
+        self._arriving: list[_Finished] = []
+
+    def add(self, slot: Slot, values: Tensor) -> None:
+        """Sketch a tensor into its slot's row. Raises UnsupportedTensor."""
+        array = self._arrays.get(values.device)
+        if array is None:
+            array = self._arrays[values.device] = SketchArray(device=values.device)
+        rows = self._slots[values.device]
+        row = rows.get(slot)
+        if row is None:
+            row = rows[slot] = len(rows)
+            array.reserve(row + 1)
+        array.add(row, values)
+
+    def add_tiles(self, slot: Slot, values: Tensor, tiling: Tiling) -> None:
+        """Sketch a tensor relative to the largest value of each tile."""
+        array = self._relative.get(values.device)
+        if array is None:
+            array = self._relative[values.device] = RelativeArray(device=values.device)
+        array.add((slot, tiling.key), values, tiling)
+
+    def end_step(self, step: int, gain: Gain) -> None:
+        """Close a recorded step. `gain`: what a slot's values had been multiplied by; asked when they are read."""
+        self.settle()
+        for device, array in self._arrays.items():
+            sums, extremes = array.drain()
+            arrived = None
+            if device.type == "cuda":
+                arrived = torch.cuda.Event()
+                arrived.record(torch.cuda.current_stream(device))
+            self._arriving.append(_Finished(step, dict(self._slots[device]), sums, extremes, gain, arrived))
+        for relative in self._relative.values():
+            for key, row in relative.drain(step).items():
+                self._relative_rows[key].append(row)
+
+    def settle(self) -> None:
+        """Read what has been handed over; waits for copies that are still under way."""
+        for finished in self._arriving:
+            if finished.arrived is not None:
+                finished.arrived.synchronize()
+            sums, extremes = finished.sums.numpy(), finished.extremes.numpy()
+            for slot, row in finished.slots.items():
+                if sums[row].any():
+                    gain = finished.gain(slot)
+                    self.finished[slot].append(sparse_row(finished.step, sums[row], extremes[row], gain))
+        self._arriving = []
+
+    def histories(self) -> dict[Slot, SlotHistory]:
+        """Every slot's finished steps, in the order in which slots were first met."""
+        self.settle()
+        finer: dict[Slot, dict[str, RelativeHistory]] = defaultdict(dict)
+        for (slot, tiling), rows in self._relative_rows.items():
+            finer[slot][tiling] = RelativeHistory.of(rows)
+        return {slot: history_of(rows, finer.get(slot)) for slot, rows in self.finished.items() if rows}
