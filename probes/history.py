@@ -88,6 +88,21 @@ class SlotHistory:
         """All elements, int64 [S]."""
         return self.nonzero + self.zeros + self.nonfinite
 
+    def rows(self) -> list[SparseRow]:
+        """Its steps one by one, as `history_of` takes them."""
+        tails = np.stack(
+            [self.zeros, self.nans, self.positive_infs, self.negative_infs, self.sum_of_squares], axis=1
+        ).astype(np.float64)
+        minus_amin = np.where(self.amax > 0, -self.amin, -np.inf)
+        extremes = np.stack([self.amax, minus_amin, self.significant_bits, self.distinct], axis=1).astype(np.float32)
+        ends = zip(self.offsets[:-1], self.offsets[1:], strict=True)
+        return [
+            SparseRow(
+                int(self.steps[i]), self.bins[start:end], self.counts[start:end], tails[i], extremes[i], self.gain[i]
+            )
+            for i, (start, end) in enumerate(ends)
+        ]
+
     def pack(self) -> bytes:
         """The history as bytes: what `unpack` reads."""
         arrays = [_little_endian(getattr(self, name), dtype) for name, dtype in STEP_ARRAYS.items()]

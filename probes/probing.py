@@ -21,6 +21,7 @@ from torch import nn
 
 from probes.casts import Cast
 from probes.closing import contents_of
+from probes.distributed import Group, agreed, group_of, is_sharded, merged, ranks_of
 from probes.errors import WindowError
 from probes.loss_scale import LossScale
 from probes.measurable import why_not_measurable
@@ -47,6 +48,8 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
     casts              candidates for those measurements, as strings or Casts, each with one scale a tensor or none; a
                        delayed one is measured with its own tensor's scale
     finer              scales finer than a tensor's to sketch for as well (`tiles.py` names them)
+    group              the torch.distributed group whose ranks have different parts of the batch; by itself that of
+                       DistributedDataParallel or FSDP2. Their sketches are added up when the block is left
     loss_scale         the factor on the loss, where it has a constant one; None finds it, a GradScaler's too
 
     An exception inside leaves the model without a hook; the steps that were complete stay in the window. Raises
@@ -66,8 +69,10 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         casts: Sequence[str | Cast] | None = None,
         finer: Sequence[str] = (),
         loss_scale: float | None = None,
+        group: Group | None = None,
     ) -> None:
         _check(model, optimizer, steps, every, overhead, curvature_steps)
+        self._group = group_of(model, group)
         self._model = unwrapped(model)
         self._optimizer = optimizer
         self._total, self._every = steps, every
@@ -78,6 +83,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
             adaptive=not isinstance(optimizer, torch.optim.SGD),
             loss_scale=LossScale(loss_scale),
         )
+        self._recorder.gradient_factor = 1.0 / ranks_of(self._group)
         self._parameters = ParameterWatch(self._model, optimizer, self._recorder.rows, self._recorder.note)
         self._scored = spread(curvature_steps, range(0, steps, every))
         self._followed = spread(PARAMETER_STEPS, range(0, steps, every))
@@ -117,7 +123,10 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         if kind is not None:
             recorder.note(f"the window was cut short by {kind.__name__} in step {recorder.step}")
         self.window.done = True
-        self.window.fill(contents_of(recorder, parameters, self._model, self._optimizer))
+        contents = contents_of(recorder, parameters, self._model, self._optimizer)
+        if self._group is not None and kind is None:
+            contents = merged(contents, self._group, is_sharded(self._model))
+        self.window.fill(contents)
         # This object may outlive its block, in a traceback too: it keeps nothing of the training alive.
         del self._recorder, self._parameters, self._model, self._optimizer
 
@@ -148,7 +157,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
             self._stop()
             self.window.done = True
             return
-        self._plan_step(allowed=self._clock is None or self._clock.lap(recorded))
+        self._plan_step(allowed=self._clock is None or agreed(self._clock.lap(recorded), self._group))
 
     def _plan_step(self, allowed: bool) -> None:
         recorder = self._recorder
