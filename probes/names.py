@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -37,26 +38,48 @@ class Owned:
 
 
 class ParameterOwners:
-    """Which modules own a tensor: by identity, views included, tied parameters with every owner."""
+    """Which modules own a tensor: by identity, views included, tied parameters with every owner.
+
+    A parameter that is met and not known makes it look through the model again: modules may have been put in since,
+    and FSDP2 puts a gathered parameter in its shard's place for the time of a forward.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._owned: dict[int, list[Owned]] = {}
-        dotted = {id(parameter): name for name, parameter in model.named_parameters()}
-        for path, module in model.named_modules(remove_duplicate=False):
+        self._model = model
+        self._owned: dict[int, tuple[ref[Tensor], list[Owned]]] = {}
+        self._look()
+
+    def of(self, tensor: Tensor, current: str | None) -> Owned | None:
+        """The owner of the parameter that this tensor is, or is a view of; the current module if it is one of them."""
+        owners = self._of(tensor)
+        if owners is None and tensor._base is not None:
+            owners = self._of(tensor._base)
+        if owners is None:
+            return None
+        return next((owned for owned in owners if owned.path == current), owners[0])
+
+    def _of(self, tensor: Tensor) -> list[Owned] | None:
+        found = self._known(tensor)
+        if found is None and isinstance(tensor, nn.Parameter):
+            self._owned[id(tensor)] = ref(tensor), []  # a stranger, unless it is found now
+            self._look()
+            found = self._known(tensor)
+        return found or None
+
+    def _known(self, tensor: Tensor) -> list[Owned] | None:
+        known, owners = self._owned.get(id(tensor), (None, None))
+        return owners if known is not None and known() is tensor else None
+
+    def _look(self) -> None:
+        dotted = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        found: dict[int, tuple[ref[Tensor], list[Owned]]] = {}
+        for path, module in self._model.named_modules(remove_duplicate=False):
             several = len(_matrix_parameters(module)) > 1
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 where = path or ROOT
                 owned = Owned(where, f"{where}/{name}" if several else where, dotted[id(parameter)])
-                self._owned.setdefault(id(parameter), []).append(owned)
-
-    def of(self, tensor: Tensor, current: str | None) -> Owned | None:
-        """The owner of the parameter that this tensor is, or is a view of; the current module if it is one of them."""
-        owners = self._owned.get(id(tensor))
-        if owners is None and tensor._base is not None:
-            owners = self._owned.get(id(tensor._base))
-        if owners is None:
-            return None
-        return next((owned for owned in owners if owned.path == current), owners[0])
+                found.setdefault(id(parameter), (ref(parameter), []))[1].append(owned)
+        self._owned.update(found)
 
 
 class ModuleStack:
