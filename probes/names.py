@@ -76,7 +76,7 @@ class ParameterOwners:
         for path, module in self._model.named_modules(remove_duplicate=False):
             several = len(_matrix_parameters(module)) > 1
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-                where = path or ROOT
+                where = written(path)
                 owned = Owned(where, f"{where}/{name}" if several else where, dotted[id(parameter)])
                 found.setdefault(id(parameter), (ref(parameter), []))[1].append(owned)
         self._owned.update(found)
@@ -94,7 +94,9 @@ class ModuleStack:
     def attach(self) -> None:
         """Put the hooks on. A module that stands at several paths is named by the first."""
         for path, module in self._model.named_modules():
-            frame_path = path or ROOT
+            if isinstance(module, torch._dynamo.OptimizedModule):
+                continue
+            frame_path = written(path)
             self._handles.append(
                 module.register_forward_pre_hook(self._push(frame_path), with_kwargs=True, prepend=True)
             )
@@ -115,6 +117,8 @@ class ModuleStack:
 
     def _push(self, path: str) -> Callable[..., None]:
         def push(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.compiler.is_compiling():
+                return
             frame = Frame(path)
             self.frames.append(frame)
             self._entered(frame, args, kwargs)
@@ -122,10 +126,15 @@ class ModuleStack:
         return push
 
     def _pop(self, *_: Any) -> None:
-        if self.frames:
+        if not torch.compiler.is_compiling() and self.frames:
             leave = self.frames.pop().leave
             if leave is not None:
                 leave()
+
+
+def written(path: str) -> str:
+    """A module's path as sites have it: the root's has a name, and torch.compile's wrappers none."""
+    return path.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".") or ROOT
 
 
 def in_backward() -> bool:

@@ -78,6 +78,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         self._total, self._every = steps, every
         self._recorder = Recorder(
             self._model,
+            model,
             candidates(casts or USUAL_CASTS),
             finer,
             adaptive=not isinstance(optimizer, torch.optim.SGD),
@@ -109,6 +110,8 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         self._hooks.callback(self._optimizer.register_step_pre_hook(self._before_step).remove)
         self._hooks.callback(self._optimizer.register_step_post_hook(self._after_step).remove)
         self._open.callback(self._recorder.stack.detach)
+        self._recorder.compiled.attach()
+        self._open.callback(self._recorder.compiled.detach)
         self._plan_step(allowed=self._clock is None)
         self._recorder.__enter__()
         return self.window
@@ -157,6 +160,13 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
             self._stop()
             self.window.done = True
             return
+        if recorder.met_unlaid:
+            recorder.met_unlaid = False
+            recorder.note(
+                "something is compiled that is no module of this model (a function around it, say): the window goes on "
+                f"uncompiled, and what ran compiled in step {recorder.step - 1} is missing"
+            )
+            self._open.enter_context(torch.compiler.set_stance("force_eager"))
         self._plan_step(allowed=self._clock is None or agreed(self._clock.lap(recorded), self._group))
 
     def _plan_step(self, allowed: bool) -> None:

@@ -8,7 +8,8 @@ replaced: the product is run as it was called, and no random number is drawn fro
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from probes.casts import Cast
+from probes.compiled import CompiledParts, Laid, Traced, traced_product
 from probes.coverage import FlopsUnseen
 from probes.curvature import view_of
+from probes.edges import await_gradient
 from probes.loss_scale import LossScale, StepScale
 from probes.losses import loss_call
 from probes.names import Frame, in_backward
@@ -63,7 +66,13 @@ class Recorder(SiteHook):
     """
 
     def __init__(
-        self, model: nn.Module, casts: Sequence[Cast], finer: Sequence[str], adaptive: bool, loss_scale: LossScale
+        self,
+        model: nn.Module,
+        outer: nn.Module,
+        casts: Sequence[Cast],
+        finer: Sequence[str],
+        adaptive: bool,
+        loss_scale: LossScale,
     ) -> None:
         super().__init__(model)
         self.notes: dict[str, None] = {}
@@ -81,6 +90,11 @@ class Recorder(SiteHook):
         self.seen_flops = 0.0
         self.forwards = 0
         self.began = False
+        self.compiled = CompiledParts(outer, self)
+        self.traced: list[Traced] = []
+        self.traced_at = 0
+        self.met_unlaid = False
+        self._laying: list[Laid] | None = None
         self._finer = tuple(finer)
         self._counter: FlopsUnseen | None = None
         self._start_step()
@@ -98,35 +112,60 @@ class Recorder(SiteHook):
 
     # What the hook meets.
 
+    def on_traced(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call inside a graph that is being compiled."""
+        if self.traced:
+            return traced_product(self, function, args, kwargs)
+        self.met_unlaid = True
+        return function(*args, **kwargs)
+
+    @contextmanager
+    def laying_out(self) -> Iterator[list[Laid]]:
+        """While entered, products are told and not recorded."""
+        laid: list[Laid] = []
+        self._laying = laid
+        try:
+            yield laid
+        finally:
+            self._laying = None
+
+    def ran_compiled(self, laid: Sequence[Laid], is_root: bool) -> None:
+        """A compiled part has run, and sketched what its graph can: the rest, and the tally, are done here."""
+        self.forwards += is_root
+        for one in laid:
+            self._tally(one.call, one.products)
+            for operand in one.operands:
+                if operand.parameter is None:
+                    self._note_tensor(operand.slot, operand.like)
+                else:
+                    self._sketch(operand.slot, operand.parameter, once=True)
+            if one.result is not None:
+                self._note_tensor(Slot(one.call.site, GRADIENT), one.result)
+
     def on_forward(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the batch size off the model's inputs; on the first recorded forward, count what is not seen."""
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
         self._batch = tensors[0].shape[0] if tensors else None
         self.began = self.began or torch.is_grad_enabled()
         if self.depth.recorded and torch.is_grad_enabled():
-            self.forwards += 1
+            self.forwards += self._laying is None
             if self.unseen is None:
                 self._count_unseen(frame)
 
     def on_product(self, call: ProductCall) -> Tensor:
         """Sketch the operands, run the product, and wait for its gradient."""
+        if self._laying is not None:
+            result = self._run_counted(call)
+            self._laying.append(Laid.of(call, result))
+            return result
         if not (self.depth.recorded and torch.is_grad_enabled()):
             return call.run()
         if not call.recomputing:
             self._forward_sites.add(call.site)
         elif call.site in self._forward_sites:
             return call.run()  # reentrant checkpointing runs its forward without a graph: there, this is the first
-        counter = self._counter
-        if counter is not None:
-            counter.inside = True
-        try:
-            result = call.run()
-        finally:
-            if counter is not None:
-                counter.inside = False
+        result = self._run_counted(call)
         products = call.products(result)
-        if counter is not None:
-            self.seen_flops += sum(p.flops for p in products if GRADIENT not in p.operands)
         self._tally(call, products)
         for role, operand in zip(call.roles, call.operands, strict=True):
             tilings = self._tilings(call, role, operand.dim())
@@ -135,9 +174,22 @@ class Recorder(SiteHook):
             self._await_gradient(call, result)
         return result
 
+    def _run_counted(self, call: ProductCall) -> Tensor:
+        """Run a product; while FLOPs are counted, its own are seen."""
+        counter = self._counter
+        if counter is None:
+            return call.run()
+        counter.inside = True
+        try:
+            result = call.run()
+        finally:
+            counter.inside = False
+        self.seen_flops += sum(p.flops for p in call.products(result) if GRADIENT not in p.operands)
+        return result
+
     def on_other(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Everything else: losses are recognised, and normalisation over the batch."""
-        if not self.depth.recorded or in_backward():
+        if not self.depth.recorded or in_backward() or self._laying is not None:
             return function(*args, **kwargs)
         if self.depth.scored and function is F.batch_norm and _mixes(args, kwargs):
             self.scoring.mix_samples()
@@ -165,6 +217,7 @@ class Recorder(SiteHook):
             self.recorded.append(self.step)
             self.losses.append(torch.stack([loss.double() for loss in self._loss]).sum() if self._loss else None)
             self.loss_scales.append(scale)
+            self.compiled.end_step()
             self.rows.end_step(self.step, lambda slot: scale.value if slot.role == GRADIENT else 1.0)
         if self.depth.scored:
             self.scoring.end_step(self.step, scale.value)
@@ -193,16 +246,19 @@ class Recorder(SiteHook):
             if view in self._weights_seen[slot]:
                 return
             self._weights_seen[slot].add(view)
-        tally = self.tallies[slot.site]
-        tally.shapes[slot.role] = tuple(values.shape)
-        tally.dtypes[slot.role] = str(values.dtype).removeprefix("torch.")
-        tally.elements[slot.role] += values.numel()
+        self._note_tensor(slot, values)
         try:
             self.rows.add(slot, values)
             for tiling in tilings:
                 self.rows.add_tiles(slot, values, tiling)
         except Exception as error:  # a kind of tensor nobody thought of: the training goes on, and the window says so
             self.note(f"{slot.role} of {slot.site} could not be read: {type(error).__name__}: {error}")
+
+    def _note_tensor(self, slot: Slot, values: Tensor) -> None:
+        tally = self.tallies[slot.site]
+        tally.shapes[slot.role] = tuple(values.shape)
+        tally.dtypes[slot.role] = str(values.dtype).removeprefix("torch.")
+        tally.elements[slot.role] += values.numel()
 
     def _tilings(self, call: ProductCall, role: str, dimensions: int) -> Sequence[Tiling]:
         if not (self.depth.tiled and self._finer):
@@ -222,7 +278,7 @@ class Recorder(SiteHook):
             if met is not None:
                 self.scoring.on_gradient(met, gradient)
 
-        result.register_hook(received)
+        await_gradient(result, received)
 
     def _count_unseen(self, frame: Frame) -> None:
         counter = FlopsUnseen(lambda: self.stack.frames[-1].path if self.stack.frames else "")

@@ -48,15 +48,25 @@ class SlotRows:
 
     def add(self, slot: Slot, values: Tensor) -> None:
         """Sketch a tensor into its slot's row. Raises UnsupportedTensor."""
-        array = self._arrays.get(values.device)
+        array, row = self._row(slot, values.device)
+        array.add(row, values)
+
+    def add_sketch(self, slot: Slot, sums: Tensor, extremes: Tensor) -> None:
+        """Add a sketch that was made elsewhere."""
+        array, row = self._row(slot, sums.device)
+        array.sums[row] += sums
+        torch.maximum(array.extremes[row], extremes, out=array.extremes[row])
+
+    def _row(self, slot: Slot, device: torch.device) -> tuple[SketchArray, int]:
+        array = self._arrays.get(device)
         if array is None:
-            array = self._arrays[values.device] = SketchArray(device=values.device)
-        rows = self._slots[values.device]
+            array = self._arrays[device] = SketchArray(device=device)
+        rows = self._slots[device]
         row = rows.get(slot)
         if row is None:
             row = rows[slot] = len(rows)
             array.reserve(row + 1)
-        array.add(row, values)
+        return array, row
 
     def add_tiles(self, slot: Slot, values: Tensor, tiling: Tiling) -> None:
         """Sketch a tensor relative to the largest value of each tile."""

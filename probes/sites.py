@@ -95,6 +95,10 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         """Any other torch function, inside the model or around it."""
         return function(*args, **kwargs)
 
+    def on_traced(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call inside a graph that torch.compile is making: only what can be traced may be done."""
+        return function(*args, **kwargs)
+
     def on_unplaced(self, operation: Operation) -> None:
         """A product in the backward pass outside any module's forward: a checkpointed function's own, recomputed."""
 
@@ -122,6 +126,8 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return self.on_traced(func, args, kwargs)
         operation = OPERATIONS.get(func)
         if operation is not None:
             if self.stack.frames:

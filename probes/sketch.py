@@ -62,7 +62,7 @@ class SketchArray:
     def __init__(self, slots: int = 64, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.sums = torch.zeros(slots, SUMS, dtype=torch.float64, device=self.device)
-        self.extremes = _empty_extremes(slots, self.device)
+        self.extremes = empty_extremes(slots, self.device)
 
     def reserve(self, slots: int) -> None:
         """Grow to hold at least this many slots; what is recorded stays."""
@@ -70,26 +70,20 @@ class SketchArray:
         if missing > 0:
             missing = max(missing, len(self.sums))
             self.sums = torch.cat([self.sums, self.sums.new_zeros(missing, SUMS)])
-            self.extremes = torch.cat([self.extremes, _empty_extremes(missing, self.device)])
+            self.extremes = torch.cat([self.extremes, empty_extremes(missing, self.device)])
 
     def add(self, slot: int, values: Tensor) -> None:
         """Add a tensor of any shape and strides to a slot: one read, nothing of the tensor is kept or changed.
 
         Empty tensors add nothing. Raises UnsupportedTensor for a dtype other than float16, bfloat16, float32, float64.
         """
-        _require_floating(values)
-        if values.numel() == 0:
-            return
-        if self.device.type == "cpu":
-            kernels.add(self.sums[slot].numpy(), self.extremes[slot].numpy(), values.detach())
-        else:
-            add_reference(self.sums[slot], self.extremes[slot], values.detach())
+        add(self.sums[slot], self.extremes[slot], values)
 
     def drain(self) -> tuple[Tensor, Tensor]:
         """Hand over the arrays' contents, on the host, and start again from nothing."""
         sums, extremes = self.sums.cpu().clone(), self.extremes.cpu().clone()
         self.sums.zero_()
-        self.extremes.copy_(_empty_extremes(len(self.extremes), self.device))
+        self.extremes.copy_(empty_extremes(len(self.extremes), self.device))
         return sums, extremes
 
     def merge(self, other: SketchArray) -> None:
@@ -98,6 +92,17 @@ class SketchArray:
         self.sums[: len(other.sums)] += other.sums.to(self.device)
         head = self.extremes[: len(other.extremes)]
         torch.maximum(head, other.extremes.to(self.device), out=head)
+
+
+def add(sums: Tensor, extremes: Tensor, values: Tensor) -> None:
+    """Add a tensor to one slot's `sums` [SUMS] and `extremes` [EXTREMES], which lie on its device."""
+    _require_floating(values)
+    if values.numel() == 0:
+        return
+    if values.device.type == "cpu":
+        kernels.add(sums.numpy(), extremes.numpy(), values.detach())
+    else:
+        add_reference(sums, extremes, values.detach())
 
 
 def add_reference(sums: Tensor, extremes: Tensor, values: Tensor) -> None:
@@ -159,6 +164,7 @@ def _require_floating(values: Tensor) -> None:
         raise UnsupportedTensor(f"a sketch takes {allowed}; this tensor is {values.dtype}: convert it first")
 
 
-def _empty_extremes(slots: int, device: torch.device) -> Tensor:
+def empty_extremes(slots: int, device: torch.device) -> Tensor:
+    """float32 [slots, EXTREMES] of slots that have met nothing."""
     row: list[Any] = list(EMPTY_EXTREMES)
     return torch.tensor(row, dtype=torch.float32, device=device).repeat(slots, 1)
