@@ -20,9 +20,14 @@ ROOT = "(root)"
 
 @dataclass
 class Frame:
-    """One entry into a module's forward: its path, and how often each operation has been met in it."""
+    """One entry into a module's forward: its path, and how often each operation has been met in it.
+
+    `trains`: gradients were enabled on entry. `module` is None only where there is no module to speak of.
+    """
 
     path: str
+    module: nn.Module | None = None
+    trains: bool = True
     met: Counter[str] = field(default_factory=Counter)
     leave: Callable[[], None] | None = None
 
@@ -33,7 +38,7 @@ class Owned:
 
     path: str
     site: str
-    dotted: str  # the name that `model.named_parameters()` gives it: of a tied parameter, its first owner's
+    dotted: str | None  # the name that `model.named_parameters()` gives it: of a tied parameter, its first owner's
 
 
 class ParameterOwners:
@@ -41,6 +46,7 @@ class ParameterOwners:
 
     def __init__(self, model: nn.Module) -> None:
         self._owned: dict[int, list[Owned]] = {}
+        self._by_name: dict[tuple[str, str], Owned] = {}
         dotted = {id(parameter): name for name, parameter in model.named_parameters()}
         for path, module in model.named_modules(remove_duplicate=False):
             several = len(_matrix_parameters(module)) > 1
@@ -48,15 +54,28 @@ class ParameterOwners:
                 where = path or ROOT
                 owned = Owned(where, f"{where}/{name}" if several else where, dotted[id(parameter)])
                 self._owned.setdefault(id(parameter), []).append(owned)
+                self._by_name[where, name] = owned
 
-    def of(self, tensor: Tensor, current: str | None) -> Owned | None:
-        """The owner of the parameter that this tensor is, or is a view of; the current module if it is one of them."""
+    def of(self, tensor: Tensor, current: Frame) -> Owned | None:
+        """The owner of the parameter that this tensor is, or is a view of; the current module if it is one of them.
+
+        A tensor that stands in a parameter's place for the time of a call (`torch.func.functional_call`) counts as it.
+        """
+        base = tensor._base
         owners = self._owned.get(id(tensor))
-        if owners is None and tensor._base is not None:
-            owners = self._owned.get(id(tensor._base))
+        if owners is None and base is not None:
+            owners = self._owned.get(id(base))
         if owners is None:
+            return self._standing_in(tensor, base, current)
+        return next((owned for owned in owners if owned.path == current.path), owners[0])
+
+    def _standing_in(self, tensor: Tensor, base: Tensor | None, current: Frame) -> Owned | None:
+        if current.module is None:
             return None
-        return next((owned for owned in owners if owned.path == current), owners[0])
+        for name, parameter in current.module._parameters.items():
+            if parameter is not None and (parameter is tensor or parameter is base):
+                return self._by_name.get((current.path, name))
+        return None
 
 
 class ModuleStack:
@@ -91,8 +110,8 @@ class ModuleStack:
         return frames
 
     def _push(self, path: str) -> Callable[..., None]:
-        def push(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            frame = Frame(path)
+        def push(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            frame = Frame(path, module, torch.is_grad_enabled())
             self.frames.append(frame)
             self._entered(frame, args, kwargs)
 

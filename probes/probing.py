@@ -12,7 +12,6 @@ While the block runs, a Recorder meets the model's products; when it is left, wh
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,12 +20,11 @@ import torch
 from torch import nn
 
 from probes.casts import Cast
-from probes.coverage import coverage_of
 from probes.errors import WindowError
 from probes.history import history_of
 from probes.measurable import why_not_measurable
 from probes.recorder import Clock, Recorder
-from probes.records import GRADIENT, Evidence, Product, Site, Slot
+from probes.records import GRADIENT, Coverage, Evidence, Product, Site, Slot
 from probes.window import Window
 
 USUAL_CASTS = ("e4m3fn", "e5m2", "int8", "bf16", "fp16")  # the candidates of the directional products
@@ -97,6 +95,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         _close(self.window, self._recorder, self._model, self._optimizer, notes)
 
     def _before_step(self, *_: Any) -> None:
+        self._recorder.stop_counting()
         self._recorder.follow_gradients()
 
     def _after_step(self, *_: Any) -> None:
@@ -113,12 +112,15 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
     def _plan_step(self, allowed: bool) -> None:
         step = self._recorder.step
         self._recorder.recording = allowed and step % self._every == 0
+        if self._recorder.recording:
+            self._recorder.count_beneath()
         due = len([s for s in self._scored if s <= step])
         self._recorder.scoring = self._recorder.recording and len(self._recorder.scored) < due
 
     def _stop(self) -> None:
         """Stop watching: hooks off. The override mode itself is left when the `with` block is."""
         self._recorder.recording = self._recorder.scoring = False
+        self._recorder.stop_counting()
         self._recorder.stack.detach()
         while self._handles:
             self._handles.pop().remove()
@@ -199,7 +201,7 @@ def _close(
         steps=recorder.recorded,
         losses=recorder.losses,
         sites=sites,
-        coverage=coverage_of(recorder.seen_flops, recorder.unseen or Counter(), recorder.forwards / steps),
+        coverage=Coverage(float("nan")) if recorder.flops is None else recorder.flops.coverage(recorder.seen_flops, sites),
         histories={slot: history_of(found) for slot, found in rows.items()},
         evidence={slot: _evidence(slot, recorder) for slot in rows},
         notes=notes,

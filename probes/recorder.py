@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from probes.casts import Cast
-from probes.coverage import FlopsUnseen
+from probes.contents import contents
+from probes.coverage import OUTSIDE, FlopsBeneath
 from probes.curvature import Met, Sums, curvature_sums, noise_ratios, unchanged, view_of
 from probes.history import SparseRow, sparse_row
 from probes.losses import loss_call
+from probes.functions import FunctionProduct
 from probes.names import Frame, in_backward
 from probes.records import GRADIENT, Product, Slot
 from probes.sites import ProductCall, SiteHook
@@ -90,11 +92,9 @@ class Recorder(SiteHook):
         self.gradient_noise: dict[str, GradientNoise] = defaultdict(GradientNoise)
         self.whole_batch: set[str] = set()
         self.notes: dict[str, None] = {}
-        self.unseen: Counter[tuple[str, str]] | None = None
+        self.flops: FlopsBeneath | None = None
         self.seen_flops = 0.0
-        self.forwards = 0
         self._drawing = False
-        self._counter: FlopsUnseen | None = None
         self._arrays: dict[torch.device, SketchArray] = {}
         self._slots: dict[torch.device, dict[Slot, int]] = defaultdict(dict)
         self._start_step()
@@ -110,39 +110,32 @@ class Recorder(SiteHook):
     # What the hook meets.
 
     def on_forward(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read the batch size off the model's inputs; on the first recorded forward, count what is not seen."""
+        """Read the batch size off the model's inputs."""
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
         self._batch = tensors[0].shape[0] if tensors else None
-        if self.recording and torch.is_grad_enabled():
-            self.forwards += 1
-            if self.unseen is None:
-                self._count_unseen(frame)
 
-    def on_product(self, call: ProductCall) -> Tensor:
+    def on_product(self, call: ProductCall) -> Any:
         """Sketch the operands, run the product, and wait for its gradient."""
-        if not (self.recording and torch.is_grad_enabled()):
+        if not (self.recording and (torch.is_grad_enabled() or call.opaque)):
             return call.run()
         if not call.recomputing:
             self._forward_sites.add(call.site)
         elif call.site in self._forward_sites:
             return call.run()  # reentrant checkpointing runs its forward without a graph: there, this is the first
-        counter = self._counter
-        if counter is not None:
-            counter.inside = True
-        try:
-            result = call.run()
-        finally:
-            if counter is not None:
-                counter.inside = False
+        result = call.run()
         products = call.products(result)
-        if counter is not None:
-            self.seen_flops += sum(p.flops for p in products if GRADIENT not in p.operands)
-        self._tally(call, products)
+        self._tally(call, [product for product in products if not product.backward])
         for role, operand in zip(call.roles, call.operands, strict=True):
-            self._sketch(Slot(call.site, role), operand, once=role == "weight" and call.parameter is not None)
-        if result.requires_grad:
-            self._await_gradient(call, result)
+            self._sketch(Slot(call.site, role), operand, once=role in call.weights)
+        self._await_gradient(call, result, [product for product in products if product.backward])
         return result
+
+    def on_function_gradient(self, product: FunctionProduct, role: str, gradient: Tensor) -> None:
+        """A custom function's backward multiplies: what its product's result would have told."""
+        if self.recording and product.site in self.tallies:
+            self._count(product.site, [product.gradient_of(role)])
+            if product.first_time(gradient):
+                self._sketch(Slot(product.site, GRADIENT), gradient)
 
     def on_other(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Everything else: losses are recognised, and normalisation over the batch."""
@@ -198,8 +191,15 @@ class Recorder(SiteHook):
             tally = SiteTally(call.operation.name, call.roles, call.parameter)
             self.tallies[call.site] = tally
         tally.calls += 1
+        self._count(call.site, products)
+
+    def _count(self, site: str, products: Sequence[Product]) -> None:
+        """A backward product counts when its gradient arrives: what the loss does not reach is never multiplied."""
+        tally = self.tallies[site]
         for product in products:
             tally.products[product.name, product.operands] += product.flops
+        if self.beneath is not None:
+            self.seen_flops += sum(product.flops for product in products)
 
     def _sketch(self, slot: Slot, values: Tensor, once: bool = False) -> None:
         if once:
@@ -222,20 +222,30 @@ class Recorder(SiteHook):
         except Exception as error:  # a kind of tensor nobody thought of: the training goes on, and the window says so
             self.notes[f"{slot.role} of {slot.site} could not be read: {type(error).__name__}: {error}"] = None
 
-    def _await_gradient(self, call: ProductCall, result: Tensor) -> None:
+    def _await_gradient(self, call: ProductCall, result: Any, products: Sequence[Product]) -> None:
         step, slot = self.step, Slot(call.site, GRADIENT)
-        if self.scoring:
-            self._met.append(met := Met.of(call, result, self._batch))
+        results = [part for part in call.results(result) if part.requires_grad]
+        met = None
+        if self.scoring and results:
+            if call.operation.replayable:
+                self._met.append(met := Met.of(call, results[0], self._batch))
+            else:
+                self.notes[f"{call.site}: {call.operation.name} is recorded, and no damage is predicted for it"] = None
+        backward = -1
 
         def received(gradient: Tensor) -> None:
+            nonlocal backward
             if step != self.step or self._drawing:
                 return
             with torch._C.DisableTorchFunction():
-                self._sketch(slot, gradient)
-            if self.scoring and met.intact:
+                self._sketch(slot, contents(gradient))
+            if backward != (backward := torch._C._current_graph_task_id()):  # once, however many results it arrives at
+                self._count(call.site, products)
+            if met is not None and met.intact:
                 self._score_noise(call, gradient)
 
-        result.register_hook(received)
+        for part in results:
+            part.register_hook(received)
 
     def _score_noise(self, call: ProductCall, gradient: Tensor) -> None:
         try:
@@ -286,19 +296,16 @@ class Recorder(SiteHook):
         training = args[5] if len(args) > 5 else kwargs.get("training", False)
         return bool(training)
 
-    def _count_unseen(self, frame: Frame) -> None:
-        counter = FlopsUnseen(lambda: self.stack.frames[-1].path if self.stack.frames else "")
-        self._counter, self.unseen = counter, counter.found
-        counter.__enter__()
-        leave = frame.leave
+    def count_beneath(self) -> None:
+        """A recorded step begins: in the first one, count what passes beneath the hook."""
+        if self.flops is None:
+            self.flops = self.beneath = FlopsBeneath(
+                lambda: self.stack.frames[-1].path if self.stack.frames else OUTSIDE
+            )
 
-        def stop() -> None:
-            counter.__exit__(None, None, None)
-            self._counter = None
-            if leave is not None:
-                leave()
-
-        frame.leave = stop
+    def stop_counting(self) -> None:
+        """The optimizer's own products are not the model's."""
+        self.beneath = None
 
 
 class Clock:
