@@ -121,8 +121,7 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
         slot = Slot(call.site, GRADIENT)
         for part in call.results(result) if slot in self.casts else ():
             # A tensor hook and no autograd function: what the model then does to the result in place stays allowed.
-            if part.requires_grad:
-                part.register_hook(lambda gradient: self._cast(slot, gradient))
+            part.register_hook(lambda gradient: None if gradient is None else self._cast(slot, gradient))
         return result
 
     def _cast(self, slot: Slot, values: Tensor) -> Tensor:

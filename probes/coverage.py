@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from probes.functions import in_custom_forward
-from probes.names import in_backward
+from probes.names import Frame, in_backward
 from probes.records import Coverage, Site
 from probes.recurrent import HIDDEN
 
@@ -76,31 +76,39 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 class FlopsBeneath(TorchDispatchMode):
     """Counts the FLOPs of one step that no site holds, by (where, operator).
 
-    It is entered where the model's forward or a backward pass starts, and left where that ends.
+    It is entered where the model's forward or a backward pass starts, and left where that ends. `frame`: the module
+    that is being run, if one is.
     """
 
-    def __init__(self, where: Callable[[], str]) -> None:
+    def __init__(self, frame: Callable[[], Frame | None]) -> None:
         super().__init__()
         self.found: Counter[tuple[str, str]] = Counter()
-        self._where = where
+        self._frame = frame
+        self._entered = 0
         self._inside = 0
-        self._starts: list[int] = []  # of the nodes that a product has left, half-open spans in ascending order
-        self._ends: list[int] = []
-        self._made: list[tuple[int, str]] = []  # the node of an operator that was not seen, and where it was made
+        self._made: list[_Made] = []  # in ascending order
         self._forward: set[tuple[str, str]] = set()
+
+    def __enter__(self) -> Any:
+        self._entered += 1
+        return super().__enter__() if self._entered == 1 else self
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered -= 1
+        if not self._entered:
+            super().__exit__(*error)
 
     @contextmanager
     def seen(self) -> Iterator[None]:
         """What runs within is a site's, and so are the nodes that it leaves in the graph."""
-        start = _next_node()
+        start, where = _next_node(), self._where()
         self._inside += 1
         try:
             yield
         finally:
             self._inside -= 1
             if _next_node() > start:
-                self._starts.append(start)
-                self._ends.append(_next_node())
+                self._made.append(_Made(start, _next_node(), where))
 
     @contextmanager
     def outside(self) -> Iterator[_Outside]:
@@ -134,26 +142,47 @@ class FlopsBeneath(TorchDispatchMode):
                 entries.append({"where": site.name, "op": f"aten.{site.op}", "flops": hidden, "site": site.name})
         return Coverage(seen_flops / total if total else float("nan"), tuple(entries))
 
+    def _where(self) -> str:
+        frame = self._frame()
+        return OUTSIDE if frame is None else frame.path
+
     def _of_nobody(self, op: str) -> str | None:
         """Where an operator that just ran belongs; None if a site has it, or if it is not counted."""
-        where = self._where()
+        frame = self._frame()
         if not in_backward():
-            if not (torch.is_grad_enabled() or in_custom_forward()):
+            if not (torch.is_grad_enabled() or (frame is not None and frame.trains and in_custom_forward())):
                 return None
-            self._made.append((_next_node() - 1, where))
+            where = self._where()
+            self._made.append(_Made(_next_node() - 1, None, where))
             self._forward.add((where, op))
             return where
-        if where != OUTSIDE:  # inside a module's forward: recomputed
-            return None if (where, op) in self._forward else where
-        node = torch._C._current_autograd_node()
-        number = None if node is None else node._sequence_nr()
-        if number is None:
-            return OUTSIDE
-        at = bisect_right(self._starts, number) - 1
-        if at >= 0 and number < self._ends[at]:
+        if frame is not None and frame.recomputes:
+            return None if (frame.path, op) in self._forward else frame.path
+        made = self._made_before(torch._C._current_autograd_node())
+        if torch.is_grad_enabled():  # the backward pass is kept, to be differentiated itself
+            self._made.append(_Made(_next_node() - 1, None, OUTSIDE if made is None else made.where))
+        return OUTSIDE if made is None else None if made.of_a_site else made.where
+
+    def _made_before(self, node: Any) -> _Made | None:
+        """What left this node in the graph: a site's product, or else the operator that was met latest before."""
+        number = -1 if node is None else node._sequence_nr()
+        at = bisect_right(self._made, number, key=lambda made: made.start) - 1
+        if at < 0:
             return None
-        at = bisect_right(self._made, number, key=lambda made: made[0]) - 1
-        return self._made[at][1] if at >= 0 else OUTSIDE
+        made = self._made[at]
+        return made if made.end is None or number < made.end else made._replace(end=None)
+
+
+class _Made(NamedTuple):
+    """Nodes of the graph from `start` to before `end`, left by a site; without an end, by what no site has."""
+
+    start: int
+    end: int | None
+    where: str
+
+    @property
+    def of_a_site(self) -> bool:
+        return self.end is not None
 
 
 class _Outside:

@@ -277,7 +277,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
     Through `.data`, whose version autograd does not watch, and only where something changed.
     """
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if buffer.layout == torch.strided]
     try:
         yield
     finally:

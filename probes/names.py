@@ -22,12 +22,13 @@ ROOT = "(root)"
 class Frame:
     """One entry into a module's forward: its path, and how often each operation has been met in it.
 
-    `trains`: gradients were enabled on entry. `module` is None only where there is no module to speak of.
+    `trains`: gradients were enabled on entry. `recomputes`: it was entered in the backward pass.
     """
 
     path: str
-    module: nn.Module | None = None
-    trains: bool = True
+    module: nn.Module
+    trains: bool
+    recomputes: bool
     met: Counter[str] = field(default_factory=Counter)
     leave: Callable[[], None] | None = None
 
@@ -70,8 +71,6 @@ class ParameterOwners:
         return next((owned for owned in owners if owned.path == current.path), owners[0])
 
     def _standing_in(self, tensor: Tensor, base: Tensor | None, current: Frame) -> Owned | None:
-        if current.module is None:
-            return None
         for name, parameter in current.module._parameters.items():
             if parameter is not None and (parameter is tensor or parameter is base):
                 return self._by_name.get((current.path, name))
@@ -88,8 +87,13 @@ class ModuleStack:
         self._handles: list[Any] = []
 
     def attach(self) -> None:
-        """Put the hooks on. A module that stands at several paths is named by the first."""
+        """Put the hooks on. A module that stands at several paths is named by the first.
+
+        TorchScript's modules take no hooks and call no torch function: what they multiply is not seen.
+        """
         for path, module in self._model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
             frame_path = path or ROOT
             self._handles.append(
                 module.register_forward_pre_hook(self._push(frame_path), with_kwargs=True, prepend=True)
@@ -111,7 +115,7 @@ class ModuleStack:
 
     def _push(self, path: str) -> Callable[..., None]:
         def push(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            frame = Frame(path, module, torch.is_grad_enabled())
+            frame = Frame(path, module, torch.is_grad_enabled(), in_backward())
             self.frames.append(frame)
             self._entered(frame, args, kwargs)
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from probes.casts import Cast
-from probes.contents import contents
-from probes.coverage import OUTSIDE, FlopsBeneath
+from probes.contents import contents, outside_transforms, readable
+from probes.coverage import FlopsBeneath
 from probes.curvature import Met, Sums, curvature_sums, noise_ratios, unchanged, view_of
 from probes.history import SparseRow, sparse_row
 from probes.losses import loss_call
@@ -218,24 +218,26 @@ class Recorder(SiteHook):
             array = self._arrays[values.device] = SketchArray(device=values.device)
         array.reserve(row + 1)
         try:
-            array.add(row, values)
+            with outside_transforms():
+                array.add(row, readable(values))
         except Exception as error:  # a kind of tensor nobody thought of: the training goes on, and the window says so
             self.notes[f"{slot.role} of {slot.site} could not be read: {type(error).__name__}: {error}"] = None
 
     def _await_gradient(self, call: ProductCall, result: Any, products: Sequence[Product]) -> None:
         step, slot = self.step, Slot(call.site, GRADIENT)
-        results = [part for part in call.results(result) if part.requires_grad]
+        results = call.results(result)
         met = None
-        if self.scoring and results:
-            if call.operation.replayable:
+        if self.scoring and (results or call.opaque):
+            if call.replayable:
                 self._met.append(met := Met.of(call, results[0], self._batch))
             else:
-                self.notes[f"{call.site}: {call.operation.name} is recorded, and no damage is predicted for it"] = None
+                why = "in a custom autograd function " * call.opaque
+                self.notes[f"{call.site}: {call.operation.name} {why}is recorded, and its damage is not predicted"] = None
         backward = -1
 
-        def received(gradient: Tensor) -> None:
+        def received(gradient: Tensor | None) -> None:
             nonlocal backward
-            if step != self.step or self._drawing:
+            if gradient is None or step != self.step or self._drawing:  # None: of a result that the loss does not use
                 return
             with torch._C.DisableTorchFunction():
                 self._sketch(slot, contents(gradient))
@@ -299,9 +301,7 @@ class Recorder(SiteHook):
     def count_beneath(self) -> None:
         """A recorded step begins: in the first one, count what passes beneath the hook."""
         if self.flops is None:
-            self.flops = self.beneath = FlopsBeneath(
-                lambda: self.stack.frames[-1].path if self.stack.frames else OUTSIDE
-            )
+            self.flops = self.beneath = FlopsBeneath(lambda: self.stack.frames[-1] if self.stack.frames else None)
 
     def stop_counting(self) -> None:
         """The optimizer's own products are not the model's."""

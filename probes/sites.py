@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from probes.contents import contents, is_readable, with_contents
+from probes.contents import contents, copies, hookable, is_readable, is_wrapped, with_contents
 from probes.coverage import FlopsBeneath
 from probes.functions import CustomFunctions, FunctionProduct, in_custom_forward
 from probes.names import ROOT, Frame, ModuleStack, Owned, ParameterOwners, in_backward
@@ -80,12 +80,20 @@ class ProductCall:
         return self.operation.plain(self.function, self.args, self.kwargs, self._laid_out(operands))
 
     def results(self, result: Any) -> list[Tensor]:
-        """The tensors of the result whose gradients are the site's grad_output."""
-        return self.operation.results(result)
+        """The tensors of the result that have a gradient: the site's grad_output."""
+        parts = (hookable(part) for part in self.operation.results(result))
+        return [part for part in parts if part is not None]
+
+    @property
+    def replayable(self) -> bool:
+        """Whether `plain` works and a gradient reaches the result, as the measurements of scored steps need."""
+        return self.operation.replayable and not self.opaque and not any(map(is_wrapped, self.given))
 
     def products(self, result: Any) -> list[Product]:
         """The forward product and the backward products that autograd will ask for, with their FLOPs."""
-        return self.operation.products(self.roles, self.given, result, self.args, self.kwargs)
+        found = self.operation.products(self.roles, self.given, result, self.args, self.kwargs)
+        times = copies(self.given)
+        return found if times == 1 else [replace(product, flops=times * product.flops) for product in found]
 
     def _laid_out(self, operands: Sequence[Tensor]) -> list[Tensor]:
         return [with_contents(given, values) for given, values in zip(self.given, operands, strict=True)]
@@ -150,7 +158,7 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         kwargs = kwargs or {}
         operation = operation_of(func)
         if operation is not None:
-            if self.stack.frames:
+            if self.stack.frames and in_backward() == self.stack.frames[-1].recomputes:
                 call = self._product_call(func, operation, args, kwargs)
                 if call is not None:
                     return self._product(call)
@@ -216,7 +224,7 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
             operands=[contents(operand) for operand in given],
             weights=frozenset(role for role, owner in zip(roles, owners, strict=True) if owner is not None),
             parameter=None if owned is None else owned.dotted,
-            recomputing=in_backward(),
+            recomputing=frame.recomputes,
             opaque=frame.trains and not torch.is_grad_enabled() and in_custom_forward(),
             function=func,
             args=args,
@@ -228,9 +236,9 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         if not any(mode is self for mode in _get_current_function_mode_stack()):
             TorchFunctionMode.__enter__(self)
             frame.leave = lambda: TorchFunctionMode.__exit__(self, None, None, None)
-        if frame.path == ROOT and not in_backward():
+        if frame.path == ROOT and not frame.recomputes:
             self.on_forward(frame, args, kwargs)
-        if self.beneath is not None and len(self.stack.frames) == 1 and not in_backward():
+        if self.beneath is not None and len(self.stack.frames) == 1 and not frame.recomputes:
             self.beneath.__enter__()
             frame.leave = _both(partial(self.beneath.__exit__, None, None, None), frame.leave)
 
