@@ -69,6 +69,13 @@ class Attention(Operation):
         return found
 
 
+@dataclass(frozen=True)
+class FlexAttention(Attention):
+    """`flex_attention`, run eagerly. A block mask saves nothing here, as in torch's own count."""
+
+    replayable: ClassVar[bool] = False  # its scores are changed by code of the user's
+
+
 def _is_fused(result: Tensor) -> bool:
     node = result.grad_fn
-    return node is not None and "ScaledDotProduct" in node.name()
+    return node is not None and any(name in node.name() for name in ("ScaledDotProduct", "FlexAttention"))

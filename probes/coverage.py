@@ -80,6 +80,8 @@ class FlopsBeneath(TorchDispatchMode):
     that is being run, if one is.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, frame: Callable[[], Frame | None]) -> None:
         super().__init__()
         self.found: Counter[tuple[str, str]] = Counter()
@@ -88,6 +90,11 @@ class FlopsBeneath(TorchDispatchMode):
         self._inside = 0
         self._made: list[_Made] = []  # in ascending order
         self._forward: set[tuple[str, str]] = set()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Off while torch.compile compiles, on when the result runs; else it would not compile at all (2.13)."""
+        return True
 
     def __enter__(self) -> Any:
         self._entered += 1
@@ -121,9 +128,10 @@ class FlopsBeneath(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        count = None if self._inside else _FLOPS.get(func.overloadpacket)
+        operator = func.overloadpacket if isinstance(func, torch._ops.OpOverload) else func
+        count = None if self._inside else _FLOPS.get(operator)
         if count is not None:
-            name = str(func.overloadpacket)
+            name = str(operator)
             where = self._of_nobody(name)
             if where is not None:
                 self.found[where, name] += int(count(*args, **(kwargs or {}), out_val=result))

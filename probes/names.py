@@ -129,7 +129,12 @@ class ModuleStack:
 
 
 def in_backward() -> bool:
-    """Whether this thread is running a node of autograd's: a product met there is a recomputation."""
+    """Whether this thread is running a node of autograd's: a product met there is a recomputation.
+
+    Not while torch.compile traces the hook: it cannot follow the question (2.13), and compiles no backward that way.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return bool(torch._C._current_graph_task_id() != -1)
 
 

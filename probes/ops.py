@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from probes.attention import Attention
+from probes.attention import Attention, FlexAttention
 from probes.chains import Bilinear, Chain, Einsum
 from probes.convolutions import Convolution
 from probes.grouped import Distances, Grouped, Scaled
@@ -36,10 +36,13 @@ _DROPOUT = {"flash_attention": 3, "flash_attention_for_cpu": 3, "efficient_atten
 def operation_of(function: Callable[..., Any]) -> Operation | None:
     """The row of a torch function, one of its operators or one of another library's; None for any other function."""
     found = OPERATIONS.get(function)
-    if found is None and isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        packet = function.overloadpacket if isinstance(function, torch._ops.OpOverload) else function
-        found = _LIBRARIES.get(packet._qualified_op_name)
-    return found
+    if found is not None or torch.compiler.is_compiling():
+        return found
+    if isinstance(function, torch._ops.OpOverload):
+        function = function.overloadpacket
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        return _BY_NAME.get(function._qualified_op_name)
+    return _BY_NAME.get(function.name()) if isinstance(function, torch._ops.HigherOrderOperator) else None
 
 
 def _table() -> dict[Callable[..., Any], Operation]:
@@ -102,7 +105,9 @@ def _operators(name: str) -> Iterator[Any]:
 
 OPERATIONS = _table()
 
-# Operators of other libraries, met by name because the library need not be there.
-_LIBRARIES = {
+# Operators that are met by name, because what defines them need not be imported: those of other libraries, and
+# flex_attention, which torch compiles for itself and then calls (what it compiles for a user is not met here).
+_BY_NAME = {
     "transformers::grouped_mm_fallback": Grouped("grouped_mm", ((0, "input"), (1, "weight"))),  # transformers 5
+    "flex_attention": FlexAttention("flex_attention", *_SDPA),
 }
