@@ -154,9 +154,7 @@ class Einsum(Chain):
         assert found is not None, "read() gave the operands"
         return super().products(roles, operands, result, (found.equation, *operands), {})
 
-    def flops(
-        self, operands: Sequence[Tensor], result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> float:
+    def flops(self, operands: Sequence[Tensor], result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         """The product of all its index sizes, but for an index of one operand that is summed by itself."""
         found = spelled(args, kwargs)
         assert found is not None, "read() gave the operands"

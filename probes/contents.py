@@ -1,8 +1,8 @@
 """The numbers that a tensor stores: itself where it is dense, else the dense tensor of its stored values.
 
 A sparse operand is read, cast and given a gradient by its stored values; the zeros that it leaves out are no elements.
-A jagged (nested) one is read by the packed values of all its parts. Under `torch.func`'s transforms a tensor is wrapped,
-once a transform: it is read by what it wraps, which under vmap is the whole batch.
+A jagged (nested) one is read by the packed values of all its parts. Transforms of `torch.func` wrap tensors,
+each once: such a one is read by what it wraps, which under vmap is the whole batch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -52,6 +53,11 @@ def is_wrapped(tensor: Tensor) -> bool:
     return bool(functorch.is_functorch_wrapped_tensor(tensor))
 
 
+def is_batch(tensor: Tensor) -> bool:
+    """Whether it stands for several tensors, packed or wrapped: a product of what it stores is then another product."""
+    return is_wrapped(tensor) or tensor.layout == torch.jagged
+
+
 def hookable(tensor: Tensor) -> Tensor | None:
     """The outermost wrapped tensor that a gradient will reach: the tensor itself, outside of transforms; else None."""
     while not tensor.requires_grad and is_wrapped(tensor):
@@ -92,7 +98,7 @@ def with_contents(tensor: Tensor, values: Tensor) -> Tensor:
             tensor._indices(), values, tensor.shape, is_coalesced=tensor.is_coalesced(), check_invariants=False
         )
     if tensor.layout == torch.jagged:
-        made: Tensor = torch.nested.nested_tensor_from_jagged(values, tensor.offsets())
+        made: Tensor = torch.nested.nested_tensor_from_jagged(values, cast(Any, tensor).offsets())
         return made
     if tensor.layout in _COMPRESSED_ROWS:
         outer, inner = tensor.crow_indices(), tensor.col_indices()

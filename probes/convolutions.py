@@ -35,9 +35,7 @@ class Convolution(Operation):
         result: Tensor = function(*changed, **keywords)
         return result
 
-    def flops(
-        self, operands: Sequence[Tensor], result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> float:
+    def flops(self, operands: Sequence[Tensor], result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         """Each element of the smaller side meets each weight of its channel.
 
         With groups this is a group's share. FlopCounterMode gives the weight gradient `groups` times that (2.13).
@@ -45,5 +43,7 @@ class Convolution(Operation):
         first, second = operands
         if self.name == "conv_tbc":  # the weight is [kernel, in, out]
             return 2.0 * result.numel() * second.numel() / max(second.shape[2], 1)
-        transposed = "transpose" in self.name or (self.name == "convolution" and argument(args, kwargs, 6, "transposed"))
+        transposed = "transpose" in self.name or (
+            self.name == "convolution" and argument(args, kwargs, 6, "transposed")
+        )
         return 2.0 * (first if transposed else result).numel() * second.numel() / max(second.shape[0], 1)

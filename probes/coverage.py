@@ -142,7 +142,9 @@ class FlopsBeneath(TorchDispatchMode):
         unseen = sum(self.found.values())
         total = seen_flops + unseen
         entries: list[dict[str, Any]] = [
-            {"where": where, "op": op, "flops": float(flops)} for (where, op), flops in self.found.most_common() if flops
+            {"where": where, "op": op, "flops": float(flops)}
+            for (where, op), flops in self.found.most_common()
+            if flops
         ]
         for site in sites:
             hidden = sum(product.flops for product in site.products if HIDDEN in product.operands)

@@ -28,7 +28,7 @@ NODES = 4096  # how many are remembered
 
 @dataclass
 class FunctionProduct:
-    """A product of two tensors in a custom function's forward. Of its operands only the storages' addresses are kept."""
+    """A product of two tensors in a custom function's forward. Only its operands' addresses are kept."""
 
     site: str
     roles: tuple[str, ...]

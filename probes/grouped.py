@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +30,7 @@ class Grouped(Operation):
         if ends is None:
             return torch.matmul(first, second)
         starts = [0, *(int(end) for end in ends)]
-        spans = list(zip(starts[:-1], starts[1:], strict=True))
+        spans = list(pairwise(starts))
         if first.dim() == 2 and second.dim() == 3:
             parts = [first[start:end] @ second[group] for group, (start, end) in enumerate(spans)]
             parts.append(first.new_zeros(first.shape[0] - starts[-1], second.shape[2]))
@@ -40,10 +41,8 @@ class Grouped(Operation):
             return torch.cat(parts, dim=1)
         return torch.stack([first[:, start:end] @ second[start:end] for start, end in spans])
 
-    def flops(
-        self, operands: Sequence[Tensor], result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> float:
-        """Every row meets one matrix. Rows behind the last offset count as well: to know them would wait for the GPU."""
+    def flops(self, operands: Sequence[Tensor], result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        """Every row meets one matrix. Rows behind the last offset count too: to know it would wait for the GPU."""
         first, second = operands
         if first.dim() == 2 and second.dim() == 2:  # the groups share the inner sum
             return 2.0 * first.shape[0] * first.shape[1] * second.shape[1]
@@ -75,9 +74,7 @@ class Distances(Operation):
         by_product = mode == "use_mm_for_euclid_dist" or (mode == "use_mm_for_euclid_dist_if_necessary" and many)
         return found if by_product else None
 
-    def flops(
-        self, operands: Sequence[Tensor], result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> float:
+    def flops(self, operands: Sequence[Tensor], result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         return 2.0 * result.numel() * operands[0].shape[-1]
 
 

@@ -88,10 +88,8 @@ class Operation:
         """The tensors of the result whose gradients are the site's grad_output."""
         return [result[0] if isinstance(result, tuple) else result]
 
-    def flops(
-        self, operands: Sequence[Tensor], result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> float:
-        """FLOPs of the forward product, a multiply-add counted as two; a zero that a sparse operand leaves out is none."""
+    def flops(self, operands: Sequence[Tensor], result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        """FLOPs of the forward product, a multiply-add counted as two; those of zeros that are not stored are none."""
         first, second = operands[0], operands[1]
         match self.name:
             case "addbmm" | "bmm" | "baddbmm":

@@ -59,7 +59,7 @@ def _table() -> dict[Callable[..., Any], Operation]:
 
 
 def _rows() -> Iterator[tuple[tuple[str, ...], Operation]]:
-    """Names in torch, torch.Tensor, torch.linalg, torch.sparse, torch.nn.functional and torch.ops.aten, with their row."""
+    """Names in torch, its Tensor, linalg, sparse and nn.functional, and in torch.ops.aten, with their row."""
     yield ("linear",), Operation("linear", *_LAYER)
     for name, second in _PAIRS.items():
         yield (name, *_ALIASES.get(name, ())), Operation(name, ((0, "input"), (1, second)))
@@ -69,9 +69,7 @@ def _rows() -> Iterator[tuple[tuple[str, ...], Operation]]:
     yield ("einsum",), Einsum("einsum", ())
     yield ("multi_dot", "linalg_multi_dot"), Chain("multi_dot", ())
     yield ("chain_matmul",), Chain("chain_matmul", ())
-    yield ("bilinear",), Bilinear(
-        "bilinear", ((0, "input1"), (1, "input2"), (2, "weight")), ("lhs", "rhs", "weight")
-    )
+    yield ("bilinear",), Bilinear("bilinear", ((0, "input1"), (1, "input2"), (2, "weight")), ("lhs", "rhs", "weight"))
     yield ("cdist",), Distances("cdist", ((0, "x1"), (1, "x2")))
     for name in (*_CONVOLUTIONS, "conv_tbc"):
         yield (name,), Convolution(name, *_LAYER)

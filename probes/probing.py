@@ -24,7 +24,7 @@ from probes.errors import WindowError
 from probes.history import history_of
 from probes.measurable import why_not_measurable
 from probes.recorder import Clock, Recorder
-from probes.records import GRADIENT, Coverage, Evidence, Product, Site, Slot
+from probes.records import GRADIENT, Evidence, Product, Site, Slot
 from probes.window import Window
 
 USUAL_CASTS = ("e4m3fn", "e5m2", "int8", "bf16", "fp16")  # the candidates of the directional products
@@ -201,7 +201,7 @@ def _close(
         steps=recorder.recorded,
         losses=recorder.losses,
         sites=sites,
-        coverage=Coverage(float("nan")) if recorder.flops is None else recorder.flops.coverage(recorder.seen_flops, sites),
+        coverage=recorder.coverage(sites),
         histories={slot: history_of(found) for slot, found in rows.items()},
         evidence={slot: _evidence(slot, recorder) for slot in rows},
         notes=notes,

@@ -21,11 +21,11 @@ from probes.casts import Cast
 from probes.contents import contents, outside_transforms, readable
 from probes.coverage import FlopsBeneath
 from probes.curvature import Met, Sums, curvature_sums, noise_ratios, unchanged, view_of
+from probes.functions import FunctionProduct
 from probes.history import SparseRow, sparse_row
 from probes.losses import loss_call
-from probes.functions import FunctionProduct
 from probes.names import Frame, in_backward
-from probes.records import GRADIENT, Product, Slot
+from probes.records import GRADIENT, Coverage, Product, Site, Slot
 from probes.sites import ProductCall, SiteHook
 from probes.sketch import SketchArray
 
@@ -232,7 +232,8 @@ class Recorder(SiteHook):
                 self._met.append(met := Met.of(call, results[0], self._batch))
             else:
                 why = "in a custom autograd function " * call.opaque
-                self.notes[f"{call.site}: {call.operation.name} {why}is recorded, and its damage is not predicted"] = None
+                text = f"{call.site}: {call.operation.name} {why}is recorded, and its damage is not predicted"
+                self.notes[text] = None
         backward = -1
 
         def received(gradient: Tensor | None) -> None:
@@ -302,6 +303,10 @@ class Recorder(SiteHook):
         """A recorded step begins: in the first one, count what passes beneath the hook."""
         if self.flops is None:
             self.flops = self.beneath = FlopsBeneath(lambda: self.stack.frames[-1] if self.stack.frames else None)
+
+    def coverage(self, sites: Sequence[Site]) -> Coverage:
+        """The share that these sites, the window's, have of the matrix FLOPs of the step that was counted."""
+        return Coverage(float("nan")) if self.flops is None else self.flops.coverage(self.seen_flops, sites)
 
     def stop_counting(self) -> None:
         """The optimizer's own products are not the model's."""

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from probes.contents import contents, copies, hookable, is_readable, is_wrapped, with_contents
+from probes.contents import contents, copies, hookable, is_batch, is_readable, with_contents
 from probes.coverage import FlopsBeneath
 from probes.functions import CustomFunctions, FunctionProduct, in_custom_forward
 from probes.names import ROOT, Frame, ModuleStack, Owned, ParameterOwners, in_backward
@@ -87,7 +87,7 @@ class ProductCall:
     @property
     def replayable(self) -> bool:
         """Whether `plain` works and a gradient reaches the result, as the measurements of scored steps need."""
-        return self.operation.replayable and not self.opaque and not any(map(is_wrapped, self.given))
+        return self.operation.replayable and not self.opaque and not any(map(is_batch, self.given))
 
     def products(self, result: Any) -> list[Product]:
         """The forward product and the backward products that autograd will ask for, with their FLOPs."""

@@ -46,9 +46,7 @@ def mixtral(attention: str = "sdpa", experts: str = "grouped_mm") -> Built:
     """A mixture of experts; `experts`: eager, batched_mm or grouped_mm."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    config = MixtralConfig(
-        **_decoder(attention), num_local_experts=4, num_experts_per_tok=2, output_router_logits=True
-    )
+    config = MixtralConfig(**_decoder(attention), num_local_experts=4, num_experts_per_tok=2, output_router_logits=True)
     config._experts_implementation = experts
     return _language_model(MixtralForCausalLM(config))
 
@@ -183,9 +181,7 @@ def resnet() -> Built:
     """With BatchNorm; of transformers."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    config = ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32], depths=[1, 2], layer_type="basic", num_labels=10
-    )
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 2], layer_type="basic", num_labels=10)
     model, draw = ResNetForImageClassification(config).train(), _draws()
 
     def step() -> Tensor:
