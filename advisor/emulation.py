@@ -107,7 +107,7 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
         """Count what is recomputed where no site can be told."""
         self.unplaced += 1
 
-    def on_product(self, call: ProductCall) -> Tensor:
+    def on_product(self, call: ProductCall) -> Any:
         """Cast the operands, run the product, and see that its gradient is cast."""
         if Slot(call.site, call.roles[0]) not in self.casts:
             self.unplanned[call.site] += 1
@@ -119,9 +119,9 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
             ]
         )
         slot = Slot(call.site, GRADIENT)
-        if result.requires_grad and slot in self.casts:
+        for part in call.results(result) if slot in self.casts else ():
             # A tensor hook and no autograd function: what the model then does to the result in place stays allowed.
-            result.register_hook(lambda gradient: self._cast(slot, gradient))
+            part.register_hook(lambda gradient: None if gradient is None else self._cast(slot, gradient))
         return result
 
     def _cast(self, slot: Slot, values: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from probes.coverage import coverage_of
+from probes.history import SlotHistory
 from probes.parameters import ParameterWatch
 from probes.recorder import Recorder, SiteTally
 from probes.records import GRADIENT, Product, Site, Slot
@@ -20,7 +20,7 @@ def contents_of(
 ) -> Contents:
     """Plain data; nothing of the model stays in it."""
     steps = max(len(recorder.recorded), 1)
-    histories = recorder.rows.histories()
+    histories = _in_order(recorder.rows.histories(), recorder.tallies)
     records = parameters.records()
     sites = tuple(
         _site(name, tally, steps, Slot(name, GRADIENT) in histories, model)
@@ -43,7 +43,7 @@ def contents_of(
         steps=tuple(recorder.recorded),
         losses=tuple(loss / scale for loss, scale in zip(losses, scales, strict=True)),
         sites=sites,
-        coverage=coverage_of(recorder.seen_flops, recorder.unseen or Counter(), recorder.forwards / steps),
+        coverage=recorder.coverage(sites),
         histories=histories,
         evidence={slot: recorder.scoring.evidence(slot, noise.get(slot.site)) for slot in histories},
         notes=tuple(recorder.notes),
@@ -52,6 +52,12 @@ def contents_of(
         backward_errors=recorder.scoring.backward_errors,
         curvature_from=recorder.scoring.curvature_from,
     )
+
+
+def _in_order(histories: Mapping[Slot, SlotHistory], sites: Mapping[str, SiteTally]) -> dict[Slot, SlotHistory]:
+    """Slots by site, in the order in which sites were met, and by role; then those of parameters alone."""
+    order = [Slot(name, role) for name, tally in sites.items() for role in (*tally.roles, GRADIENT)]
+    return {slot: histories[slot] for slot in (*order, *histories) if slot in histories}
 
 
 def _site(name: str, tally: SiteTally, steps: int, has_gradient: bool, model: nn.Module) -> Site:

@@ -19,7 +19,7 @@ notices it; the rest of the window then runs uncompiled.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from torch.overrides import _get_current_function_mode, _pop_mode_temporarily
 
 from probes.curvature import unchanged
 from probes.layout import SUMS
+from probes.names import written
 from probes.ops import OPERATIONS
 from probes.records import GRADIENT, Product, Slot
 from probes.sites import ProductCall
@@ -85,26 +86,26 @@ class Operand:
 
 @dataclass(frozen=True)
 class Laid:
-    """One product as the layout found it. `result`: an empty tensor like it, where a gradient comes back to it."""
+    """One product as the layout found it. `results`: empty tensors like those to which a gradient comes back."""
 
     call: ProductCall
     operands: tuple[Operand, ...]
     products: tuple[Product, ...]
-    result: Tensor | None
+    results: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, call: ProductCall, result: Tensor) -> Laid:
+    def of(cls, call: ProductCall, result: Any) -> Laid:
         """Keeps names, sizes and parameters, and nothing of the step's own tensors."""
         operands = tuple(
             Operand(
                 Slot(call.site, role),
                 _like(operand),
-                operand.detach() if role == "weight" and call.parameter is not None else None,
+                operand.detach() if role in call.weights else None,
             )
             for role, operand in zip(call.roles, call.operands, strict=True)
         )
-        bare = replace(call, operands=[], function=_gone, args=(), kwargs={})
-        return cls(bare, operands, tuple(call.products(result)), _like(result) if result.requires_grad else None)
+        bare = replace(call, operands=[], given=[], function=_gone, args=(), kwargs={})
+        return cls(bare, operands, tuple(call.products(result)), tuple(map(_like, call.results(result))))
 
 
 @dataclass
@@ -112,7 +113,6 @@ class Part:
     """A compiled part of the model: how it is called, and its layouts by what it was called with."""
 
     name: str
-    is_root: bool
     eager: bool = False
     layouts: dict[Any, tuple[list[Laid], list[Traced]]] = field(default_factory=dict)
 
@@ -128,11 +128,11 @@ class CompiledParts:
     def attach(self) -> None:
         """Stand before every compiled part: modules that torch.compile wrapped, and those compiled in place."""
         for path, module in self._model.named_modules():
-            name = path.replace("_orig_mod.", "").removesuffix("_orig_mod")
+            name = written(path)
             if isinstance(module, torch._dynamo.OptimizedModule):
-                self._stand_before(module, "forward", Part(name, is_root=not name))
+                self._stand_before(module, "forward", Part(name))
             elif module._compiled_call_impl is not None:
-                self._stand_before(module, "_compiled_call_impl", Part(name, is_root=not name))
+                self._stand_before(module, "_compiled_call_impl", Part(name))
 
     def detach(self) -> None:
         """Take everything back."""
@@ -165,13 +165,15 @@ class CompiledParts:
         laid, recorder.traced = part.layouts[called_with]
         recorder.traced_at = 0
         try:
-            result = original(*args, **kwargs)
+            # What the layout has counted beneath the hook is not counted again.
+            with nullcontext() if recorder.beneath is None else recorder.beneath.seen():
+                result = original(*args, **kwargs)
         finally:
             recorder.traced = []
         if recorder.traced_at != len(laid):
             self._give_up(part, recorder.traced_at, laid)
         else:
-            recorder.ran_compiled(laid, part.is_root)
+            recorder.ran_compiled(laid)
         return result
 
     def _lay_out(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Laid]:
@@ -190,7 +192,7 @@ class CompiledParts:
             None if operand.parameter is not None else self._pair(operand.slot, operand.like.device)
             for operand in laid.operands
         )
-        gradient = None if laid.result is None else self._pair(Slot(laid.call.site, GRADIENT), laid.result.device)
+        gradient = self._pair(Slot(laid.call.site, GRADIENT), laid.results[0].device) if laid.results else None
         return Traced(operands, gradient, self._recorder.gradient_factor)
 
     def _pair(self, slot: Slot, device: torch.device) -> Pair:
@@ -201,12 +203,13 @@ class CompiledParts:
 
     def _give_up(self, part: Part, met: int, laid: Sequence[Laid]) -> None:
         part.eager = True
+        self._recorder.flops = None  # a later step is counted instead
         for one in laid:
             for operand in one.operands:
                 if operand.slot in self._pairs:
                     _clear(self._pairs[operand.slot])
         self._recorder.note(
-            f"{part.name or 'the model'} runs uncompiled in this window: its graph has {met} matrix products where its "
+            f"{part.name} runs uncompiled in this window: its graph has {met} matrix products where its "
             f"forward has {len(laid)}; what it did compiled in step {self._recorder.step} is missing"
         )
 
@@ -232,7 +235,7 @@ def traced_product(recorder: Recorder, function: Callable[..., Any], args: Any, 
         if pair is not None:
             torch.ops.numerics_advisor.sketch(pair[0], pair[1], operand.detach(), 1.0)
     result = function(*args, **kwargs)
-    if traced.gradient is not None and result.requires_grad:
+    if traced.gradient is not None and isinstance(result, Tensor) and result.requires_grad:
         return Watched.apply(result, traced.gradient[0], traced.gradient[1], traced.factor)
     return result
 

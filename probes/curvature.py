@@ -34,6 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._python_dispatch import _disable_current_modes
 
 from probes.casts import Cast
 from probes.losses import LossCall
@@ -228,7 +229,7 @@ def noise_ratios(
                     continue
                 if i == len(operands):
                     errors = vjp(call, operands, cast(gradient) - gradient, wanted)
-                elif call.operation.name == "sdpa":
+                elif not call.operation.multilinear:
                     changed = [cast(operand) if j == i else operand for j, operand in enumerate(operands)]
                     errors = [
                         new - exact[j] for j, new in zip(wanted, vjp(call, changed, gradient, wanted), strict=True)
@@ -246,7 +247,7 @@ def _enters(call: ProductCall, i: int, trained: Sequence[int]) -> list[int]:
     if i == len(call.operands):
         weights = [j for j in trained if call.roles[j] == "weight"]
         return weights or list(trained)
-    if call.operation.name == "sdpa":
+    if not call.operation.multilinear:
         return list(trained)
     return [j for j in trained if j != i]
 
@@ -276,7 +277,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
     Through `.data`, whose version autograd does not watch, and only where something changed.
     """
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if buffer.layout == torch.strided]
     try:
         yield
     finally:
@@ -287,11 +288,12 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Work of our own inside the user's step: no overrides, no autocast, no graph, and the random streams put back."""
+    """Work of our own inside the user's step: no modes, no autocast, no graph, and the random streams put back."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with (
         torch.random.fork_rng(devices=list(devices)),
         torch._C.DisableTorchFunction(),
+        _disable_current_modes(),
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
         torch.no_grad(),

@@ -21,9 +21,15 @@ ROOT = "(root)"
 
 @dataclass
 class Frame:
-    """One entry into a module's forward: its path, and how often each operation has been met in it."""
+    """One entry into a module's forward: its path, and how often each operation has been met in it.
+
+    `trains`: gradients were enabled on entry. `recomputes`: it was entered in the backward pass.
+    """
 
     path: str
+    module: nn.Module
+    trains: bool
+    recomputes: bool
     met: Counter[str] = field(default_factory=Counter)
     leave: Callable[[], None] | None = None
 
@@ -34,7 +40,7 @@ class Owned:
 
     path: str
     site: str
-    dotted: str  # the name that `model.named_parameters()` gives it: of a tied parameter, its first owner's
+    dotted: str | None  # the name that `model.named_parameters()` gives it: of a tied parameter, its first owner's
 
 
 class ParameterOwners:
@@ -47,16 +53,27 @@ class ParameterOwners:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._owned: dict[int, tuple[ref[Tensor], list[Owned]]] = {}
+        self._by_name: dict[tuple[str, str], Owned] = {}
         self._look()
 
-    def of(self, tensor: Tensor, current: str | None) -> Owned | None:
-        """The owner of the parameter that this tensor is, or is a view of; the current module if it is one of them."""
+    def of(self, tensor: Tensor, current: Frame) -> Owned | None:
+        """The owner of the parameter that this tensor is, or is a view of; the current module if it is one of them.
+
+        A tensor that stands in a parameter's place for the time of a call (`torch.func.functional_call`) counts as it.
+        """
+        base = tensor._base
         owners = self._of(tensor)
-        if owners is None and tensor._base is not None:
-            owners = self._of(tensor._base)
+        if owners is None and base is not None:
+            owners = self._of(base)
         if owners is None:
-            return None
-        return next((owned for owned in owners if owned.path == current), owners[0])
+            return self._standing_in(tensor, base, current)
+        return next((owned for owned in owners if owned.path == current.path), owners[0])
+
+    def _standing_in(self, tensor: Tensor, base: Tensor | None, current: Frame) -> Owned | None:
+        for name, parameter in current.module._parameters.items():
+            if parameter is not None and (parameter is tensor or parameter is base):
+                return self._by_name.get((current.path, name))
+        return None
 
     def _of(self, tensor: Tensor) -> list[Owned] | None:
         found = self._known(tensor)
@@ -79,6 +96,7 @@ class ParameterOwners:
                 where = written(path)
                 owned = Owned(where, f"{where}/{name}" if several else where, dotted[id(parameter)])
                 found.setdefault(id(parameter), (ref(parameter), []))[1].append(owned)
+                self._by_name[where, name] = owned
         self._owned.update(found)
 
 
@@ -92,9 +110,12 @@ class ModuleStack:
         self._handles: list[Any] = []
 
     def attach(self) -> None:
-        """Put the hooks on. A module that stands at several paths is named by the first."""
+        """Put the hooks on. A module that stands at several paths is named by the first.
+
+        TorchScript's modules take no hooks and call no torch function: what they multiply is not seen.
+        """
         for path, module in self._model.named_modules():
-            if isinstance(module, torch._dynamo.OptimizedModule):
+            if isinstance(module, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)):
                 continue
             frame_path = written(path)
             self._handles.append(
@@ -116,10 +137,10 @@ class ModuleStack:
         return frames
 
     def _push(self, path: str) -> Callable[..., None]:
-        def push(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def push(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if torch.compiler.is_compiling():
                 return
-            frame = Frame(path)
+            frame = Frame(path, module, torch.is_grad_enabled(), in_backward())
             self.frames.append(frame)
             self._entered(frame, args, kwargs)
 
@@ -138,7 +159,12 @@ def written(path: str) -> str:
 
 
 def in_backward() -> bool:
-    """Whether this thread is running a node of autograd's: a product met there is a recomputation."""
+    """Whether this thread is running a node of autograd's: a product met there is a recomputation.
+
+    Not while torch.compile traces the hook: it cannot follow the question (2.13), and compiles no backward that way.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return bool(torch._C._current_graph_task_id() != -1)
 
 

@@ -135,6 +135,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
 
     def _before_step(self, *_: Any) -> None:
         recorder = self._recorder
+        recorder.stop_counting()
         if not self.window.done:
             self._parameters.before_step(recorder.step, recorder.depth.recorded, recorder.depth.followed)
 
@@ -178,6 +179,8 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
             followed=recorded and len(self._parameters.steps) < self._due(self._followed),
             tiled=recorded,
         )
+        if recorded:
+            recorder.count_beneath()
 
     def _due(self, steps: Sequence[int]) -> int:
         """How many of these steps have come; one that was not recorded is made up for by a later one."""
@@ -186,6 +189,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
     def _stop(self) -> None:
         """Stop watching: hooks off. The override mode itself is left when the `with` block is."""
         self._recorder.depth = Depth()
+        self._recorder.stop_counting()
         self._recorder.forget()
         self._parameters.forget()
         self._open.close()

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from probes.casts import Cast
 from probes.compiled import CompiledParts, Laid, Traced, traced_product
-from probes.coverage import FlopsUnseen
+from probes.contents import contents, outside_transforms, readable
+from probes.coverage import FlopsBeneath
 from probes.curvature import view_of
 from probes.edges import await_gradient
+from probes.functions import FunctionProduct
 from probes.loss_scale import LossScale, StepScale
 from probes.losses import loss_call
 from probes.names import Frame, in_backward
-from probes.records import GRADIENT, Product, Slot
+from probes.records import GRADIENT, Coverage, Product, Site, Slot
 from probes.rows import SlotRows
 from probes.scoring import Scoring
 from probes.sites import ProductCall, SiteHook
@@ -86,9 +88,8 @@ class Recorder(SiteHook):
         self.losses: list[Tensor | None] = []
         self.loss_scales: list[StepScale] = []
         self.tallies: dict[str, SiteTally] = {}
-        self.unseen: Counter[tuple[str, str]] | None = None
+        self.flops: FlopsBeneath | None = None
         self.seen_flops = 0.0
-        self.forwards = 0
         self.began = False
         self.compiled = CompiledParts(outer, self)
         self.traced: list[Traced] = []
@@ -96,7 +97,6 @@ class Recorder(SiteHook):
         self.met_unlaid = False
         self._laying: list[Laid] | None = None
         self._finer = tuple(finer)
-        self._counter: FlopsUnseen | None = None
         self._start_step()
 
     def _start_step(self) -> None:
@@ -119,6 +119,11 @@ class Recorder(SiteHook):
         self.met_unlaid = True
         return function(*args, **kwargs)
 
+    @property
+    def is_in_graph(self) -> bool:
+        """A compiled part is being run: what its graph calls has been told, and is recorded within."""
+        return bool(self.traced)
+
     @contextmanager
     def laying_out(self) -> Iterator[list[Laid]]:
         """While entered, products are told and not recorded."""
@@ -129,9 +134,8 @@ class Recorder(SiteHook):
         finally:
             self._laying = None
 
-    def ran_compiled(self, laid: Sequence[Laid], is_root: bool) -> None:
+    def ran_compiled(self, laid: Sequence[Laid]) -> None:
         """A compiled part has run, and sketched what its graph can: the rest, and the tally, are done here."""
-        self.forwards += is_root
         for one in laid:
             self._tally(one.call, one.products)
             for operand in one.operands:
@@ -139,53 +143,43 @@ class Recorder(SiteHook):
                     self._note_tensor(operand.slot, operand.like)
                 else:
                     self._sketch(operand.slot, operand.parameter, once=True)
-            if one.result is not None:
-                self._note_tensor(Slot(one.call.site, GRADIENT), one.result)
+            for result in one.results:
+                self._note_tensor(Slot(one.call.site, GRADIENT), result)
 
     def on_forward(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read the batch size off the model's inputs; on the first recorded forward, count what is not seen."""
+        """Read the batch size off the model's inputs."""
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
         self._batch = tensors[0].shape[0] if tensors else None
         self.began = self.began or torch.is_grad_enabled()
-        if self.depth.recorded and torch.is_grad_enabled():
-            self.forwards += self._laying is None
-            if self.unseen is None:
-                self._count_unseen(frame)
 
-    def on_product(self, call: ProductCall) -> Tensor:
+    def on_product(self, call: ProductCall) -> Any:
         """Sketch the operands, run the product, and wait for its gradient."""
         if self._laying is not None:
-            result = self._run_counted(call)
+            result = call.run()
             self._laying.append(Laid.of(call, result))
             return result
-        if not (self.depth.recorded and torch.is_grad_enabled()):
+        if not (self.depth.recorded and (torch.is_grad_enabled() or call.opaque)):
             return call.run()
         if not call.recomputing:
             self._forward_sites.add(call.site)
         elif call.site in self._forward_sites:
             return call.run()  # reentrant checkpointing runs its forward without a graph: there, this is the first
-        result = self._run_counted(call)
+        result = call.run()
         products = call.products(result)
-        self._tally(call, products)
+        self._tally(call, [product for product in products if not product.backward])
         for role, operand in zip(call.roles, call.operands, strict=True):
-            tilings = self._tilings(call, role, operand.dim())
-            self._sketch(Slot(call.site, role), operand, tilings, once=role == "weight" and call.parameter is not None)
-        if result.requires_grad:
-            self._await_gradient(call, result)
+            self._sketch(
+                Slot(call.site, role), operand, self._tilings(call, role, operand.dim()), once=role in call.weights
+            )
+        self._await_gradient(call, result, [product for product in products if product.backward])
         return result
 
-    def _run_counted(self, call: ProductCall) -> Tensor:
-        """Run a product; while FLOPs are counted, its own are seen."""
-        counter = self._counter
-        if counter is None:
-            return call.run()
-        counter.inside = True
-        try:
-            result = call.run()
-        finally:
-            counter.inside = False
-        self.seen_flops += sum(p.flops for p in call.products(result) if GRADIENT not in p.operands)
-        return result
+    def on_function_gradient(self, product: FunctionProduct, role: str, gradient: Tensor) -> None:
+        """A custom function's backward multiplies: what its product's result would have told."""
+        if self.depth.recorded and product.site in self.tallies:
+            self._count(product.site, [product.gradient_of(role)])
+            if product.first_time(gradient):
+                self._sketch(Slot(product.site, GRADIENT), self._at_joined_scale(gradient))
 
     def on_other(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Everything else: losses are recognised, and normalisation over the batch."""
@@ -237,8 +231,15 @@ class Recorder(SiteHook):
             tally = SiteTally(call.operation.name, call.roles, call.parameter)
             self.tallies[call.site] = tally
         tally.calls += 1
+        self._count(call.site, products)
+
+    def _count(self, site: str, products: Sequence[Product]) -> None:
+        """A backward product counts when its gradient arrives: what the loss does not reach is never multiplied."""
+        tally = self.tallies[site]
         for product in products:
             tally.products[product.name, product.operands] += product.flops
+        if self.beneath is not None:
+            self.seen_flops += sum(product.flops for product in products)
 
     def _sketch(self, slot: Slot, values: Tensor, tilings: Sequence[Tiling] = (), once: bool = False) -> None:
         if once:
@@ -248,9 +249,11 @@ class Recorder(SiteHook):
             self._weights_seen[slot].add(view)
         self._note_tensor(slot, values)
         try:
-            self.rows.add(slot, values)
-            for tiling in tilings:
-                self.rows.add_tiles(slot, values, tiling)
+            with outside_transforms():
+                values = readable(values)
+                self.rows.add(slot, values)
+                for tiling in tilings:
+                    self.rows.add_tiles(slot, values, tiling)
         except Exception as error:  # a kind of tensor nobody thought of: the training goes on, and the window says so
             self.note(f"{slot.role} of {slot.site} could not be read: {type(error).__name__}: {error}")
 
@@ -265,34 +268,49 @@ class Recorder(SiteHook):
             return ()
         return tilings_of(self._finer, call.operation.name, call.roles, role, dimensions)
 
-    def _await_gradient(self, call: ProductCall, result: Tensor) -> None:
-        step, slot, tilings = self.step, Slot(call.site, GRADIENT), self._tilings(call, GRADIENT, result.dim())
-        met = self.scoring.meet(call, result, self._batch) if self.depth.scored else None
+    def _at_joined_scale(self, gradient: Tensor) -> Tensor:
+        return gradient if self.gradient_factor == 1.0 else gradient * self.gradient_factor
 
-        def received(gradient: Tensor) -> None:
-            if step != self.step or self.scoring.drawing:
+    def _await_gradient(self, call: ProductCall, result: Any, products: Sequence[Product]) -> None:
+        step, slot, met = self.step, Slot(call.site, GRADIENT), None
+        results = call.results(result)
+        tilings = self._tilings(call, GRADIENT, results[0].dim()) if results else ()
+        if self.depth.scored and (results or call.opaque):
+            if call.replayable:
+                met = self.scoring.meet(call, results[0], self._batch)
+            else:
+                why = "in a custom autograd function " * call.opaque
+                self.note(f"{call.site}: {call.operation.name} {why}is recorded, and its damage is not predicted")
+        backward = -1
+
+        def received(gradient: Tensor | None) -> None:
+            nonlocal backward
+            if gradient is None or step != self.step or self.scoring.drawing:  # None: the loss does not use this result
                 return
             with torch._C.DisableTorchFunction():
-                factor = self.gradient_factor
-                self._sketch(slot, gradient if factor == 1.0 else gradient * factor, tilings)
+                self._sketch(slot, self._at_joined_scale(contents(gradient)), tilings)
+            if backward != (backward := torch._C._current_graph_task_id()):  # once, however many results it arrives at
+                self._count(slot.site, products)
             if met is not None:
                 self.scoring.on_gradient(met, gradient)
 
-        await_gradient(result, received)
+        for part in results:
+            await_gradient(part, received)
 
-    def _count_unseen(self, frame: Frame) -> None:
-        counter = FlopsUnseen(lambda: self.stack.frames[-1].path if self.stack.frames else "")
-        self._counter, self.unseen = counter, counter.found
-        counter.__enter__()
-        leave = frame.leave
+    # Coverage.
 
-        def stop() -> None:
-            counter.__exit__(None, None, None)
-            self._counter = None
-            if leave is not None:
-                leave()
+    def count_beneath(self) -> None:
+        """A recorded step begins: in the first one, count what passes beneath the hook."""
+        if self.flops is None:
+            self.flops = self.beneath = FlopsBeneath(lambda: self.stack.frames[-1] if self.stack.frames else None)
 
-        frame.leave = stop
+    def coverage(self, sites: Sequence[Site]) -> Coverage:
+        """The share that these sites, the window's, have of the matrix FLOPs of the step that was counted."""
+        return Coverage(float("nan")) if self.flops is None else self.flops.coverage(self.seen_flops, sites)
+
+    def stop_counting(self) -> None:
+        """The optimizer's own products are not the model's."""
+        self.beneath = None
 
 
 def _mixes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

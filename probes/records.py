@@ -34,6 +34,11 @@ class Product:
     operands: tuple[str, str]
     flops: float
 
+    @property
+    def backward(self) -> bool:
+        """Whether it runs in the backward pass."""
+        return self.name.endswith("_grad")
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Product:
         first, second = data["operands"]
@@ -124,9 +129,11 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Share of the forward pass's matrix FLOPs that the sites hold, 0 to 1, and what was met but not seen.
+    """Share of the matrix FLOPs of forward and backward that the sites hold, 0 to 1, and what was met but not seen.
 
-    `unseen`: {"where": module path, "op": aten operator, "flops": a step}. NaN where no forward pass was counted.
+    `unseen`: {"where": module path, "op": aten operator, "flops": a step}; "(outside)" is what the loss multiplies
+    outside the model. An entry that has a "site" too is that site's, and in the share: products inside a fused
+    recurrent call, between tensors that no slot holds. NaN where no step was counted.
     """
 
     share: float
@@ -134,13 +141,18 @@ class Coverage:
 
     @property
     def unseen_flops(self) -> float:
-        """Forward FLOPs a step of the products that no site holds."""
-        return float(sum(entry["flops"] for entry in self.unseen))
+        """FLOPs a step, forward and backward, of the products that no site holds."""
+        return float(sum(entry["flops"] for entry in self.unseen if "site" not in entry))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Coverage:
         unseen = tuple(
-            {"where": text(entry["where"]), "op": text(entry["op"]), "flops": _amount(entry["flops"])}
+            {
+                "where": text(entry["where"]),
+                "op": text(entry["op"]),
+                "flops": _amount(entry["flops"]),
+                **({"site": text(entry["site"])} if "site" in entry else {}),
+            }
             for entry in data["unseen"]
         )
         return cls(float(from_json(data["share"])), unseen)

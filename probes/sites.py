@@ -11,6 +11,10 @@ window records, `advisor.apply` casts. Three things need care (true for torch 2.
 - The mode is a thread's own. A module that is entered in a thread where the mode is not active (autograd's on CUDA)
   enters it, and leaves it on the way out.
 
+- A custom autograd function multiplies in its own `forward` and `backward`, without a graph between them. A product in
+  its forward is a site like any other (`opaque`). A product in its backward, in the same thread, is that site's if one
+  of its operands is an operand of the forward product: the other is the site's `grad_output` (`functions.py`).
+
 A parametrized or quantized weight is no parameter by identity; in a linear layer or a convolution its position still
 makes it the weight, and the site is then named by its place in the module that runs.
 """
@@ -18,8 +22,9 @@ makes it the weight, and the site is then named by its place in the module that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -28,47 +33,70 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from probes.names import ROOT, Frame, ModuleStack, ParameterOwners, in_backward
-from probes.ops import OPERATIONS, Operation
+from probes.contents import contents, copies, hookable, is_batch, is_readable, with_contents
+from probes.coverage import FlopsBeneath
+from probes.functions import CustomFunctions, FunctionProduct, in_custom_forward
+from probes.names import ROOT, Frame, ModuleStack, Owned, ParameterOwners, in_backward
+from probes.ops import Operation, operation_of
 from probes.records import Product
 
-COMPOSITE = frozenset({F.multi_head_attention_forward, torch.Tensor.backward, torch.autograd.backward})
+BACKWARD = frozenset({torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad})
+COMPOSITE = BACKWARD | {F.multi_head_attention_forward, *filter(None, [getattr(F, "linear_cross_entropy", None)])}
 
 
 @dataclass
 class ProductCall:
     """One matrix product as the hook meets it, before it is run.
 
-    `operands` left to right, `roles` beside them; `recomputing`: met inside the backward pass, so it repeats a
-    product that was met before. `run()` executes it, `run(operands)` with others in their place.
+    `operands` left to right, `roles` beside them; a sparse or jagged operand is given by its stored values.
+    `weights`: the roles that are parameters or views of one. `parameter`: the dotted name of the one that is.
+    `recomputing`: met inside the backward pass, so it repeats a product that was met before. `opaque`: met in the
+    forward of a custom autograd function, so that no gradient will reach the result. `run()` executes it,
+    `run(operands)` with others in their place.
     """
 
     site: str
     operation: Operation
     roles: tuple[str, ...]
     operands: list[Tensor]
+    weights: frozenset[str]
     parameter: str | None
     recomputing: bool
+    opaque: bool
     function: Callable[..., Any]
     args: tuple[Any, ...] = field(repr=False)
     kwargs: dict[str, Any] = field(repr=False)
+    given: list[Tensor] = field(repr=False)  # the operands as they were passed, in their own layouts
 
-    def run(self, operands: Sequence[Tensor] | None = None) -> Tensor:
-        """The product's result."""
+    def run(self, operands: Sequence[Tensor] | None = None) -> Any:
+        """The call's result: a tensor, or what the function returns (a recurrent layer's is a tuple)."""
         if operands is None:
-            result: Tensor = self.function(*self.args, **self.kwargs)
-        else:
-            args, kwargs = self.operation.replace(self.args, self.kwargs, operands)
-            result = self.function(*args, **kwargs)
-        return result
+            return self.function(*self.args, **self.kwargs)
+        args, kwargs = self.operation.replace(self.args, self.kwargs, self._laid_out(operands))
+        return self.function(*args, **kwargs)
 
     def plain(self, operands: Sequence[Tensor]) -> Tensor:
-        """The product of other operands, without bias, addend or dropout."""
-        return self.operation.plain(self.function, self.args, self.kwargs, operands)
+        """The product of other operands, without bias, addend or dropout; where `operation.replayable`."""
+        return self.operation.plain(self.function, self.args, self.kwargs, self._laid_out(operands))
 
-    def products(self, result: Tensor) -> list[Product]:
+    def results(self, result: Any) -> list[Tensor]:
+        """The tensors of the result that have a gradient: the site's grad_output."""
+        parts = (hookable(part) for part in self.operation.results(result))
+        return [part for part in parts if part is not None]
+
+    @property
+    def replayable(self) -> bool:
+        """Whether `plain` works and a gradient reaches the result, as the measurements of scored steps need."""
+        return self.operation.replayable and not self.opaque and not any(map(is_batch, self.given))
+
+    def products(self, result: Any) -> list[Product]:
         """The forward product and the backward products that autograd will ask for, with their FLOPs."""
-        return self.operation.products(self.roles, self.operands, result, self.args)
+        found = self.operation.products(self.roles, self.given, result, self.args, self.kwargs)
+        times = copies(self.given)
+        return found if times == 1 else [replace(product, flops=times * product.flops) for product in found]
+
+    def _laid_out(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        return [with_contents(given, values) for given, values in zip(self.given, operands, strict=True)]
 
 
 class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
@@ -82,18 +110,29 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         self.model = model
         self.owners = ParameterOwners(model)
         self.stack = ModuleStack(model, self._entered)
+        self.functions = CustomFunctions()
+        self.beneath: FlopsBeneath | None = None  # counts what passes beneath the hook, while a subclass sets it
         self._depth = 0
         self._nested = False
 
     # What subclasses override. Each must return what the call returns.
 
-    def on_product(self, call: ProductCall) -> Tensor:
+    def on_product(self, call: ProductCall) -> Any:
         """A matrix product inside the model's forward."""
         return call.run()
+
+    def on_function_gradient(self, product: FunctionProduct, role: str, gradient: Tensor) -> None:
+        """The backward of a custom function makes the gradient of `role` at a product of its forward, from `gradient`
+        at that product's result."""
 
     def on_other(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Any other torch function, inside the model or around it."""
         return function(*args, **kwargs)
+
+    @property
+    def is_in_graph(self) -> bool:
+        """Whether the calls met now are those that a compiled graph is made of."""
+        return False
 
     def on_traced(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call inside a graph that torch.compile is making: only what can be traced may be done."""
@@ -128,20 +167,45 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return self.on_traced(func, args, kwargs)
-        operation = OPERATIONS.get(func)
+        if self.is_in_graph:
+            return func(*args, **kwargs)
+        operation = operation_of(func)
         if operation is not None:
-            if self.stack.frames:
+            if self.stack.frames and in_backward() == self.stack.frames[-1].recomputes:
                 call = self._product_call(func, operation, args, kwargs)
                 if call is not None:
-                    return self.on_product(call)
-            elif in_backward():
-                self.on_unplaced(operation)
+                    return self._product(call)
+            elif in_backward() and self._of_custom_function(operation, args, kwargs):
+                with nullcontext() if self.beneath is None else self.beneath.seen():
+                    return self.on_other(func, args, kwargs)
         if func in COMPOSITE:
-            if func is not F.multi_head_attention_forward and not self._nested:
+            if func in BACKWARD and func is not torch.autograd.grad and not self._nested:
                 self.on_backward(args[0] if args else kwargs.get("tensors"))
-            with self, self._within():
+            counted = self.beneath if func in BACKWARD and self.beneath is not None else nullcontext()
+            with self, self._within(), counted:
                 return _seen_inside(func)(*args, **kwargs)
+        if self.beneath is not None and not self.stack.frames and not in_backward():
+            with self.beneath.outside() as outside:
+                result = self.on_other(func, args, kwargs)
+                outside.keep(result)
+                return result
         return self.on_other(func, args, kwargs)
+
+    def _product(self, call: ProductCall) -> Any:
+        with nullcontext() if self.beneath is None else self.beneath.seen():
+            result = self.on_product(call)
+        if call.opaque:
+            self.functions.remember(call, result)
+        return result
+
+    def _of_custom_function(self, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        operands = operation.read(args, kwargs)
+        found = None if operands is None else self.functions.find(operands)
+        if found is None:
+            self.on_unplaced(operation)
+            return False
+        self.on_function_gradient(*found)
+        return True
 
     @contextmanager
     def _within(self) -> Iterator[None]:
@@ -155,20 +219,12 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
     def _product_call(
         self, func: Callable[..., Any], operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> ProductCall | None:
-        operands = operation.read(args, kwargs)
-        if operands is None or not all(map(_is_dense_floating, operands)):
+        given = operation.read(args, kwargs)
+        if given is None or not all(map(is_readable, given)):
             return None
         frame = self.stack.frames[-1]
-        owners = [self.owners.of(operand, frame.path) for operand in operands]
-        weights = [i for i, owned in enumerate(owners) if owned is not None]
-        if operation.roles is not None:
-            roles = operation.roles
-            weights = [i for i in weights if roles[i] == "weight"]
-        elif len(weights) == 1:
-            roles = ("weight", "input") if weights[0] == 0 else ("input", "weight")
-        else:
-            roles = ("lhs", "rhs")
-        owned = owners[weights[0]] if len(weights) == 1 else None
+        owners = [self.owners.of(operand, frame) for operand in given]
+        roles, owned = _roles_and_owner(operation.fixed_roles(args, kwargs), owners)
         if owned is None:
             site = f"{frame.path}/{operation.name}.{frame.met[operation.name]}"
             frame.met[operation.name] += 1
@@ -178,24 +234,54 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
             site=site,
             operation=operation,
             roles=roles,
-            operands=operands,
+            operands=[contents(operand) for operand in given],
+            weights=frozenset(role for role, owner in zip(roles, owners, strict=True) if owner is not None),
             parameter=None if owned is None else owned.dotted,
-            recomputing=in_backward(),
+            recomputing=frame.recomputes,
+            opaque=frame.trains and not torch.is_grad_enabled() and in_custom_forward(),
             function=func,
             args=args,
             kwargs=kwargs,
+            given=given,
         )
 
     def _entered(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not any(mode is self for mode in _get_current_function_mode_stack()):
             TorchFunctionMode.__enter__(self)
             frame.leave = lambda: TorchFunctionMode.__exit__(self, None, None, None)
-        if frame.path == ROOT and not in_backward():
+        if frame.path == ROOT and not frame.recomputes:
             self.on_forward(frame, args, kwargs)
+        if self.beneath is not None and len(self.stack.frames) == 1 and not frame.recomputes:
+            self.beneath.__enter__()
+            frame.leave = _both(partial(self.beneath.__exit__, None, None, None), frame.leave)
 
 
-def _is_dense_floating(operand: Tensor) -> bool:
-    return operand.is_floating_point() and operand.layout == torch.strided
+def _roles_and_owner(
+    fixed: tuple[str, ...] | None, owners: Sequence[Owned | None]
+) -> tuple[tuple[str, ...], Owned | None]:
+    """The operands' roles, and the owner of the weight whose place names the site, if there is one."""
+    places = [i for i, owned in enumerate(owners) if owned is not None]
+    if fixed is not None:
+        named = [i for i in places if fixed[i].startswith("weight")]
+        paths = {owned.path for i in named if (owned := owners[i]) is not None}
+        if len(named) > 1 and len(paths) == 1:  # a recurrent layer: the site is the module
+            owned = next(owned for i in named if (owned := owners[i]) is not None)
+            return fixed, Owned(owned.path, owned.path, None)
+        return fixed, owners[named[0]] if len(named) == 1 else None
+    rest = len(owners) - 1
+    if len(places) != 1:
+        return ("lhs", "rhs") if rest == 1 else tuple(f"operand{i}" for i in range(len(owners))), None
+    others = iter(("input",) if rest == 1 else ("lhs", "rhs") if rest == 2 else [f"operand{i}" for i in range(rest)])
+    return tuple("weight" if i == places[0] else next(others) for i in range(len(owners))), owners[places[0]]
+
+
+def _both(first: Callable[[], Any], second: Callable[[], Any] | None) -> Callable[[], None]:
+    def leave() -> None:
+        first()
+        if second is not None:
+            second()
+
+    return leave
 
 
 _seen: dict[Callable[..., Any], Callable[..., Any]] = {}
