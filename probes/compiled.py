@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode, _pop_mode_temporarily
 
+from probes.autocast import multiplied_dtype
 from probes.curvature import unchanged
 from probes.layout import SUMS
 from probes.names import written
@@ -70,7 +71,7 @@ class Watched(torch.autograd.Function):
 class Traced:
     """One product in a graph: where its operands are added (None: they are read elsewhere), and its gradient."""
 
-    operands: tuple[Pair | None, ...]
+    operands: tuple[tuple[Tensor, Tensor, torch.dtype] | None, ...]  # a pair, and the dtype that is multiplied
     gradient: Pair | None
     factor: float
 
@@ -99,7 +100,7 @@ class Laid:
         operands = tuple(
             Operand(
                 Slot(call.site, role),
-                _like(operand),
+                _like(operand, multiplied_dtype(call.operation.name, operand)),
                 operand.detach() if role in call.weights else None,
             )
             for role, operand in zip(call.roles, call.operands, strict=True)
@@ -189,7 +190,9 @@ class CompiledParts:
 
     def _traced(self, laid: Laid) -> Traced:
         operands = tuple(
-            None if operand.parameter is not None else self._pair(operand.slot, operand.like.device)
+            None
+            if operand.parameter is not None
+            else (*self._pair(operand.slot, operand.like.device), operand.like.dtype)
             for operand in laid.operands
         )
         gradient = self._pair(Slot(laid.call.site, GRADIENT), laid.results[0].device) if laid.results else None
@@ -231,9 +234,9 @@ def traced_product(recorder: Recorder, function: Callable[..., Any], args: Any, 
     if at >= len(recorder.traced):
         return function(*args, **kwargs)
     traced = recorder.traced[at]
-    for operand, pair in zip(operands, traced.operands, strict=False):
-        if pair is not None:
-            torch.ops.numerics_advisor.sketch(pair[0], pair[1], operand.detach(), 1.0)
+    for operand, added in zip(operands, traced.operands, strict=False):
+        if added is not None:
+            torch.ops.numerics_advisor.sketch(added[0], added[1], operand.detach().to(added[2]), 1.0)
     result = function(*args, **kwargs)
     if traced.gradient is not None and isinstance(result, Tensor) and result.requires_grad:
         return Watched.apply(result, traced.gradient[0], traced.gradient[1], traced.factor)
@@ -250,9 +253,9 @@ def put_aside(hook: Recorder) -> Iterator[None]:
         yield
 
 
-def _like(values: Tensor) -> Tensor:
-    """A tensor of the same shape, dtype and device that holds nothing."""
-    return torch.empty(1, dtype=values.dtype, device=values.device).expand(values.shape)
+def _like(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of the same shape and device that holds nothing, of its dtype or another."""
+    return torch.empty(1, dtype=dtype or values.dtype, device=values.device).expand(values.shape)
 
 
 def _clear(pair: Pair) -> None:

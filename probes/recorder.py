@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from probes.autocast import multiplied_dtype
 from probes.casts import Cast
 from probes.compiled import CompiledParts, Laid, Traced, traced_product
 from probes.contents import contents, outside_transforms, readable
@@ -142,7 +143,7 @@ class Recorder(SiteHook):
                 if operand.parameter is None:
                     self._note_tensor(operand.slot, operand.like)
                 else:
-                    self._sketch(operand.slot, operand.parameter, once=True)
+                    self._sketch(operand.slot, operand.parameter, once=True, dtype=operand.like.dtype)
             for result in one.results:
                 self._note_tensor(Slot(one.call.site, GRADIENT), result)
 
@@ -168,9 +169,8 @@ class Recorder(SiteHook):
         products = call.products(result)
         self._tally(call, [product for product in products if not product.backward])
         for role, operand in zip(call.roles, call.operands, strict=True):
-            self._sketch(
-                Slot(call.site, role), operand, self._tilings(call, role, operand.dim()), once=role in call.weights
-            )
+            tilings, dtype = self._tilings(call, role, operand.dim()), multiplied_dtype(call.operation.name, operand)
+            self._sketch(Slot(call.site, role), operand, tilings, once=role in call.weights, dtype=dtype)
         self._await_gradient(call, result, [product for product in products if product.backward])
         return result
 
@@ -241,16 +241,23 @@ class Recorder(SiteHook):
         if self.beneath is not None:
             self.seen_flops += sum(product.flops for product in products)
 
-    def _sketch(self, slot: Slot, values: Tensor, tilings: Sequence[Tiling] = (), once: bool = False) -> None:
+    def _sketch(
+        self,
+        slot: Slot,
+        values: Tensor,
+        tilings: Sequence[Tiling] = (),
+        once: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         if once:
             view = view_of(values)
             if view in self._weights_seen[slot]:
                 return
             self._weights_seen[slot].add(view)
-        self._note_tensor(slot, values)
         try:
             with outside_transforms():
-                values = readable(values)
+                values = readable(values).detach().to(dtype or values.dtype)
+                self._note_tensor(slot, values)
                 self.rows.add(slot, values)
                 for tiling in tilings:
                     self.rows.add_tiles(slot, values, tiling)
