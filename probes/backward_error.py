@@ -16,11 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from probes.casts import Cast, CastState
-from probes.contractions import Extent
+from probes.contractions.contraction import Extent
 from probes.errors import InvalidCast
 from probes.numbers import from_json
 from probes.scaling import Scale
@@ -64,7 +63,10 @@ def cast_product(left: Tensor, right: Tensor, cast: Cast, extents: tuple[Extent,
 
 
 def relative_to(magnitudes: Tensor, exact: Tensor, cast: Tensor) -> Tensor:
-    """|exact − cast| / magnitudes. See `backward_errors` for what is no number."""
+    """|exact − cast| / magnitudes, for casts' products [.., M, N] or [casts, .., M, N].
+
+    See `backward_errors` for what is no number.
+    """
     errors = (exact - cast).abs() / magnitudes  # 0/0 is NaN: nothing was multiplied, nothing lost
     errors = errors.masked_fill(~cast.isfinite(), math.inf)
     return errors.masked_fill(~exact.isfinite(), math.nan)
@@ -103,21 +105,6 @@ class ErrorHistogram:
     idle: int = 0
     non_finite: int = 0
     largest: float = 0.0
-
-    @classmethod
-    def of(cls, errors: Tensor, exact: Tensor) -> ErrorHistogram:
-        """Of `backward_errors`, with the exact product beside them, which tells the two kinds of NaN apart."""
-        values, undefined = errors.cpu().numpy().ravel(), torch.isnan(errors)
-        non_finite = int((~exact.isfinite()).sum())
-        defined = values[~np.isnan(values)]
-        positive = defined[defined > 0]
-        idle = int(undefined.sum()) - non_finite
-        if not len(positive):
-            return cls(exact=len(defined), idle=idle, non_finite=non_finite)
-        bins = np.clip(np.floor(BINS_AN_OCTAVE * np.log2(positive)), FIRST_BIN, LAST_BIN).astype(np.int64)
-        first = int(bins.min())
-        counts = tuple(np.bincount(bins - first).tolist())
-        return cls(first, counts, len(defined) - len(positive), idle, non_finite, float(positive.max()))
 
     @property
     def sampled(self) -> int:
@@ -179,6 +166,29 @@ class ErrorHistogram:
             raise ValueError(f"a largest error of {largest!r} does not fit {sum(counts)} errors that are not 0")
         exact, idle, non_finite = (_whole(data[name]) for name in ("exact", "idle", "non_finite"))
         return cls(first, tuple(counts), exact, idle, non_finite, largest)
+
+
+def histograms(errors: Tensor, exact: Tensor) -> list[ErrorHistogram]:
+    """One for each cast, of `relative_to`'s errors [casts, ..] and the exact product [..] that they are of.
+
+    The exact product tells elements with nothing to measure (0/0) from those that are NaN or Inf.
+    """
+    non_finite = int((~exact.isfinite()).sum())
+    values = errors.flatten(1).cpu().numpy()
+    with np.errstate(divide="ignore"):
+        octaves = np.log2(values)
+    found = []
+    for row, logarithms in zip(values, octaves, strict=True):
+        positive, zeros = row > 0, int((row == 0).sum())
+        inside = np.clip(np.floor(BINS_AN_OCTAVE * logarithms[positive]), FIRST_BIN, LAST_BIN).astype(np.int64)
+        idle = len(row) - len(inside) - zeros - non_finite
+        if not len(inside):
+            found.append(ErrorHistogram(exact=zeros, idle=idle, non_finite=non_finite))
+            continue
+        first = int(inside.min())
+        counts = tuple(np.bincount(inside - first).tolist())
+        found.append(ErrorHistogram(first, counts, zeros, idle, non_finite, float(row[positive].max())))
+    return found
 
 
 MOST = 2**53

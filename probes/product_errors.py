@@ -1,7 +1,7 @@
 """Backward errors of a site's products in a scored step: sampled, cast by cast, with the tails that explain them.
 
 Of each product of the call, forward and backward, some rows of the left operand and some columns of the right one are
-taken over the full inner dimension (`contractions.py`), and each cast's errors on them are kept as a histogram
+taken over the full inner dimension (`contractions/`), and each cast's errors on them are kept as a histogram
 (`backward_error.py`). A cast is scaled as it would be in training: one scale a tensor comes from the whole tensor, of
 which only the sample is cast; scales of rows run along the product's inner dimension.
 
@@ -22,20 +22,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probes.attention import attention_products
 from probes.backward_error import (
     QUANTILES,
     ErrorHistogram,
     cast_product,
+    histograms,
     product_and_magnitudes,
     refuse_unsampled,
     relative_to,
 )
-from probes.bilinear import MATMULS, bilinear_products
 from probes.casts import Cast
-from probes.contractions import Contraction, Extent, sampled
-from probes.convolutions import SPATIAL, convolution_products
-from probes.errors import WindowError
+from probes.contractions import contractions
+from probes.contractions.contraction import Extent
+from probes.contractions.sampling import sampled
 from probes.numbers import from_json
 from probes.records import text
 from probes.sites import ProductCall
@@ -136,6 +135,8 @@ def site_backward_errors(
     without elements or terms has no record. Raises WindowError for an operation, or an arrangement of operands, that
     is not followed product by product; InvalidCast for casts whose scales a sample cannot tell.
     """
+    if not casts:
+        return []
     for cast in casts:
         refuse_unsampled(cast)
     generator = np.random.default_rng(seed)
@@ -146,28 +147,10 @@ def site_backward_errors(
             extents = contraction.left.extent, contraction.right.extent
             crests = [Crest.of(extent, rows) for extent, rows in zip(extents, (left, right), strict=True)]
             exact, magnitudes = product_and_magnitudes(left, right)
-            for cast in casts:
-                errors = relative_to(magnitudes, exact, cast_product(left, right, cast, extents))
-                counted = ErrorHistogram.of(errors, exact)
-                found.append(ProductError(call.site, contraction.name, str(cast), counted, *crests))
+            products = torch.stack([cast_product(left, right, cast, extents) for cast in casts])
+            for cast, errors in zip(casts, histograms(relative_to(magnitudes, exact, products), exact), strict=True):
+                found.append(ProductError(call.site, contraction.name, str(cast), errors, *crests))
     return found
-
-
-def contractions(call: ProductCall, gradient: Tensor | None, generator: np.random.Generator) -> Iterator[Contraction]:
-    """The products of a call, one after another, by the names that `Operation.products` has for them."""
-    name, operands = call.operation.name, [operand.detach() for operand in call.operands]
-    gradient = None if gradient is None else gradient.detach()
-    if any(not tensor.numel() for tensor in (*operands, *(() if gradient is None else (gradient,)))):
-        return
-    wanted = {f"{role}_grad" for role, operand in zip(call.roles, call.operands, strict=True) if operand.requires_grad}
-    if name == "sdpa":
-        yield from attention_products(call, operands, gradient, wanted, generator)
-    elif name in SPATIAL:
-        yield from convolution_products(call, operands, gradient, wanted, generator)
-    elif name in MATMULS or name == "einsum":
-        yield from bilinear_products(call, operands, gradient, wanted)
-    else:
-        raise WindowError(f"what {name} multiplies is not known product by product")
 
 
 def pooled(errors: Iterable[ProductError]) -> list[ProductError]:

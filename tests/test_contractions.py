@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -14,14 +15,15 @@ import torch.nn.functional as F
 from tensors import generator
 from torch import Tensor, nn
 
-from probes import attention, contractions
-from probes.contractions import Contraction, Extent, Lettered, sampled, some
+from probes.contractions import attention, sampling
+from probes.contractions import contractions as products_of
+from probes.contractions.contraction import Contraction, Extent, Lettered
+from probes.contractions.sampling import sampled, some
 from probes.errors import WindowError
-from probes.ops import OPERATIONS
-from probes.product_errors import contractions as products_of
+from probes.ops import Operation
 from probes.sites import ProductCall, SiteHook
 
-A, B, C, D = (torch.randn(6, 5, 4, 3, generator=generator(seed)).double() for seed in range(4))
+A, B, C = (torch.randn(6, 5, 4, 3, generator=generator(seed)).double() for seed in range(3))
 
 
 class Caught(SiteHook):
@@ -121,6 +123,42 @@ def test_bilinear(run: Callable[..., Tensor], first: Tensor, second: Tensor) -> 
     assert_products(run, first, second)
 
 
+@pytest.mark.parametrize(
+    ("name", "function", "first", "second", "rest"),
+    [
+        ("inner", torch.inner, A[0], B[0, 0], ()),
+        ("inner", torch.inner, A, B[0, 0, 0], ()),
+        ("tensordot", torch.tensordot, A, B.permute(2, 3, 0, 1), ()),
+        ("tensordot", torch.tensordot, A[0, 0], B[0, 0].mT, (1,)),
+        ("tensordot", torch.tensordot, A, B, (([0, -1], [-4, 3]),)),
+        ("convolution", torch.convolution, A[0, :3], B[0, :, :, :2], (None, [2], [1], [1], False, [0], 1)),
+        ("convolution", torch.convolution, A[0, :3], B[0, :4, :2], (None, [2], [1], [2], True, [1], 2)),
+    ],
+)
+def test_functions_that_the_hook_may_come_to_meet(
+    name: str, function: Callable[..., Tensor], first: Tensor, second: Tensor, rest: tuple[Any, ...]
+) -> None:
+    operands = [operand.detach().clone().requires_grad_() for operand in (first, second)]
+    result = function(*operands, *rest)
+    gradient = torch.randn(result.shape, generator=generator(9)).double()
+    expected = [result.detach(), *torch.autograd.grad(result, operands, gradient)]
+    call, _, _ = caught(F.linear, A, B[0, 0])
+    call = replace(call, operation=Operation(name, ()), operands=operands, args=(*operands, *rest), kwargs={})
+    for contraction, exact in zip(products_of(call, gradient, np.random.default_rng(0)), expected, strict=True):
+        assert torch.allclose(dense(contraction).reshape(exact.shape), exact), contraction.name
+
+
+def test_sums_over_a_batch_are_inner() -> None:
+    operands = [A[0].detach().clone().requires_grad_(), B[0].mT.detach().clone().requires_grad_()]
+    result = torch.bmm(*operands).sum(0)
+    gradient = torch.randn(result.shape, generator=generator(9)).double()
+    expected = [result.detach(), *torch.autograd.grad(result, operands, gradient)]
+    call, _, _ = caught(torch.matmul, A, B.mT)
+    call = replace(call, operation=Operation("addbmm", ()), operands=operands)
+    for contraction, exact in zip(products_of(call, gradient, np.random.default_rng(0)), expected, strict=True):
+        assert torch.allclose(dense(contraction).reshape(exact.shape), exact), contraction.name
+
+
 def test_addends_and_factors_stay_out() -> None:
     square, batch = A[0, 0, :3], A[0, :, :3]
     assert_products(lambda x, y: torch.addmm(square, x, y, beta=0.5, alpha=3.0), square, B[0, 0, :3])
@@ -175,7 +213,7 @@ def test_only_a_few_samples_of_a_convolution_are_padded_but_all_enter_the_weight
     x, weight = torch.randn(20, 2, 8, generator=generator(1)), torch.randn(3, 2, 3, generator=generator(2))
     call, gradient, expected = caught(F.conv1d, x, weight)
     forward, at_input, at_weight = products_of(call, gradient, np.random.default_rng(0))
-    assert forward.left.values.shape[0] == at_input.left.values.shape[0] == contractions.ENTRIES
+    assert forward.left.values.shape[0] == at_input.left.values.shape[0] == sampling.ENTRIES
     assert dense(at_weight).flatten().allclose(expected["weight_grad"].flatten(), atol=1e-4)
     assert forward.left.extent == Extent.of(x)
     assert at_input.left.extent == Extent.of(gradient)
@@ -208,12 +246,8 @@ BLIND = torch.ones(5, 7, dtype=torch.bool).index_fill(0, torch.tensor([2]), Fals
         ((Q.transpose(1, 2).contiguous().transpose(1, 2), K, V), {}),
     ],
 )
-@pytest.mark.parametrize("at_once", [1, 1 << 24])
-def test_attention(
-    operands: tuple[Tensor, ...], options: dict[str, Any], at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention(operands: tuple[Tensor, ...], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "ENTRIES", 1000)
-    monkeypatch.setattr(attention, "AT_ONCE", at_once)
     call, gradient, expected = caught(lambda q, k, v: SDPA(q, k, v, **options), *operands)
     found = {one.name: one for one in products_of(call, gradient, np.random.default_rng(0))}
     assert list(found) == [product.name for product in call.products(gradient)]
@@ -249,6 +283,36 @@ def test_attention_keeps_a_few_entries_scaled_as_all() -> None:
     assert found["values"].right.extent == Extent.of(V)
     probabilities = ((big @ K.mT) * 6**-0.5).softmax(-1)
     assert found["values"].left.extent.largest == pytest.approx(float(probabilities.amax()), rel=1e-5)
+
+
+def test_large_attention_is_followed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, gradient, _ = caught(lambda q, k, v: SDPA(q, k, v, KEEP), Q, K, V)
+    whole = list(products_of(call, gradient, np.random.default_rng(0)))
+    monkeypatch.setattr(attention, "AT_ONCE", 3 * 5 * 7)
+    pieces = list(products_of(call, gradient, np.random.default_rng(0)))
+    assert [one.left.extent.largest for one in whole] == pytest.approx([one.left.extent.largest for one in pieces])
+    assert [one.left.extent.rms for one in whole] == pytest.approx([one.left.extent.rms for one in pieces])
+    assert (len(whole[1].left.values), len(pieces[1].left.values)) == (4, 3)
+
+
+def test_kernels_behind_attention_are_read_by_their_own_arguments() -> None:
+    """They take their arguments in other orders; the CPU's takes the mask by its name alone."""
+    plain = list(products_of(*caught(lambda q, k, v: SDPA(q, k, v, ADDED), Q, K, V)[:2], np.random.default_rng(0)))
+    causal = list(
+        products_of(*caught(lambda q, k, v: SDPA(q, k, v, is_causal=True), Q, K, V)[:2], np.random.default_rng(0))
+    )
+    call, gradient, _ = caught(SDPA, Q, K, V)
+    aten = torch.ops.aten
+    for function, args, kwargs, expected in (
+        (aten._scaled_dot_product_flash_attention_for_cpu.default, (Q, K, V, 0.0, True), {}, causal),
+        (aten._scaled_dot_product_flash_attention_for_cpu, (Q, K, V, 0.0), {"attn_mask": ADDED}, plain),
+        (aten._scaled_dot_product_flash_attention, (Q, K, V, 0.0, True, False), {}, causal),
+        (aten._scaled_dot_product_efficient_attention, (Q, K, V, ADDED, True, 0.0), {}, plain),
+    ):
+        other = replace(call, function=function, args=args, kwargs=kwargs)
+        found = products_of(other, gradient, np.random.default_rng(0))
+        for one, same in zip(found, expected, strict=True):
+            assert torch.equal(one.left.values, same.left.values)
 
 
 def test_dropout_does_not_enter_what_is_calculated_again() -> None:
@@ -302,11 +366,20 @@ def test_what_is_no_plain_product_is_refused(run: Any, operands: tuple[Tensor, .
         list(products_of(call, gradient, np.random.default_rng(0)))
 
 
-def test_every_operation_of_the_table_is_followed() -> None:
-    from probes.bilinear import MATMULS
-    from probes.convolutions import SPATIAL
-
-    assert {operation.name for operation in OPERATIONS.values()} <= {*MATMULS, *SPATIAL, "einsum", "sdpa"}
+def test_tensors_that_are_of_no_such_product_are_refused() -> None:
+    call, gradient, _ = caught(torch.matmul, A, B.mT)
+    for first, second, arrived in ((A.flatten(), B.mT, None), (A, B, None), (A, B.mT, gradient[0])):
+        broken = replace(call, operands=[first.requires_grad_(), second])
+        with pytest.raises(WindowError, match="followed"):
+            list(products_of(broken, arrived, np.random.default_rng(0)))
+    with pytest.raises(WindowError, match="multi_dot of 3 operands"):
+        list(
+            products_of(
+                replace(call, operation=Operation("multi_dot", ()), operands=[A, B, C], roles=("a", "b", "c")),
+                None,
+                np.random.default_rng(0),
+            )
+        )
 
 
 def test_a_sample_has_the_full_inner_dimension_and_is_bounded() -> None:
@@ -317,15 +390,15 @@ def test_a_sample_has_the_full_inner_dimension_and_is_bounded() -> None:
         )
         rows, columns = sampled(pair, np.random.default_rng(0))
         assert rows.shape[2] == columns.shape[2] == k
-        assert rows.shape[0] == columns.shape[0] <= min(batch, contractions.ENTRIES)
+        assert rows.shape[0] == columns.shape[0] <= min(batch, sampling.ENTRIES)
         assert rows.shape[1] <= m
         assert columns.shape[1] <= n
         for sample, size in ((rows, m), (columns, n)):
-            most = max(contractions.NUMBERS, contractions.FEWEST * k)
+            most = max(sampling.NUMBERS, sampling.FEWEST * k)
             assert sample.numel() <= most
-            assert sample.shape[1] >= min(size, contractions.FEWEST)
-        if batch * m * n >= contractions.ELEMENTS and k < 1000:
-            assert rows.shape[0] * rows.shape[1] * columns.shape[1] >= contractions.ELEMENTS
+            assert sample.shape[1] >= min(size, sampling.FEWEST)
+        if batch * m * n >= sampling.ELEMENTS and k < 1000:
+            assert rows.shape[0] * rows.shape[1] * columns.shape[1] >= sampling.ELEMENTS
 
 
 def test_sampled_rows_are_rows_of_the_operands() -> None:

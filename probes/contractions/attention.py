@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probes.contractions import ENTRIES, Contraction, Extent, Lettered, some
+from probes.contractions.contraction import Contraction, Extent, Lettered
+from probes.contractions.sampling import ENTRIES, some
 from probes.errors import WindowError
 from probes.sites import ProductCall
 
 AT_ONCE = 1 << 24  # numbers of attention matrices that are held together, but for one entry
-_GIVEN = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 def attention_products(
@@ -73,12 +73,12 @@ class _Heads:
 
     @classmethod
     def of(cls, call: ProductCall, operands: Sequence[Tensor], gradient: Tensor | None) -> _Heads:
-        given: dict[str, Any] = {**dict(zip(_GIVEN, call.args, strict=False)), **call.kwargs}
+        given: dict[str, Any] = {**dict(zip(_names(call), call.args, strict=False)), **call.kwargs}
         query, key, value = (operand if operand.dim() > 2 else operand[None] for operand in operands)
         shared = query.shape[-3] // key.shape[-3] if given.get("enable_gqa") and key.shape[-3] else 1
         if key.shape[:-2] != value.shape[:-2] or query.shape[:-2] != (*key.shape[:-3], key.shape[-3] * shared):
             raise WindowError("attention over operands whose leading dimensions are broadcast is not followed")
-        mask = given.get("attn_mask")
+        mask = given.get("attn_mask", given.get("attn_bias"))
         if mask is not None:
             mask = mask.detach().expand(*query.shape[:-1], key.shape[-2]).unflatten(-3, (-1, shared))
         leading = tuple(f"leading{n}" for n in range(key.dim() - 2))
@@ -130,6 +130,15 @@ class _Heads:
         return probabilities, probabilities * (at_probabilities - inner)
 
 
+def _names(call: ProductCall) -> list[str]:
+    """What the positions of the call's arguments are called; the kernels behind sdpa have orders of their own."""
+    operator = getattr(call.function, "default", call.function)
+    schema = getattr(operator, "_schema", None)
+    if schema is None:
+        return ["query", "key", "value", "attn_mask", "dropout_p", "is_causal"]
+    return [argument.name for argument in schema.arguments]
+
+
 @dataclass(frozen=True)
 class _Inside:
     """What only the kernel sees, of the chosen entries: [entry, shared, query, key]."""
@@ -147,13 +156,13 @@ class _Inside:
 def _inside(heads: _Heads, generator: np.random.Generator) -> _Inside:
     entries = heads.entries
     shape = heads.query.values.shape
-    at_once = max(1, AT_ONCE // max(shape[-3] * shape[-2] * heads.key.values.shape[-2], 1))
+    at_once = max(1, AT_ONCE // (shape[-3] * shape[-2] * heads.key.values.shape[-2]))
     extents: list[list[tuple[Extent, int]]] = [[], []]
     for start in range(0, len(entries), at_once):
         for found, matrix in zip(extents, heads.matrices(entries[start : start + at_once]), strict=True):
             if matrix is not None:
                 found.append((Extent.of(matrix), matrix.numel()))
-    chosen = [entries[place] for place in some(len(entries), ENTRIES, generator)]
+    chosen = [entries[place] for place in some(len(entries), min(ENTRIES, at_once), generator)]
     few = [
         None if matrix is None else Lettered(matrix, ("entry", "shared", "query", "key"), _joined(found))
         for matrix, found in zip(heads.matrices(chosen), extents, strict=True)

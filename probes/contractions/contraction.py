@@ -1,13 +1,10 @@
-"""A matrix product as two tensors whose dimensions have letters, and a sample of its rows and columns.
+"""A matrix product as two tensors whose dimensions have letters.
 
 Give each dimension a letter, one of size 1 that is broadcast none at all, and every letter falls into one of four
 groups: in both operands and the result (batch), in the left one and the result (rows), in the right one and the result
 (columns), in both operands alone (inner). Then the product L·R has the gradients G·Rᵀ and Lᵀ·G over the same letters
 with the groups exchanged, and one rule serves `linear`, `matmul` with any broadcasting, `addmm`, an einsum of two, and
-by a view of their patches the convolutions too. `bilinear.py`, `convolutions.py` and `attention.py` find the letters.
-
-Nothing is copied but the sampled rows, whole: a product's error relative to its magnitudes shrinks as its inner
-dimension grows, so that dimension is never cut.
+by a view of their patches the convolutions too. `bilinear.py`, `convolution.py` and `attention.py` find the letters.
 """
 
 from __future__ import annotations
@@ -43,7 +40,9 @@ class Extent:
             finite = values.isfinite()
             values, count = values.where(finite, 0.0), int(finite.sum())
             largest = float(values.abs().amax())
-        norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
+        squares_fit = 1e-12 < largest < 1e12  # in float32, which takes a quarter of the time
+        wide = torch.float32 if squares_fit and values.dtype != torch.float64 else torch.float64
+        norm = float(torch.linalg.vector_norm(values, dtype=wide))
         return cls(largest, norm / math.sqrt(count) if count else math.nan)
 
 
@@ -128,38 +127,6 @@ class Contraction:
             return Factor(one.values.permute(order), (len(batch), len(own), len(inner)), one.extent)
 
         return factor(self.left, self.right), factor(self.right, self.left)
-
-
-ENTRIES = 4  # of a batch of products: how many are looked at
-ELEMENTS = 256  # of each entry's result: 16 rows by 16 columns where there are as many
-NUMBERS = 1 << 17  # of each operand at most, but for FEWEST rows
-FEWEST = 4  # rows and columns, however long they are
-
-
-def sampled(contraction: Contraction, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """[entries, rows, inner] and [entries, columns, inner], float32: some rows and columns of some batch entries."""
-    left, right = contraction.factors
-    (batch, rows, inner), columns = left.sizes, right.sizes[1]
-    entries = min(batch, ENTRIES, max(1, NUMBERS // (inner * math.isqrt(ELEMENTS))))
-    most = max(FEWEST, NUMBERS // (entries * inner))
-    few_columns = min(columns, math.isqrt(ELEMENTS), most)
-    few_rows = min(rows, ELEMENTS // few_columns, most)
-    few_columns = min(columns, ELEMENTS // few_rows, most)
-    chosen = some(batch, entries, generator)
-    return (
-        left.gathered(chosen, some(rows, few_rows, generator)),
-        right.gathered(chosen, some(columns, few_columns, generator)),
-    )
-
-
-def some(size: int, count: int, generator: np.random.Generator) -> list[int]:
-    """Different indices below `size`, in order; all of them where there are no more.
-
-    At random, because a fixed stride would often meet the same place of every sequence.
-    """
-    if count >= size:
-        return list(range(size))
-    return sorted(generator.choice(size, count, replace=False, shuffle=False).tolist())
 
 
 def _unravelled(indices: Sequence[int], shape: Sequence[int], device: torch.device) -> list[Tensor]:

@@ -10,17 +10,18 @@ D's patches by Y.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from probes.contractions import ENTRIES, Contraction, Lettered, some
+from probes.contractions.contraction import Contraction, Lettered
+from probes.contractions.sampling import ENTRIES, some
 from probes.sites import ProductCall
 
-SPATIAL = {f"conv{sort}{n}d": n for n in (1, 2, 3) for sort in ("", "_transpose")}
+CONVOLUTIONS = frozenset({"convolution", *(f"conv{sort}{n}d" for n in (1, 2, 3) for sort in ("", "_transpose"))})
 
 
 def convolution_products(
@@ -35,14 +36,14 @@ def convolution_products(
     The forward product and the input gradient are of a few samples of the batch, so that little is padded and spread
     out; the weight gradient sums over all of them.
     """
-    transposed, spatial = "transpose" in call.operation.name, SPATIAL[call.operation.name]
-    window = _Window.of(call, operands[1])
+    window, spatial = _Window.of(call, operands[1]), operands[1].dim() - 2
+    transposed = window.transposed
     weight = Lettered.of(operands[1], ())
     x = _batched(operands[0], spatial)
     chosen = some(len(x.values), ENTRIES, generator)
     few = x.seen_as(x.values[chosen], ())
     forward, backward = (_to_larger, _to_smaller) if transposed else (_to_smaller, _to_larger)
-    yield forward("forward", few, weight, window, window.result(x.values.shape[2:], transposed))
+    yield forward("forward", few, weight, window, window.result(x.values.shape[2:]))
     if gradient is None or not wanted:
         return
     arrived = _batched(gradient, spatial)
@@ -67,6 +68,7 @@ class _Window:
     output_padding  of a transposed convolution: places at the end of D that no window need reach
     """
 
+    transposed: bool
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     before: tuple[int, ...]
@@ -77,9 +79,14 @@ class _Window:
 
     @classmethod
     def of(cls, call: ProductCall, weight: Tensor) -> _Window:
-        transposed, spatial = "transpose" in call.operation.name, SPATIAL[call.operation.name]
-        order = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
+        name, spatial = call.operation.name, weight.dim() - 2
+        order: tuple[str, ...]
+        if name == "convolution":  # aten's, of which there is one for all
+            order = ("dilation", "transposed", "output_padding", "groups")
+        else:
+            order = ("output_padding", "groups", "dilation") if "transpose" in name else ("dilation", "groups")
         given: dict[str, Any] = {**dict(zip(("stride", "padding", *order), call.args[3:], strict=False)), **call.kwargs}
+        transposed = "transpose" in name or bool(given.get("transposed", False))
 
         def each(name: str, default: int) -> tuple[int, ...]:
             value = given.get(name, default)
@@ -96,7 +103,8 @@ class _Window:
         else:
             before = after = each("padding", 0)
         output_padding = each("output_padding", 0)
-        return cls(kernel, each("stride", 1), before, after, dilation, output_padding, int(given.get("groups", 1)))
+        groups = int(given.get("groups", 1))
+        return cls(transposed, kernel, each("stride", 1), before, after, dilation, output_padding, groups)
 
     @property
     def places(self) -> list[str]:
@@ -111,12 +119,12 @@ class _Window:
         """From a window's first place to its last."""
         return [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
 
-    def result(self, sizes: Sequence[int], transposed: bool) -> tuple[int, ...]:
+    def result(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Places of the forward product's result."""
         found = []
         for n, size in enumerate(sizes):
             around = self.before[n] + self.after[n]
-            if transposed:
+            if self.transposed:
                 found.append((size - 1) * self.stride[n] - around + self.reach[n] + self.output_padding[n] + 1)
             else:
                 found.append((size + around - self.reach[n] - 1) // self.stride[n] + 1)
@@ -138,9 +146,7 @@ def _to_larger(name: str, smaller: Lettered, weight: Lettered, window: _Window, 
     places: list[slice] = [slice(None, None, step) for step in window.stride]
     spread[(slice(None), slice(None), *places)] = values
     before = tuple(r - p for r, p in zip(reach, window.before, strict=True))
-    moved = _Window(
-        window.kernel, (1,) * spatial, before, (0,) * spatial, window.dilation, (0,) * spatial, window.groups
-    )
+    moved = replace(window, stride=(1,) * spatial, before=before)
     turned = weight.values.flip(tuple(range(2, 2 + spatial))).unflatten(0, (window.groups, -1))
     patches = _patches(smaller.seen_as(spread, ()), moved, size, "out")
     kernel = weight.seen_as(turned, ("group", "out", "in", *window.offsets))
