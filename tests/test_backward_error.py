@@ -162,7 +162,7 @@ def test_student_matrices_show_the_known_crossover() -> None:
     assert [(one.granularity, one.freedom) for one in records] == [
         (by, nu) for by in ("tensor", "row") for nu in (2.0, 3.0, 4.0, 15.0, math.inf)
     ]
-    assert disagreements(records, 2) == []
+    assert disagreements(records) == []
     for granularity, known in CROSSOVERS.items():
         assert known.float_until <= crossover(records, granularity) <= known.integer_from
     text = "\n".join(lines(records))
@@ -174,24 +174,25 @@ def test_student_matrices_show_the_known_crossover() -> None:
 def test_student_matrices_as_in_the_paper() -> None:
     records = self_check(trials=10)
     assert len(records) == 20
-    assert disagreements(records, 10) == []
+    assert disagreements(records) == []
     assert 5 < crossover(records, "tensor") < 9
     assert 2.2 < crossover(records, "row") < 2.8
 
 
 def test_a_wrong_median_or_winner_is_told() -> None:
-    good = SelfCheck(math.inf, "tensor", int8=0.00072, e4m3fn=0.00175)
-    assert disagreements([good], 3) == []
-    assert "median of int8" in disagreements([replace(good, int8=0.0009)], 3)[0]
-    assert "median of e4m3fn" in disagreements([replace(good, e4m3fn=0.0018)], 3)[0]
-    assert "median of int8" in disagreements([replace(good, int8=math.nan)], 3)[1]
-    assert "e4m3fn is better" in disagreements([SelfCheck(8.0, "row", 0.002, 0.001)], 3)[0]
-    assert "int8 is better" in disagreements([SelfCheck(2.0, "row", 0.001, 0.002)], 3)[0]
+    good = SelfCheck(math.inf, "tensor", int8=0.00072, e4m3fn=0.00175, trials=3)
+    assert disagreements([good]) == []
+    assert "median of int8" in disagreements([replace(good, int8=0.0009)])[0]
+    assert "median of e4m3fn" in disagreements([replace(good, e4m3fn=0.0018)])[0]
+    assert "median of int8" in disagreements([replace(good, int8=math.nan)])[1]
+    assert "e4m3fn is better" in disagreements([SelfCheck(8.0, "row", 0.002, 0.001, 3)])[0]
+    assert "int8 is better" in disagreements([SelfCheck(2.0, "row", 0.001, 0.002, 3)])[0]
+    assert disagreements([replace(good, int8=0.0009, size=100)]) == []
 
 
 def test_crossover_is_between_the_records_that_differ() -> None:
     def records(*pairs: tuple[float, float]) -> list[SelfCheck]:
-        return [SelfCheck(nu, "row", ratio, 1.0) for nu, ratio in pairs]
+        return [SelfCheck(nu, "row", ratio, 1.0, 1) for nu, ratio in pairs]
 
     assert crossover(records((2, 2.0), (8, 0.5)), "row") == pytest.approx(4)
     assert 4 < crossover(records((2, 2.0), (4, 1.5), (math.inf, 0.5)), "row") < math.inf

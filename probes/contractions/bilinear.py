@@ -28,7 +28,8 @@ def bilinear_products(
 ) -> Iterator[Contraction]:
     """The forward product, and of its two gradients those whose names are wanted.
 
-    Addends and the factor alpha of addmm stay out: neither changes an error relative to the product's magnitudes.
+    Addends and the factor alpha of addmm stay out: neither changes an error relative to the product's magnitudes. The
+    gradient at an operand that was broadcast sums over what it was broadcast to, too.
     """
     first, second = operands
     spelling = _spelling(call, first, second)
