@@ -83,8 +83,9 @@ def self_check(trials: int = 3, size: int = SIZE, freedom: Sequence[float] = FRE
     """
     if trials < 1 or size < 1:
         raise ValueError(f"a self-check takes one trial and a size of 1 at least, got {trials} and {size}")
-    formats = ("int8", "e4m3fn")
-    casts = {(name, by): Cast.parse(f"{name}/{by}/current/nearest") for name in formats for by in GRANULARITIES}
+    casts = {
+        (name, by): Cast.parse(f"{name}/{by}/current/nearest") for name in ("int8", "e4m3fn") for by in GRANULARITIES
+    }
     generator = np.random.default_rng(seed)
     medians: dict[tuple[float, str, str], list[float]] = {}
     for nu in sorted(freedom):
@@ -93,8 +94,9 @@ def self_check(trials: int = 3, size: int = SIZE, freedom: Sequence[float] = FRE
             for (name, by), cast in casts.items():
                 errors = backward_errors(left, right, cast)
                 medians.setdefault((nu, name, by), []).append(float(errors.median()))
+    means = {key: sum(found) / trials for key, found in medians.items()}
     return [
-        SelfCheck(nu, by, *(sum(medians[nu, name, by]) / trials for name in formats), trials, size)
+        SelfCheck(nu, by, means[nu, "int8", by], means[nu, "e4m3fn", by], trials, size)
         for by in GRANULARITIES
         for nu in sorted(freedom)
     ]

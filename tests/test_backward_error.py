@@ -75,6 +75,8 @@ def test_what_is_no_number() -> None:
     (found,) = histograms(errors[None], exact)
     assert (found.sampled, found.measured, found.idle, found.non_finite, found.exact) == (10, 3, 3, 4, 1)
     assert found.largest == found.quantile(1.0) == math.inf
+    made_nan = backward_errors(left[4:], right, Cast.parse("e4m3fn/none/nearest:inf"))
+    assert made_nan.tolist() == [[math.inf, math.inf]]
     saturated = backward_errors(left, right, Cast.parse("fp16"))
     assert 0 < saturated[4, 1] == pytest.approx(1 - 65504 / 9e4)
 

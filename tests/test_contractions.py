@@ -437,7 +437,8 @@ def test_extent(dtype: torch.dtype) -> None:
         assert Extent.of(nothing).largest == 0.0
         assert np.isnan(Extent.of(nothing).rms)
     assert Extent.of(torch.zeros(3, dtype=dtype)) == Extent(0.0, 0.0)
-    assert Extent.of(torch.tensor(3e30)).rms == pytest.approx(3e30)  # its square is no float32
+    for large in (3e30, 3e-30):  # whose squares are no float32
+        assert Extent.of(torch.full((5,), large)).rms == pytest.approx(large)
 
 
 def test_flops_agree_with_the_sizes() -> None:

@@ -23,6 +23,7 @@ from probes.casts import Cast
 from probes.contractions.contraction import Extent
 from probes.errors import InvalidCast, WindowError
 from probes.numbers import plain
+from probes.ops import Operation
 from probes.product_errors import CASTS, FORMATS, Crest, ProductError, pooled, site_backward_errors
 from probes.sites import ProductCall, SiteHook
 
@@ -43,6 +44,9 @@ class Measuring(SiteHook):
         result = call.run()
         result.register_hook(lambda gradient: self.found.extend(site_backward_errors(call, gradient, self.casts)))
         return result
+
+    def on_unplaced(self, operation: Operation) -> None:
+        self.met.append(f"{operation.name}, met in backward")
 
 
 def measured(
@@ -221,6 +225,14 @@ def test_without_a_gradient_the_forward_products_alone() -> None:
     assert [one.product for one in site_backward_errors(linear, None, [INT8])] == ["forward"]
     assert [one.product for one in site_backward_errors(attention, None, [INT8])] == ["scores", "values"]
     assert site_backward_errors(linear, None, []) == []
+
+
+def test_autocast_does_not_reach_it() -> None:
+    query = randn(2, 9, 8, seed=1).requires_grad_()
+    call, gradient = kept(F.scaled_dot_product_attention, query, query, query), randn(2, 9, 8, seed=2)
+    plain_errors = site_backward_errors(call, gradient)
+    with torch.autocast("cpu"):
+        assert site_backward_errors(call, gradient) == plain_errors
 
 
 def test_each_seed_looks_elsewhere() -> None:
