@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from probes.casts import Cast, CastState
@@ -42,7 +43,8 @@ def backward_errors(left: Tensor, right: Tensor, cast: Cast, extents: tuple[Exte
     Raises InvalidCast for scales that a sample of rows does not tell (`refuse_unsampled`).
     """
     exact, magnitudes = product_and_magnitudes(left, right)
-    return relative_to(magnitudes, exact, cast_product(left, right, cast, extents))
+    (product,) = cast_products(left, right, [cast], extents)
+    return relative_to(magnitudes, exact, product, left.shape[-1])
 
 
 def product_and_magnitudes(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,23 +53,36 @@ def product_and_magnitudes(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]
     return wide @ across, wide.abs() @ across.abs()
 
 
-def cast_product(left: Tensor, right: Tensor, cast: Cast, extents: tuple[Extent, Extent] | None = None) -> Tensor:
-    """Q(L)·Q(R), float64 [.., M, N]. See `backward_errors`."""
+AT_ONCE = 1 << 20  # float64 numbers of cast operands that are multiplied together
+
+
+def cast_products(
+    left: Tensor, right: Tensor, casts: Sequence[Cast], extents: tuple[Extent, Extent] | None = None
+) -> Tensor:
+    """Q(L)·Q(R) for each cast, float64 [casts, .., M, N]. See `backward_errors`.
+
+    Several at once: where threads outnumber cores, each call into the matrix library may wait for one that is off.
+    """
     if extents is not None:
-        refuse_unsampled(cast)
-    first, second = (
-        with_scale_of(cast, extent)(values, CastState(seed))
-        for seed, (values, extent) in enumerate(zip((left, right), extents or (None, None), strict=True))
-    )
-    return first.double() @ second.double().transpose(-1, -2)
+        for cast in casts:
+            refuse_unsampled(cast)
+    at_once, products = max(1, AT_ONCE // max(left.numel(), right.numel(), 1)), []
+    for start in range(0, len(casts), at_once):
+        first, second = (
+            torch.stack([with_scale_of(cast, extent)(one, CastState(seed)) for cast in casts[start : start + at_once]])
+            for seed, (one, extent) in enumerate(zip((left, right), extents or (None, None), strict=True))
+        )
+        products.append(first.double() @ second.double().transpose(-1, -2))
+    return torch.cat(products)
 
 
-def relative_to(magnitudes: Tensor, exact: Tensor, cast: Tensor) -> Tensor:
-    """|exact − cast| / magnitudes, for casts' products [.., M, N] or [casts, .., M, N].
+def relative_to(magnitudes: Tensor, exact: Tensor, cast: Tensor, terms: int) -> Tensor:
+    """|exact − cast| / magnitudes, for casts' products [.., M, N] or [casts, .., M, N] of so many terms.
 
-    See `backward_errors` for what is no number.
+    See `backward_errors` for what is no number. What float64's own summing may have done is 0.
     """
     errors = (exact - cast).abs() / magnitudes  # 0/0 is NaN: nothing was multiplied, nothing lost
+    errors = errors.masked_fill(errors < terms * 2.0**-52, 0.0)
     errors = errors.masked_fill(~cast.isfinite(), math.inf)
     return errors.masked_fill(~exact.isfinite(), math.nan)
 

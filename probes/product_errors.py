@@ -25,7 +25,7 @@ from torch import Tensor
 from probes.backward_error import (
     QUANTILES,
     ErrorHistogram,
-    cast_product,
+    cast_products,
     histograms,
     product_and_magnitudes,
     refuse_unsampled,
@@ -147,8 +147,10 @@ def site_backward_errors(
             extents = contraction.left.extent, contraction.right.extent
             crests = [Crest.of(extent, rows) for extent, rows in zip(extents, (left, right), strict=True)]
             exact, magnitudes = product_and_magnitudes(left, right)
-            products = torch.stack([cast_product(left, right, cast, extents) for cast in casts])
-            for cast, errors in zip(casts, histograms(relative_to(magnitudes, exact, products), exact), strict=True):
+            products = cast_products(left, right, casts, extents)
+            for cast, errors in zip(
+                casts, histograms(relative_to(magnitudes, exact, products, left.shape[-1]), exact), strict=True
+            ):
                 found.append(ProductError(call.site, contraction.name, str(cast), errors, *crests))
     return found
 
