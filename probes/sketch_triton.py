@@ -3,13 +3,13 @@
 Counting is the hard part: 2,048 bins fit into no thread's registers, and atomics on global memory come to one a clock
 for an address, far too few where a tensor has most of its values in some thirty bins. `tl.histogram` counts in shared
 memory from Triton 3.8 on; before (torch 2.13's CUDA builds bring 3.7.1) it compares each element with each bin by warp
-votes, 226 instructions an element. In either it clears and reads all bins at each call. So the counters are our own:
-an array of a program's shared memory, in three functions of LLVM IR (`shared_counts.ll`) that Triton links as it links
-CUDA's libdevice. To count is one instruction, ATOMS.POPC.INC. Threads of a warp that meet at an address cost nothing
-extra there; others wait only where bins are 32 apart, which is four octaves. Programs are persistent: as many as the
-device holds at once, each reading every so many-th chunk of 16 KiB, and only at the end does each add its bins that
-are not empty to the row, in float64, exact up to 2^53. In the loop no thread waits for another, and none for a chunk
-that another warp still waits for.
+votes, 226 instructions an element. In either it clears and reads all bins at each call. So the counters are our own: an
+array of a program's shared memory, in three functions of LLVM IR (`shared_counts.ll`) that Triton links as it links
+CUDA's libdevice. To count is one instruction, ATOMS.POPC.INC, which is made for threads of a warp that meet at an
+address; others meet only at a bank of memory, where bins are a multiple of 32 apart, which is four octaves. Programs
+are persistent: as many as the device holds at once, each reading every so many-th chunk of 16 KiB, and only at the end
+does each add its bins that are not empty to the row, in float64, exact up to 2^53. In the loop no thread waits for
+another, and none for a chunk that another warp still waits for.
 
 What else there is to know is kept in five registers a thread, and told apart at the end:
 
@@ -47,7 +47,6 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +67,7 @@ except ImportError as error:
     ) from error
 
 _WARPS = 8
+_LANES = 32 * _WARPS
 _PROGRAMS = 4  # on each multiprocessor: as many as its registers hold, so that none waits for another's end
 _REGISTERS = 64  # a thread: of 65,536, for 4 programs of 256 threads
 _CHUNK_BYTES = 1 << 14  # 64 a thread
@@ -81,7 +81,13 @@ _READ_AS = {
     torch.float32: torch.int32,
     torch.float64: torch.float64,
 }
-_COUNTERS = {"counters": str(Path(__file__).with_name("shared_counts.ll"))}
+_OPTIONS = {
+    "num_warps": _WARPS,
+    "maxnreg": _REGISTERS,
+    "extern_libs": {"counters": str(Path(__file__).with_name("shared_counts.ll"))},
+    "enable_fp_fusion": True,  # squares of float32 are exact in float64: it makes no difference
+    "enable_reflect_ftz": False,
+}
 
 # Whether counters are in shared memory, which the interpreter, asked for once and for all, does not have.
 _SHARED = tl.constexpr(not triton.knobs.runtime.interpret)
@@ -128,18 +134,17 @@ def add(sums: Tensor, extremes: Tensor, values: Tensor) -> None:
             f"a sketch on {sums.device} takes dense {allowed} there, not {values.dtype}, {values.layout} on "
             f"{values.device}: convert or move the tensor first"
         )
-    flat = in_memory_order(values.detach().resolve_neg()).contiguous()  # it may be a view with a stride
-    elements = flat.numel()
+    values = values.detach().resolve_neg()
+    flat = values.view(-1) if values.is_contiguous() else in_memory_order(values).contiguous()  # one may have a stride
+    elements, size = flat.numel(), flat.element_size()
     if elements == 0:
         return
-    size = flat.element_size()
     chunk, vector = _CHUNK_BYTES // size, _VECTOR_BYTES // size
-    lanes = 32 * _WARPS
-    readers = max(min(_most_readers(flat.device), triton.cdiv(elements, chunk)), triton.cdiv(elements, _MOST_ELEMENTS))
-    arguments = flat.view(_READ_AS[flat.dtype]), sums, extremes, elements, triton.cdiv(elements, SAMPLE)
-    shape = {"ROWS": chunk // (lanes * vector), "LANES": lanes, "VECTOR": vector}
+    readers = max(min(-(-elements // chunk), _most_readers(flat.device)), -(-elements // _MOST_ELEMENTS))
+    memory, stride = (flat.view(_READ_AS[flat.dtype]), sums, extremes), -(-elements // SAMPLE)
+    shape = {"ROWS": chunk // (_LANES * vector), "LANES": _LANES, "VECTOR": vector}
     with torch.cuda.device_of(flat):
-        _sketch[(1 + readers,)](*arguments, **shape, **_options())
+        _sketch[(1 + readers,)](*memory, elements, stride, **shape, **_OPTIONS)
 
 
 @cache
@@ -148,18 +153,6 @@ def _most_readers(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     return _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count - 1
-
-
-@cache
-def _options() -> dict[str, Any]:
-    """Squares of float32 are exact in float64: it makes no difference whether they are fused with a sum."""
-    return {
-        "num_warps": _WARPS,
-        "maxnreg": _REGISTERS,
-        "extern_libs": _COUNTERS,
-        "enable_fp_fusion": True,
-        "enable_reflect_ftz": False,
-    }
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)

@@ -346,6 +346,14 @@ def test_compiled_reads_wide_and_in_few_instructions(compiled: dict[str, tuple[s
         assert not any(one.startswith(("bar", "shfl", "vote", "match", "st.")) for one in loop), name
 
 
+def test_compiled_threads_hold_no_element_twice(compiled: dict[str, tuple[str, int]]) -> None:
+    """Or it would be counted twice: in a chunk, in a row of the rest, and in a part of the sample."""
+    for name, (ptx, _) in compiled.items():
+        width = WIDTHS[getattr(torch, name)]
+        counts = [operation for _, operation, _ in lines_of(ptx) if operation.endswith(".shared.add.u32")]
+        assert len(counts) == (16384 // width + 4096 // width + 2048) // 256, name
+
+
 def test_compiled_keeps_subnormal_values(compiled: dict[str, tuple[str, int]]) -> None:
     for name, (ptx, _) in compiled.items():
         assert not re.search(r"\.ftz\.f(?:32|16)", ptx), name
