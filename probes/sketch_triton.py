@@ -205,7 +205,7 @@ def _add_chunks(  # type: ignore[no-untyped-def]
     counts, bins = _counted(counts, _ALL_BINS), tl.arange(0, _ALL_BINS)
     zeros = tl.sum(tl.where(bins == 0, counts, 0), axis=0) - padding
     positive, negative, square = tl.cast(0, tl.int32), tl.cast(0, tl.int32), tl.sum(squares, axis=0)
-    significant = _MANTISSA_BITS - _power(tl.min(unused, axis=0) & _MANTISSA)
+    significant = -_power(tl.min(unused, axis=0) & _MANTISSA) + _MANTISSA_BITS
     if (amax >= _INF) | (least < _SMALLEST_NORMAL - 1):
         amax, zeros, positive, negative, significant, square = _seen_again(
             values, elements, first, step, ROWS, LANES, VECTOR
@@ -296,7 +296,7 @@ def _add_distinct(values, extremes, elements, stride):  # type: ignore[no-untype
         counts = _count(counts, tl.where((bits > 0) & (bits < _INF), cell, _CELLS), _CELLS)
     hit = tl.sum((_counted(counts, _CELLS) > 0).to(tl.int32), axis=0)
     if hit > 0:
-        empty = tl.maximum(_CELLS - hit, 1).to(tl.float64)
+        empty = tl.maximum(-hit + _CELLS, 1).to(tl.float64)
         distinct = tl.minimum(tl.floor(tl.log(empty / _CELLS) * -_CELLS.value + 0.5), _CELLS)
         tl.atomic_max(extremes + _DISTINCT, distinct.to(tl.float32), sem="relaxed")
 

@@ -23,6 +23,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+import triton
+
 from probes import sketch_triton
 from probes.errors import MissingTriton, ProbeError, UnsupportedTensor
 from probes.kernels import in_memory_order
@@ -32,6 +34,7 @@ from tests.tensors import AWKWARD, generator
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 WIDTHS = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4, torch.float64: 8}
 FLOAT32_BITS = {
@@ -75,6 +78,8 @@ def plain(*tensors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sketched(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    if DEVICE.type == "cpu" and TRITON < (3, 9):
+        pytest.skip("Triton's interpreter mixes up constants and tensors before 3.9")
     sums, extremes = empty_row(DEVICE)
     for values in tensors:
         sketch_triton.add(sums, extremes, values.to(DEVICE))
@@ -267,6 +272,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, i
 
     The tensors are on the `meta` device: reading any value on the host would raise.
     """
+    if TRITON < (3, 7):
+        pytest.skip("Triton 3.6 has neighbours in several threads: its loop passes sums between them, by barriers")
     wanted = [("float32", 100_000), ("bfloat16", 2**33), ("float16", 5000), ("float64", 64)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
