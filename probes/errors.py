@@ -5,6 +5,7 @@ ProbeError
 ├── NotInFormat           a value without a code in a format, or a number that is no code
 ├── InvalidCast           a cast string, or a combination of its parts, that means nothing
 ├── UnsupportedTensor     a tensor of a dtype that has no place in a sketch or a cast
+├── MissingTriton         what runs on a CUDA device was asked for, and Triton is not installed
 └── WindowError           a window that was opened, used or asked in a way it cannot serve
     └── MalformedWindow   a window file, or a packed history, that does not hold what it must
 """
@@ -30,6 +31,10 @@ class InvalidCast(ProbeError, ValueError):
 
 class UnsupportedTensor(ProbeError, TypeError):
     """A tensor that cannot be cast or sketched: not of a floating dtype."""
+
+
+class MissingTriton(ProbeError, ImportError):
+    """Triton, in which the kernels for CUDA devices are written, cannot be imported."""
 
 
 class WindowError(ProbeError, ValueError):
