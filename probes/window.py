@@ -89,14 +89,14 @@ class Window:
 
     @property
     def coverage(self) -> Coverage:
-        """What share of the forward pass's matrix FLOPs was seen."""
+        """What share of the matrix FLOPs was seen."""
         self._require_closed()
         return self._coverage
 
     @property
     def total_flops(self) -> float:
-        """All matrix FLOPs a step, forward and backward; what was not seen is taken to cost twice more in backward."""
-        return sum(site.flops for site in self.sites) + 3 * self.coverage.unseen_flops
+        """All matrix FLOPs a step, forward and backward."""
+        return sum(site.flops for site in self.sites) + self.coverage.unseen_flops
 
     def site(self, name: str) -> Site:
         """The site of this name. Raises WindowError with near matches."""
