@@ -158,8 +158,8 @@ class Window:
 
     @property
     def total_flops(self) -> float:
-        """All matrix FLOPs a step, forward and backward; what was not seen is taken to cost twice more in backward."""
-        return sum(site.flops for site in self.sites) + 3 * self.coverage.unseen_flops
+        """All matrix FLOPs a step, forward and backward."""
+        return sum(site.flops for site in self.sites) + self.coverage.unseen_flops
 
     def site(self, name: str) -> Site:
         """The site of this name. Raises WindowError with near matches."""
