@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from probes.functions import in_custom_forward
 from probes.names import Frame, in_backward
 from probes.records import Coverage, Site
-from probes.recurrent import HIDDEN
+from probes.recurrent import INSIDE
 
 OUTSIDE = "(outside)"
 
@@ -147,7 +147,7 @@ class FlopsBeneath(TorchDispatchMode):
             if flops
         ]
         for site in sites:
-            hidden = sum(product.flops for product in site.products if HIDDEN in product.operands)
+            hidden = sum(product.flops for product in site.products if INSIDE & {*product.operands})
             if hidden:
                 entries.append({"where": site.name, "op": f"aten.{site.op}", "flops": hidden, "site": site.name})
         return Coverage(seen_flops / total if total else float("nan"), tuple(entries))
