@@ -42,6 +42,7 @@ def operation_of(function: Callable[..., Any]) -> Operation | None:
         function = function.overloadpacket
     if isinstance(function, torch._ops.OpOverloadPacket):
         return _BY_NAME.get(function._qualified_op_name)
+    assert isinstance(function, torch._ops.HigherOrderOperator), "the third kind of operator"
     return _BY_NAME.get(function.name())
 
 

@@ -268,7 +268,13 @@ def test_second_derivatives_are_listed() -> None:
         return slope.square().sum()
 
     window, _ = watched(model, step)  # FlopCounterMode cannot follow torch.autograd.grad (2.13)
-    assert set(unseen(window.coverage)) == {("0", "aten.mm"), ("2", "aten.mm")}
+    first, second = 2 * 8 * 4 * 6, 2 * 8 * 6
+    assert window.site("0").flops == 4 * first  # forward; towards x alone; then towards x and the weight
+    assert window.site("2").flops == 2 * second
+    assert window.coverage.unseen == (
+        {"where": "0", "op": "aten.mm", "flops": 2 * first},
+        {"where": "2", "op": "aten.mm", "flops": second},
+    )
 
 
 def test_a_scripted_module_is_listed_and_takes_no_hook() -> None:
