@@ -88,9 +88,7 @@ class ProductCall:
     def leaves(self) -> dict[str, int]:
         """For the backward products that make the gradient of a leaf of the graph: the leaf's id."""
         sources = [operand if operand._base is None else operand._base for operand in self.given]
-        return {
-            f"{role}_grad": id(source) for role, source in zip(self.roles, sources, strict=True) if source.is_leaf
-        }
+        return {f"{role}_grad": id(source) for role, source in zip(self.roles, sources, strict=True) if source.is_leaf}
 
     @property
     def replayable(self) -> bool:
@@ -250,7 +248,9 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
             operation=operation,
             roles=roles,
             operands=[contents(operand) for operand in given],
-            weights=frozenset(role for role, owner in zip(roles, owners, strict=True) if owner is not None),
+            weights=frozenset(
+                role for role, owner in zip(roles, owners, strict=True) if owner and role.startswith("weight")
+            ),
             parameter=None if owned is None else owned.dotted,
             recomputing=frame.recomputes,
             opaque=frame.trains and not torch.is_grad_enabled() and in_custom_forward(),
