@@ -7,6 +7,8 @@ that was loaded from a file holds the same.
 from __future__ import annotations
 
 import difflib
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +103,19 @@ class Window:
         What backward started from, summed over a step's backward calls.
         """
         return list(self._held.losses)
+
+    @property
+    def loss_noise(self) -> float:
+        """How far the loss jumps from one recorded step to the next: the standard deviation of its noise, loss units.
+
+        Taken from the median of successive differences, which neither a trend nor a few outliers move much: 1.4826
+        times their median absolute value over √2. Steps without a loss, and non-finite ones, are left out together with
+        their differences; NaN where fewer than two neighbours are left.
+        """
+        losses = self.losses
+        apart = [abs(after - before) for before, after in zip(losses, losses[1:], strict=False)]
+        finite = [difference for difference in apart if math.isfinite(difference)]
+        return 1.4826 * statistics.median(finite) / math.sqrt(2) if finite else math.nan
 
     @property
     def loss_scales(self) -> tuple[float, ...]:
