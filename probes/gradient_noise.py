@@ -7,9 +7,9 @@ m̂ = Σ w_i·g_i with weights that add up to one, so that
 
     E[v̂] = ḡ² + σ²,   E[m̂²] = ḡ² + σ²·Σw²,   Σw² = (1-β₁)/(1+β₁) · (1+β₁^t)/(1-β₁^t)
 
-and (v̂ - m̂²)/(1 - Σw²) is σ² without bias at any t above 1; for many steps 1/(1 - Σw²) is (1+β₁)/(2β₁). It is asked
-for where t ≥ 20 at β₁ = 0.9 (2/(1-β₁)), and where v̂ is of the gradients of this window: v reaches a thousand steps back,
-and where gradients have since become smaller or larger by more than a half in energy it would tell of that.
+and (v̂ - m̂²)/(1 - Σw²) is σ² without bias at any t above 1; after many steps 1/(1 - Σw²) is (1+β₁)/(2β₁). Moments
+are believed from t = 2/(1-β₁) on, 20 for β₁ = 0.9, and only where v̂ is within half as much again of the energy of this
+window's own gradients: v reaches a thousand steps back, and where gradients have since shrunk it tells of another time.
 
 *differences*: otherwise half the energy of the difference between the gradients of two successive recorded steps, in
 a fixed strided sample of 2,048 elements. It has σ² without bias where ḡ changes little from one to the next.

@@ -10,7 +10,7 @@ is at most half the distance to r's neighbour on that side. That distance depend
 - there, on the sign of Δw against that of w.
 
 So elements are counted jointly: by the octave of w and its place within it, in classes that are narrow towards the
-ends and end where formats with 1, 2, 3, 4, 7 and 10 mantissa bits round up or down; by |Δw|, four bins an octave; and
+ends and end where formats with 1, 2, 3, 4, 7 and 10 mantissa bits round up or down; by |Δw|, eight bins an octave; and
 by whether the update makes the weight larger or smaller. Ends of classes and of octaves of |Δw| are the thresholds of
 those formats themselves, so that without a scale, or with a power of two, the share is exact, but for an update that is
 a power of two and meets a tie. (Ties go into the bin below, as lost, which is right at powers of two.) With any other
@@ -43,7 +43,8 @@ SAMPLE = 65_536  # elements of a parameter that are looked at in a followed step
 
 FRACTION_BITS = 23
 LOWEST_OCTAVE, OCTAVES = -32, 48  # of |w|: [2^-32, 2^16); below it is nothing to any 16-bit format with few exponents
-LOWEST_UPDATE, UPDATE_BINS_AN_OCTAVE, UPDATE_BINS = -48, 4, 256  # of |Δw|: (2^-48, 2^16]
+LOWEST_UPDATE, UPDATE_BINS_AN_OCTAVE, UPDATE_BINS = -48, 8, 512  # of |Δw|: (2^-48, 2^16]
+UPDATE_SHIFT = FRACTION_BITS - 3
 
 _ENDS = (11, 8, 5, 4, 3, 2)  # classes end at 2^-end from either end of the octave: where M + 1 = end rounds up
 PLACES = np.array([0.0, *(2.0**-e for e in _ENDS), 0.5, *(1 - 2.0**-e for e in reversed(_ENDS)), 1.0])
@@ -153,9 +154,8 @@ def cells_of(weight: Tensor, update: Tensor) -> Tensor:
     place = torch.bucketize(w_bits & 0x7FFFFF, _place_bounds(w.device), out_int32=True, right=True)
     inside = octave.clamp(max=OCTAVES - 1) * CLASSES + place + 1
     weight_class = torch.where(octave >= 0, inside, 0)
-    shift = FRACTION_BITS - 2
-    lowest = (127 + LOWEST_UPDATE) << 2
-    update_bin = (((change_bits - 1) >> shift) - lowest).clamp(0, UPDATE_BINS - 1)
+    lowest = (127 + LOWEST_UPDATE) * UPDATE_BINS_AN_OCTAVE
+    update_bin = (((change_bits - 1) >> UPDATE_SHIFT) - lowest).clamp(0, UPDATE_BINS - 1)
     outward = (torch.signbit(w) == torch.signbit(change)).int()
     cells = 1 + (weight_class * UPDATE_BINS + update_bin) * 2 + outward
     counted = (change_bits > 0) & (change_bits < 0x7F800000) & (w_bits < 0x7F800000)

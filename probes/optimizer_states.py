@@ -43,7 +43,7 @@ def states_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator[t
     """The tensors of a parameter's state by name, as many times as there are; counters and other scalars left out."""
     for name, value in optimizer.state.get(parameter, {}).items():
         for tensor in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(tensor, Tensor) and (tensor.dim() > 0 or parameter.dim() == 0 and name not in _COUNTERS):
+            if isinstance(tensor, Tensor) and (tensor.dim() > 0 or (parameter.dim() == 0 and name not in _COUNTERS)):
                 yield str(name), tensor
 
 
@@ -76,7 +76,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def epsilon_of(group: dict[str, Any] | None) -> float | None:
-    """The optimizer's epsilon for these parameters, None where it has none. Adafactor's pair gives the first (for g²)."""
+    """The optimizer's epsilon for these parameters, None where it has none. Of Adafactor's pair the first, for g²."""
     found = None if group is None else group.get("eps")
     if isinstance(found, (list, tuple)):
         found = found[0] if found else None

@@ -10,10 +10,10 @@ optimizer's step and after it:
     update        the parameter after the step less before it, in its own dtype
     exp_avg, …    each floating tensor of the optimizer's state after the step, by its own name
 
-each into its slot's sketch, and weight and update together into a joint one (`lost_updates.py`). For this each followed
-step keeps a copy of the parameters while the optimizer runs. Gradient noise (`gradient_noise.py`) comes from the moments
-at these steps, or from a sample of the gradients at every recorded step. Nothing waits for a device: what was found
-stays there until the window is closed. (Sparse gradients on an accelerator do wait, to be coalesced, in followed steps.)
+each into its slot's sketch, and weight and update together into a joint one (`lost_updates.py`). For this a followed
+step keeps a copy of the parameters while the optimizer runs. Gradient noise (`gradient_noise.py`) comes from the
+moments at these steps, or from a sample of the gradients at every recorded step. Nothing waits for a device: what was
+found stays there until the window is closed. (Coalescing a sparse gradient on an accelerator does wait.)
 
 A DTensor (FSDP2) is read as this process holds it; shards add up over ranks.
 """

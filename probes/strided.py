@@ -1,4 +1,4 @@
-"""A fixed strided sample of a tensor's elements: the same ones at every step, spread over all of its rows and columns."""
+"""A fixed strided sample of a tensor's elements: the same at every step, spread over all rows and columns."""
 
 from __future__ import annotations
 

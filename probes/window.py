@@ -7,6 +7,7 @@ that was loaded from a file holds the same.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -113,7 +114,7 @@ class Window:
         their differences; NaN where fewer than two neighbours are left.
         """
         losses = self.losses
-        apart = [abs(after - before) for before, after in zip(losses, losses[1:], strict=False)]
+        apart = [abs(after - before) for before, after in itertools.pairwise(losses)]
         finite = [difference for difference in apart if math.isfinite(difference)]
         return 1.4826 * statistics.median(finite) / math.sqrt(2) if finite else math.nan
 
@@ -131,6 +132,10 @@ class Window:
     def parameter_records(self) -> tuple[ParameterRecord, ...]:
         """What the optimizer's steps showed of each parameter: lost updates, gradient noise, epsilon."""
         return self._held.parameter_records
+
+    def parameter_record(self, name: str) -> ParameterRecord | None:
+        """That of one parameter by its dotted name, None where it was not followed."""
+        return self._records.get(name) if self._held else None
 
     @property
     def backward_errors(self) -> tuple[ProductError, ...]:
