@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -305,20 +307,20 @@ def test_16_bit_and_scalar_and_complex_parameters() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.half = nn.Parameter(torch.randn(4, 2, dtype=torch.bfloat16))
+            self.narrow = nn.Parameter(torch.randn(4, 2, dtype=torch.bfloat16))
             self.scalar = nn.Parameter(torch.tensor(2.0))
             self.complex = nn.Parameter(torch.randn(4, dtype=torch.complex64))
 
         def forward(self, x: Tensor) -> Tensor:
-            return (x.bfloat16() @ self.half).float().sum() * self.scalar + (self.complex.abs() * x).sum()
+            return (x.bfloat16() @ self.narrow).float().sum() * self.scalar + (self.complex.abs() * x).sum()
 
     torch.manual_seed(0)
     model = Odd()
     window = one_step(model, optim.Adam(model.parameters()), torch.randn(8, 4))
     assert window.notes == ()
     records = {record.name: record for record in window.parameter_records}
-    assert records["half"].dtype == "bfloat16"
-    assert window.dtype(next(slot for slot in window.slots if slot.site == "half")) == "bfloat16"
+    assert records["narrow"].dtype == "bfloat16"
+    assert window.dtype(next(slot for slot in window.slots if slot.site == "narrow")) == "bfloat16"
     assert "exp_avg" in records["scalar"].roles
     assert "step" not in records["scalar"].roles
     assert window.history("complex", "master").elements.tolist() == [8]
@@ -339,36 +341,34 @@ def test_a_parameter_that_cannot_be_read_is_noted_and_the_training_goes_on() -> 
     assert window.history("weight", "update").elements.tolist() == [8]
 
 
+class Stop(Exception):
+    pass
+
+
+def stop(*_: Any) -> None:
+    raise Stop
+
+
 def test_a_window_left_by_an_exception_keeps_no_tensor() -> None:
-    import gc
-    import weakref
+    watched: list[Any] = []
 
-    model = nn.Linear(4, 2)
-    optimizer = optim.SGD(model.parameters(), lr=0.1)
-
-    class Stop(Exception):
-        pass
-
-    def broken(*_: Any) -> None:
-        raise Stop
-
-    watching = probe(model, optimizer, steps=3, curvature_steps=0)
-
-    def interrupted() -> None:
-        with watching:
-            hook = optimizer.register_step_pre_hook(broken)  # after the window's own hook, before the step
-            model(torch.randn(8, 4)).sum().backward()
-            try:
+    def interrupted() -> list[weakref.ref[Any]]:
+        model = nn.Linear(4, 2)
+        optimizer = optim.SGD(model.parameters(), lr=0.1)
+        watched.append(probe(model, optimizer, steps=3, curvature_steps=0))
+        try:
+            with watched[0]:
+                optimizer.register_step_pre_hook(stop)  # after the window's own hook, before the step
+                model(torch.randn(8, 4)).sum().backward()
                 optimizer.step()
-            finally:
-                hook.remove()
+        except Stop:
+            pass
+        return [weakref.ref(held) for held in (model, model.weight, model.weight.grad)]
 
-    with pytest.raises(Stop):
-        interrupted()
-    kept = [weakref.ref(model.weight), weakref.ref(model.weight.grad)]
-    del model, optimizer
+    references = interrupted()
     gc.collect()
-    assert [reference() for reference in kept] == [None, None]
+    assert [reference() for reference in references] == [None, None, None]
+    assert watched[0].window.done
 
 
 # What is made of it
