@@ -34,39 +34,51 @@ _POINTS = 16  # magnitudes taken in a class of weights
 
 
 def lost_updates(
-    updates: UpdateSketch,
-    cast: Cast,
-    amax: Sequence[float] | Array = (1.0,),
-    update_range: tuple[float, float] = (0.0, inf),
+    updates: UpdateSketch, cast: Cast, amax: float = inf, update_range: tuple[float, float] = (0.0, inf)
 ) -> float | None:
-    """Share of the non-zero updates that the weights, held in this cast's format, would not take; 0 to 1.
+    """Share of one step's non-zero updates that the weights, held in this cast's format, would not take; 0 to 1.
 
-    amax          the weights' largest magnitude at each step that the sketch is of; a current scale follows it
+    amax          the weights' largest magnitude, which a current or delayed scale is made for
     update_range  smallest and largest magnitude of the updates, where known: sharpens what a scale's threshold cuts
 
     None where there is no non-zero update, or the cast does not round to nearest with one scale or none.
     """
     if cast.rounding != "nearest" or why_not_measurable(cast) is not None or not len(updates.cells):
         return None
-    largest = np.asarray(amax, dtype=np.float64)
-    if cast.scale is None:
-        return _lost(updates, cast, 1.0, float(largest.max(initial=0.0)), update_range)
-    pairs = dict.fromkeys(zip(scales(largest, cast).tolist(), largest.tolist(), strict=True))
-    return float(np.mean([_lost(updates, cast, *pair, update_range) for pair in pairs])) if pairs else None
+    (scale,) = scales(np.array([amax]), cast)
+    return _lost(updates, cast, float(scale), amax, update_range)
+
+
+def lost_by_step(window: Window, parameter: str, casts: Sequence[Cast]) -> dict[str, dict[int, tuple[float, int]]]:
+    """The same of one of a window's parameters: cast → followed step → share, and updates that it is of.
+
+    Casts are named by their canonical strings. Those and steps of which nothing can be said are left out.
+    """
+    record = window.parameter_record(parameter)
+    found: dict[str, dict[int, tuple[float, int]]] = {str(cast): {} for cast in casts}
+    if record is None or not {Slot(parameter, role) for role in (MASTER, UPDATE)} <= set(window.slots):
+        return found
+    master, update = window.history(parameter, MASTER), window.history(parameter, UPDATE)
+    largest = dict(zip(master.steps.tolist(), master.amax.tolist(), strict=True))
+    ranges = zip(update.amin.tolist(), update.amax.tolist(), strict=True)
+    known = dict(zip(update.steps.tolist(), ranges, strict=True))
+    for step, updates in record.updates.items():
+        for cast in casts if step in largest and step in known else ():
+            share = lost_updates(updates, cast, largest[step], known[step])
+            if share is not None:
+                found[str(cast)][step] = share, updates.total
+    return found
 
 
 def lost_of(window: Window, parameter: str, casts: Sequence[Cast]) -> dict[str, float]:
-    """The same of one of a window's parameters, by the casts' canonical strings; those of which nothing can be said are
-    left out, and all where no update of the parameter was seen."""
-    record = window.parameter_record(parameter)
-    updates = None if record is None else record.updates
-    if updates is None or not {Slot(parameter, role) for role in (MASTER, UPDATE)} <= set(window.slots):
-        return {}
-    master, update = window.history(parameter, MASTER), window.history(parameter, UPDATE)
-    smallest = update.amin[update.amin > 0].min(initial=np.float32(inf))
-    known = (float(smallest), float(update.amax.max(initial=np.float32(0))))
-    found = {str(cast): lost_updates(updates, cast, master.amax.astype(np.float64), known) for cast in casts}
-    return {cast: share for cast, share in found.items() if share is not None}
+    """Share of the lost updates of all followed steps together, by cast; casts of which nothing can be said are left
+    out."""
+    by_step = lost_by_step(window, parameter, casts)
+    return {
+        cast: sum(share * count for share, count in steps.values()) / sum(count for _, count in steps.values())
+        for cast, steps in by_step.items()
+        if steps
+    }
 
 
 def epsilon_vanishes(record: ParameterRecord, target: Format) -> bool | None:

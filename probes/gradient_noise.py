@@ -54,7 +54,7 @@ class Moments:
     def estimate(self) -> tuple[float, float] | None:
         """σ² and E[g²], summed over the elements; None where the moments are fresh or say nothing."""
         steps, (beta1, beta2) = float(self.step), self.betas
-        if not (0 < beta1 < 1 and 0 < beta2 < 1) or steps < FRESH / (1 - beta1):
+        if not (0 < beta1 < 1 and 0 < beta2 < 1) or steps * (1 - beta1) < FRESH * (1 - 1e-9):
             return None
         mean_squared = float(self.first_squared) / (1 - beta1**steps) ** 2
         energy = float(self.second) / (1 - beta2**steps)

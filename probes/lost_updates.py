@@ -17,8 +17,8 @@ a power of two and meets a tie. (Ties go into the bin below, as lost, which is r
 scale a class or a bin that a threshold cuts is split in proportion. `advisor/lost_updates.py` does this arithmetic and
 says how well it was seen to agree.
 
-Large parameters are sampled: at most 65,536 elements a step, evenly strided, so that the share of one step has a
-standard deviation of at most 0.002.
+Large parameters are sampled: at most 32,768 elements a step, evenly strided, so that the share of one step has a
+standard deviation of at most 0.003.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from torch import Tensor
 from probes.errors import MalformedWindow
 from probes.strided import strided
 
-SAMPLE = 65_536  # elements of a parameter that are looked at in a followed step
+SAMPLE = 32_768  # elements of a parameter that are looked at in a followed step
 
 FRACTION_BITS = 23
 LOWEST_OCTAVE, OCTAVES = -32, 48  # of |w|: [2^-32, 2^16); below it is nothing to any 16-bit format with few exponents

@@ -54,7 +54,7 @@ class ParameterRecord:
     noise_from           "moments" of the optimizer, or "differences" of successive gradients
     sparse               its gradient is sparse, so weight_grad is of the coalesced values alone
     elements             that this process holds
-    packed_updates       the joint sketch of updates and weights as text, None where no update was seen
+    packed_updates       step → the joint sketch of updates and weights as text; empty where no update was seen
     """
 
     name: str
@@ -67,7 +67,7 @@ class ParameterRecord:
     gradient_noise: float | None = None
     noise_from: str | None = None
     sparse: bool = False
-    packed_updates: str | None = None
+    packed_updates: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def signal_to_noise(self) -> float | None:
@@ -77,9 +77,9 @@ class ParameterRecord:
         return max(1 / self.gradient_noise - 1, 0.0) if self.gradient_noise > 0 else float("inf")
 
     @property
-    def updates(self) -> UpdateSketch | None:
-        """The joint sketch of updates and weights, over all followed steps."""
-        return None if self.packed_updates is None else UpdateSketch.unpack(self.packed_updates)
+    def updates(self) -> dict[int, UpdateSketch]:
+        """The joint sketch of updates and weights of each followed step."""
+        return {step: UpdateSketch.unpack(packed) for step, packed in self.packed_updates.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ParameterRecord:
@@ -97,7 +97,7 @@ class ParameterRecord:
             gradient_noise=number(data["gradient_noise"]),
             noise_from=None if data["noise_from"] is None else text(data["noise_from"]),
             sparse=bool(data["sparse"]),
-            packed_updates=None if data["packed_updates"] is None else text(data["packed_updates"]),
+            packed_updates={int(step): text(packed) for step, packed in data["packed_updates"].items()},
         )
         _ = record.updates  # raises MalformedWindow
         return record
@@ -113,14 +113,17 @@ def joined_records(ranks: Sequence[Sequence[ParameterRecord]], sharded: bool) ->
 
 
 def _joined(parts: Sequence[ParameterRecord]) -> ParameterRecord:
-    updates = [part.updates for part in parts if part.packed_updates is not None]
+    updates: dict[int, list[UpdateSketch]] = defaultdict(list)
+    for part in parts:
+        for step, sketch in part.updates.items():
+            updates[step].append(sketch)
     noises = [(part.gradient_noise, part.elements) for part in parts if part.gradient_noise is not None]
     weight = sum(elements for _, elements in noises)
     return replace(
         max(parts, key=lambda part: len(part.roles)),
         elements=sum(part.elements for part in parts),
         gradient_noise=sum(noise * elements for noise, elements in noises) / weight if weight else None,
-        packed_updates=UpdateSketch.joined([part for part in updates if part]).pack() if updates else None,
+        packed_updates={step: UpdateSketch.joined(shards).pack() for step, shards in updates.items()},
     )
 
 
@@ -133,7 +136,7 @@ class _Seen:
     states: dict[str, str] = field(default_factory=dict)
     epsilon: float | None = None
     sparse: bool = False
-    cells: list[Tensor] = field(default_factory=list)
+    cells: dict[int, Tensor] = field(default_factory=dict)  # step → cell of each sampled element
     moments: list[Moments] = field(default_factory=list)
 
 
@@ -180,7 +183,7 @@ class ParameterWatch:
                 self.steps.append(step)
                 for one in held:
                     if one.group is not None:
-                        self._guarded(one.name, self._read_update, one)
+                        self._guarded(one.name, self._read_update, one, step)
                         self._guarded(one.name, self._read_states, one)
         self._before, self._energy = {}, {}
 
@@ -264,7 +267,7 @@ class ParameterWatch:
 
         self._guarded(one.name, read)
 
-    def _read_update(self, one: Held) -> None:
+    def _read_update(self, one: Held, step: int) -> None:
         before = self._before.pop(one.name, None)
         if before is None:
             return
@@ -272,7 +275,7 @@ class ParameterWatch:
         self._sketch(one, UPDATE, update)
         if update.stride() != before.stride():
             update, before = update.contiguous(), before.contiguous()
-        self._of(one).cells.append(cells_of(before, update))
+        self._of(one).cells[step] = cells_of(before, update)
 
     def _read_states(self, one: Held) -> None:
         seen = self._of(one)
@@ -313,8 +316,6 @@ class ParameterWatch:
         noise, source = noise_from_moments(seen.moments), MOMENTS
         if noise is None and differences is not None and differences[1] > 0:
             noise, source = differences[0] / differences[1], DIFFERENCES
-        cells = [cells.cpu().numpy() for cells in seen.cells]
-        updates = UpdateSketch.joined([UpdateSketch.of(found) for found in cells])
         return ParameterRecord(
             name=name,
             dtype=dtype,
@@ -326,13 +327,13 @@ class ParameterWatch:
             gradient_noise=noise,
             noise_from=None if noise is None else source,
             sparse=seen.sparse,
-            packed_updates=updates.pack() if cells else None,
+            packed_updates={step: UpdateSketch.of(cells.cpu().numpy()).pack() for step, cells in seen.cells.items()},
         )
 
 
 def sampled_parameters(records: Iterable[ParameterRecord]) -> str | None:
     """A sentence on the parameters whose lost updates are told from a sample, None where there are none."""
-    large = [record.name for record in records if record.packed_updates is not None and record.elements > SAMPLE]
+    large = [record.name for record in records if record.packed_updates and record.elements > SAMPLE]
     if not large:
         return None
     return f"lost updates of {len(large)} parameters are told from {SAMPLE} evenly strided elements of each"
