@@ -24,7 +24,7 @@ from probes.casts import Cast
 from probes.formats import Format
 from probes.lost_updates import UpdateSketch, update_edges, weight_edges
 from probes.measurable import why_not_measurable
-from probes.parameters import MASTER, UPDATE, ParameterRecord
+from probes.parameter_records import MASTER, UPDATE, ParameterRecord
 from probes.records import Slot
 from probes.window import Window
 

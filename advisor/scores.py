@@ -24,7 +24,7 @@ from advisor.lost_updates import epsilon_vanishes, lost_of
 from advisor.metrics import PooledMetrics, measure, require_scored
 from probes.casts import Cast
 from probes.measurable import why_not_measurable
-from probes.parameters import MASTER, WEIGHT_GRADIENT
+from probes.parameter_records import MASTER, WEIGHT_GRADIENT
 from probes.records import GRADIENT, Evidence, Slot
 from probes.window import Window
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from probes.history import SlotHistory
 from probes.parameters import ParameterWatch, sampled_parameters
+from probes.parameter_records import sampled_parameters
 from probes.recorder import Recorder, SiteTally
 from probes.records import GRADIENT, Product, Site, Slot
 from probes.window import Contents

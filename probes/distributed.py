@@ -27,7 +27,7 @@ from torch import nn
 from probes.errors import WindowError
 from probes.history import SlotHistory, SparseRow, history_of
 from probes.joining import joined_coverage, joined_evidence, joined_losses, joined_sites
-from probes.parameters import joined_records
+from probes.parameter_records import joined_records
 from probes.records import Slot
 from probes.window import Contents
 

@@ -36,7 +36,7 @@ MOMENTS, DIFFERENCES = "moments", "differences"
 
 @dataclass(frozen=True)
 class Moments:
-    """One parameter's at one step: sums over its elements, on its device, perhaps not computed yet.
+    """One parameter's at one step: sums over the same elements of each, on its device, perhaps not computed yet.
 
     first_squared   Σ m², float64
     second          Σ v, float64

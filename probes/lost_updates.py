@@ -29,7 +29,6 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -151,8 +150,7 @@ def cells_of(weight: Tensor, update: Tensor) -> Tensor:
     w, change = (strided(values.detach(), SAMPLE).float().contiguous() for values in (weight, update))
     w_bits, change_bits = w.view(torch.int32) & 0x7FFFFFFF, change.view(torch.int32) & 0x7FFFFFFF
     octave = (w_bits >> FRACTION_BITS) - (127 + LOWEST_OCTAVE)
-    place = torch.bucketize(w_bits & 0x7FFFFF, _place_bounds(w.device), out_int32=True, right=True)
-    inside = octave.clamp(max=OCTAVES - 1) * CLASSES + place + 1
+    inside = octave.clamp(max=OCTAVES - 1) * CLASSES + _class_in_octave(w_bits & 0x7FFFFF) + 1
     weight_class = torch.where(octave >= 0, inside, 0)
     lowest = (127 + LOWEST_UPDATE) * UPDATE_BINS_AN_OCTAVE
     update_bin = (((change_bits - 1) >> UPDATE_SHIFT) - lowest).clamp(0, UPDATE_BINS - 1)
@@ -162,9 +160,16 @@ def cells_of(weight: Tensor, update: Tensor) -> Tensor:
     return torch.where(counted, cells, 0)
 
 
-@cache
-def _place_bounds(device: torch.device) -> Tensor:
-    """The classes' inner ends as fractions' bits: where the next class begins."""
-    first = [(1 << FRACTION_BITS - end) + 1 for end in _ENDS] + [(1 << FRACTION_BITS - 1) + 1]
-    last = [(1 << FRACTION_BITS) - (1 << FRACTION_BITS - end) for end in reversed(_ENDS)]
-    return torch.tensor(first + last, dtype=torch.int32, device=device)
+_BOUNDS = (
+    *((1 << FRACTION_BITS - end) + 1 for end in (*_ENDS, 1)),
+    *((1 << FRACTION_BITS) - (1 << FRACTION_BITS - end) for end in reversed(_ENDS)),
+)
+"""Fraction bits where the next class begins."""
+
+
+def _class_in_octave(fraction: Tensor) -> Tensor:
+    """0 to CLASSES - 1, int32. One comparison after another: a table would have to be copied to the device first."""
+    place = torch.zeros_like(fraction)
+    for bound in _BOUNDS:
+        place += fraction >= bound
+    return place

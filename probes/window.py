@@ -18,7 +18,7 @@ from typing import Any
 from probes.errors import MalformedWindow, WindowError
 from probes.history import SlotHistory
 from probes.numbers import from_json, plain
-from probes.parameters import ParameterRecord
+from probes.parameter_records import ParameterRecord
 from probes.product_errors import ProductError
 from probes.records import Coverage, Evidence, Site, Slot, list_of, read_record, shape_of, text
 
