@@ -11,6 +11,9 @@ A bf16 tensor is widened chunk by chunk, so it costs half the memory traffic of 
 
 from __future__ import annotations
 
+import ctypes
+from typing import Any
+
 import numpy as np
 import torch
 from numba import njit
@@ -41,9 +44,20 @@ def add(sums: NDArray[np.float64], extremes: NDArray[np.float32], values: Tensor
     """Add a CPU tensor to one slot: `sums` [SUMS] and `extremes` [EXTREMES], as laid out in `sketch.py`."""
     flat = in_memory_order(values)
     if flat.dtype == torch.bfloat16:
-        _add(sums, extremes, flat.view(torch.int16).numpy(), 16)
+        _add(sums, extremes, _array(flat, np.int16), 16)
     else:
-        _add(sums, extremes, flat.float().view(torch.int32).numpy(), 0)
+        single = flat.float()
+        _add(sums, extremes, _array(single, np.int32), 0)
+
+
+def _array(flat: Tensor, dtype: type[np.signedinteger[Any]]) -> NDArray[Any]:
+    """The memory of a contiguous tensor, which must be kept while the array is used.
+
+    Not `Tensor.numpy`: it marks the storage as one that cannot be resized (torch 2.9 to 2.13), and FSDP2 then fails to
+    free the parameters that it gathered.
+    """
+    memory = (ctypes.c_char * (flat.numel() * flat.element_size())).from_address(flat.data_ptr())
+    return np.frombuffer(memory, dtype)
 
 
 def in_memory_order(values: Tensor) -> Tensor:
