@@ -22,6 +22,7 @@ def contents_of(
     """Plain data; nothing of the model stays in it."""
     steps = max(len(recorder.recorded), 1)
     histories = _in_order(recorder.rows.histories(), recorder.tallies)
+    histories = dict(sorted(recorder.rows.histories().items(), key=lambda item: item[0].site not in recorder.tallies))
     records = parameters.records()
     sites = tuple(
         _site(name, tally, steps, Slot(name, GRADIENT) in histories, model)

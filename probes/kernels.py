@@ -50,14 +50,14 @@ def add(sums: NDArray[np.float64], extremes: NDArray[np.float32], values: Tensor
         _add(sums, extremes, _array(single, np.int32), 0)
 
 
-def _array(flat: Tensor, dtype: type[np.signedinteger[Any]]) -> NDArray[Any]:
+def _array(flat: Tensor, dtype: type[np.int16] | type[np.int32]) -> NDArray[Any]:
     """The memory of a contiguous tensor, which must be kept while the array is used.
 
     Not `Tensor.numpy`: it marks the storage as one that cannot be resized (torch 2.9 to 2.13), and FSDP2 then fails to
     free the parameters that it gathered.
     """
     memory = (ctypes.c_char * (flat.numel() * flat.element_size())).from_address(flat.data_ptr())
-    return np.frombuffer(memory, dtype)
+    return np.frombuffer(memoryview(memory), np.dtype(dtype))
 
 
 def in_memory_order(values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 import advisor
 from advisor.lost_updates import epsilon_vanishes
 from probes.formats import FORMATS
+from probes.lost_updates import UpdateSketch, cells_of
+from probes.parameter_records import ParameterRecord, joined_records
 from probes.probing import probe
 from probes.window import Window
 from probes.windowfile import window_from_bytes
@@ -378,6 +381,27 @@ def test_a_window_file_keeps_the_records() -> None:
     assert read.parameter_records == window.parameter_records
     assert read.parameter_records[0].updates[0].total > 0
     assert read.parameter_record("nothing") is None
+
+
+def test_records_of_ranks_are_joined() -> None:
+    """Shards add up; copies count once."""
+    torch.manual_seed(1)
+    weight, update = torch.randn(60), 1e-3 * torch.randn(60)
+
+    def record(part: slice, noise: float) -> ParameterRecord:
+        packed = UpdateSketch.of(cells_of(weight[part], update[part]).numpy()).pack()
+        elements = len(weight[part])
+        return ParameterRecord(
+            "w", "float32", ("master",), (60,), elements, gradient_noise=noise, packed_updates={3: packed}
+        )
+
+    whole = record(slice(None), 0.5)
+    shards = [[record(slice(20), 0.2)], [record(slice(20, 60), 0.65)]]
+    (joined,) = joined_records(shards, sharded=True)
+    assert joined.gradient_noise == pytest.approx(whole.gradient_noise)
+    assert replace(joined, gradient_noise=0.5) == whole
+    assert joined_records([[whole], [whole]], sharded=False) == (whole,)
+    assert joined_records([[whole], []], sharded=True) == (whole,)
 
 
 def test_epsilon_is_told() -> None:
