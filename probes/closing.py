@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from probes.history import SlotHistory
-from probes.parameters import ParameterWatch, sampled_parameters
 from probes.parameter_records import sampled_parameters
+from probes.parameters import ParameterWatch
 from probes.recorder import Recorder, SiteTally
 from probes.records import GRADIENT, Product, Site, Slot
 from probes.window import Contents
@@ -22,7 +22,6 @@ def contents_of(
     """Plain data; nothing of the model stays in it."""
     steps = max(len(recorder.recorded), 1)
     histories = _in_order(recorder.rows.histories(), recorder.tallies)
-    histories = dict(sorted(recorder.rows.histories().items(), key=lambda item: item[0].site not in recorder.tallies))
     records = parameters.records()
     sites = tuple(
         _site(name, tally, steps, Slot(name, GRADIENT) in histories, model)
