@@ -20,9 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from advisor.lost_updates import epsilon_vanishes, lost_of
 from advisor.metrics import PooledMetrics, measure, require_scored
 from probes.casts import Cast
 from probes.measurable import why_not_measurable
+from probes.parameter_records import MASTER, WEIGHT_GRADIENT
 from probes.records import GRADIENT, Evidence, Slot
 from probes.window import Window
 
@@ -41,6 +43,9 @@ class Scores:
     damage_from                "directional" (measured at the scored steps) or "sketch" (estimated)
     noise_ratio                noise energy that the cast adds to gradients, over the minibatch's own
     lost_batch_share           1 − 1/(1 + noise_ratio)
+    lost_updates               of a parameter's master weight: share of the updates that it would not take
+                               (`lost_updates.py`); None for other slots, and where nothing can be said
+    epsilon_vanishes           of an optimizer's state: whether its epsilon is zero in the cast's format; or None
     bias                       Σx·δ/Σx²: what clipping and flushing to zero take off systematically
     flags                      why the metrics may be less exact than they look
     """
@@ -90,7 +95,23 @@ def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[s
         evidence.relative_noise,
         {name: _ratio(found.error_energy, found.signal_energy) for name, found in metrics.items()},
     )
-    return [_row(slot, str(cast), metrics[str(cast)], evidence, damage, noise) for cast in casts]
+    is_gradient = slot.role == WEIGHT_GRADIENT and not is_product
+    rows = [_row(slot, str(cast), metrics[str(cast)], evidence, damage, noise, is_gradient) for cast in casts]
+    if not is_product:
+        _add_parameter(rows, window, slot, casts)
+    return rows
+
+
+def _add_parameter(rows: Sequence[dict[str, Any]], window: Window, slot: Slot, casts: Sequence[Cast]) -> None:
+    """What only slots of parameters have."""
+    record = window.parameter_record(slot.site)
+    if record is None:
+        return
+    lost = lost_of(window, slot.site, casts) if slot.role == MASTER else {}
+    for row, cast in zip(rows, casts, strict=True):
+        row["lost_updates"] = lost.get(str(cast))
+        if slot.role in record.states:
+            row["epsilon_vanishes"] = epsilon_vanishes(record, cast.format)
 
 
 @dataclass(frozen=True)
@@ -116,10 +137,17 @@ class _Estimate:
 
 
 def _row(
-    slot: Slot, cast: str, metrics: PooledMetrics, evidence: Evidence, damage: _Estimate, noise: _Estimate
+    slot: Slot,
+    cast: str,
+    metrics: PooledMetrics,
+    evidence: Evidence,
+    damage: _Estimate,
+    noise: _Estimate,
+    is_weight_gradient: bool,
 ) -> dict[str, Any]:
     predicted, source = damage.of(cast)
-    relative = noise.of(cast)[0] if evidence.relative_noise else None
+    # A weight's gradient that is itself cast has the cast's own error in it; other gradients were measured.
+    relative = noise.of(cast)[0] if evidence.relative_noise or is_weight_gradient else None
     ratio = None if relative is None or not evidence.batch_noise else relative / evidence.batch_noise
     return {
         "site": slot.site,
@@ -139,6 +167,8 @@ def _row(
         "coherence": damage.coherence,
         "noise_ratio": ratio,
         "lost_batch_share": None if ratio is None else ratio / (1 + ratio),
+        "lost_updates": None,
+        "epsilon_vanishes": None,
         "bias": _ratio(metrics.bias_energy, metrics.signal_energy),
         "whole_batch": evidence.whole_batch,
         "flags": list(metrics.flags),

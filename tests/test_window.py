@@ -120,9 +120,9 @@ def test_checkpointing_counts_once(reentrant: bool) -> None:
     with probe(model, optimizer, steps=1, curvature_steps=0) as window:
         checkpoint(model, torch.randn(5, 4, requires_grad=True), use_reentrant=reentrant).sum().backward()
         optimizer.step()
-    for slot in window.slots:
+    for slot in window.product_slots:
         assert window.history(*slot).elements.tolist() == [16 if slot.role == "weight" else 20], slot
-    assert len(window.slots) == 6
+    assert len(window.product_slots) == 6
 
 
 def test_a_recomputed_batchnorm_keeps_its_statistics() -> None:
