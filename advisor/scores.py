@@ -20,10 +20,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from advisor.metrics import PooledMetrics, measure, require_scored
+from advisor.confidence import confidence_of
+from advisor.metrics import Metrics, PooledMetrics, measure, require_scored
 from probes.casts import Cast
 from probes.measurable import why_not_measurable
 from probes.records import GRADIENT, Evidence, Slot
+from probes.step_table import data_frame
 from probes.window import Window
 
 DEFAULT_CASTS = tuple(map(Cast.parse, ("e4m3fn", "e5m2", "int8", "bf16", "fp16")))
@@ -41,6 +43,8 @@ class Scores:
     damage_from                "directional" (measured at the scored steps) or "sketch" (estimated)
     noise_ratio                noise energy that the cast adds to gradients, over the minibatch's own
     lost_batch_share           1 − 1/(1 + noise_ratio)
+    confidence                 the chance that the next window gives this damage, or this noise, within a factor of two
+                               (`confidence.py`); None with fewer than four steps
     bias                       Σx·δ/Σx²: what clipping and flushing to zero take off systematically
     flags                      why the metrics may be less exact than they look
     """
@@ -49,6 +53,10 @@ class Scores:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def to_pandas(self) -> Any:
+        """The rows as a pandas.DataFrame. Raises MissingPackage without pandas."""
+        return data_frame(self.rows)
 
     def of(self, site: str, role: str | None = None) -> list[dict[str, Any]]:
         """The rows of one site, or of one slot."""
@@ -74,13 +82,11 @@ def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[s
     history, evidence = window.history(*slot), window.evidence(*slot)
     dtype, is_product = window.dtype(slot), window.is_product(slot)
 
-    def pooled(cast: Cast) -> PooledMetrics:
-        return measure(history, cast, dtype).pooled()
-
     measured = map(Cast.parse, {*evidence.directional, *evidence.relative_noise})
     known = {str(cast): cast for cast in measured if why_not_measurable(cast) is None}
     known |= {str(cast): cast for cast in casts}
-    metrics = {name: pooled(cast) for name, cast in known.items()}
+    steps = {name: measure(history, cast, dtype) for name, cast in known.items()}
+    metrics = {name: found.pooled() for name, found in steps.items()}
     forward = is_product and slot.role != GRADIENT
     damage = _Estimate(
         evidence.directional if forward else {},
@@ -90,7 +96,15 @@ def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[s
         evidence.relative_noise,
         {name: _ratio(found.error_energy, found.signal_energy) for name, found in metrics.items()},
     )
-    return [_row(slot, str(cast), metrics[str(cast)], evidence, damage, noise) for cast in casts]
+    rows = [_row(slot, str(cast), metrics[str(cast)], evidence, damage, noise) for cast in casts]
+    for row in rows:
+        row["confidence"] = _confidence(row, steps[row["cast"]], forward)
+    return rows
+
+
+def _confidence(row: dict[str, Any], steps: Metrics, forward: bool) -> float | None:
+    known = row["damage"] and row["damage_se"] is not None
+    return confidence_of(steps, forward, row["damage_se"] / row["damage"] if known else None)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,96 @@
+"""Confidence: the chance that the next window would give the same score, within a factor of two.
+
+A window is used for the training that follows it. The error that a cast makes is known for every step, so its change
+from the first half of the window to the second, and its scatter from step to step, say how the next window's will
+differ:
+
+    q       log2 of the error energy a step: Σδ²/elements in forward roles, to which damage is proportional; Σδ²/Σx² in
+            all others, to which the lost batch share is
+    d       mean q of the second half less mean q of the first
+    s       standard deviation of q about the straight line through it
+    σ²      floor² + (trend·d)² + 2·s²/steps + (relative standard error of the damage, in octaves)²
+
+and confidence = erf(1/(σ·√2)): were the change to the next window of the same length normal with that σ, this share of
+scores would stay within a factor of two. A window says nothing of what has not happened in it: the confidence is for
+the next window, not for the end of the training.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from advisor.grid import Array
+from advisor.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What the change from window to window is made of, in octaves; ours, from `benchmarks/drift.py`."""
+
+    floor: float = 0.15
+    """Standard deviation of the change where nothing drifts: the curvature, above all, changes as well."""
+    trend: float = 1.5
+    """Change to the next window over the change between this one's halves. A straight line has 2."""
+    fewest_steps: int = 4
+    """With fewer there are no halves to speak of."""
+
+
+SPREAD = Spread()
+
+
+def confidence_of(metrics: Metrics, forward: bool, relative_se: float | None = None) -> float | None:
+    """The chance, 0 to 1, that the next window of the same length gives this score within a factor of two.
+
+    forward      whether the score is a damage, or the energy of rounding noise over the signal's
+    relative_se  standard error of the damage over the damage, where it was measured
+
+    1 where no step has an error at all; 0 where one half has errors and the other has none, or they are infinite; None
+    where fewer than SPREAD.fewest_steps steps have finite non-zero elements.
+    """
+    q = log_error(metrics, forward)
+    if len(q) < SPREAD.fewest_steps:
+        return None
+    exact = np.isneginf(q)
+    if exact.all():
+        return 1.0
+    if not np.isfinite(q).all():
+        return 0.0 if np.isposinf(q).any() or exact.mean() > 0.25 else confidence_from(q[~exact], relative_se)
+    return confidence_from(q, relative_se)
+
+
+def confidence_from(q: Array, relative_se: float | None = None) -> float:
+    """The same from the log2 error energies of at least two steps, [S], all finite."""
+    sigma = math.hypot(SPREAD.floor, SPREAD.trend * halves_apart(q), scatter(q) * math.sqrt(2 / len(q)))
+    if relative_se is not None and math.isfinite(relative_se):
+        sigma = math.hypot(sigma, relative_se / math.log(2))
+    return math.erf(1 / (sigma * math.sqrt(2)))
+
+
+def log_error(metrics: Metrics, forward: bool) -> Array:
+    """log2 of each step's error energy, an element or over the signal's, of the steps with finite non-zero elements.
+
+    -inf where there is no error, +inf where it is infinite.
+    """
+    some = metrics.nonzero > 0
+    whole = metrics.elements - metrics.nonfinite if forward else metrics.signal_energy
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.log2(metrics.error_energy[some] / whole[some]))
+
+
+def halves_apart(q: Array) -> float:
+    """Mean of the second half less that of the first; the middle one of an odd number is in neither."""
+    half = len(q) // 2
+    return float(q[-half:].mean() - q[:half].mean()) if half else 0.0
+
+
+def scatter(q: Array) -> float:
+    """Standard deviation about the least-squares line; 0 with fewer than three steps."""
+    if len(q) < 3:
+        return 0.0
+    place = np.arange(len(q)) - (len(q) - 1) / 2
+    slope = (place @ q) / (place @ place)
+    left = q - q.mean() - slope * place
+    return float(math.sqrt(left @ left / (len(q) - 2)))
