@@ -14,6 +14,7 @@ follow each other. For every slot and cast, what window k says is set beside wha
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ def window_of(trainer: Trainer, steps: int) -> Window:
 
 def paired(first: Window, second: Window) -> list[dict[str, Any]]:
     """Each score of the first window beside the second's: q, its change, what the first says of it."""
-    casts = [cast for cast in DEFAULT_CASTS]
+    casts = list(DEFAULT_CASTS)
     one, other = Stepwise(first, casts), Stepwise(second, casts)
     later = {(row["site"], row["role"], row["cast"]): row for row in advisor.score(second, casts).rows}
     found = []
@@ -83,7 +84,7 @@ def paired(first: Window, second: Window) -> list[dict[str, Any]]:
 def calibration(pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Groups by predicted confidence: how many, the mean prediction, the share that stayed within a factor of two."""
     table = []
-    for low, high in zip(GROUPS, GROUPS[1:], strict=False):
+    for low, high in itertools.pairwise(GROUPS):
         inside = [pair for pair in pairs if low <= pair["confidence"] < high]
         if inside:
             stayed = float(np.mean([abs(pair["change"]) <= 1 for pair in inside]))
