@@ -10,6 +10,7 @@ lost_updates      a parameter's master weight does not take enough of its update
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
     }
 )
 EARLIER = 3  # ours: steps that must have been seen before a largest value can be called new
+SIGMAS = 4.0  # ours: standard deviations of a step's underflow, were it by chance, that a rise exceeds
 RISES_BY = 2.0  # ours: and the underflow at the end is this many times that at the start
 MASTERS = tuple(map(parse_cast, ("bf16", "fp16")))
 
@@ -149,12 +151,14 @@ def _rising_underflow(steps: Stepwise) -> list[Alert]:
     for slot in steps.window.slots:
         rises = []
         for cast in steps.casts:
-            underflow = steps.of(slot, cast).underflow
-            underflow = underflow[np.isfinite(underflow)]
+            metrics = steps.of(slot, cast)
+            underflow = metrics.underflow[metrics.nonzero > 0]
             third = len(underflow) // 3
             if third:
                 before, after = float(np.median(underflow[:third])), float(np.median(underflow[-third:]))
-                rises.append((after - before, cast, before, after))
+                chance = math.sqrt(2 * after * (1 - after) / max(float(np.median(metrics.nonzero)), 1.0))
+                if after - before > SIGMAS * chance:
+                    rises.append((after - before, cast, before, after))
         rise, cast, before, after = max(rises, default=(0.0, "", 0.0, 0.0))
         if rise >= RULES["underflow_rising"].threshold and after >= RISES_BY * before:
             told = (

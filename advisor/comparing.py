@@ -6,8 +6,8 @@ first step at which the histograms of a slot are further apart than steps of tra
 
 The distance is the total variation of the two histograms, zeros and non-finite elements in them: the share of elements
 that would have to move to another bin, 0 to 1. Noise is the larger of what two draws of that many elements from one
-distribution differ by, and of the median distance from one recorded step to the next in either window; beyond it is
-what exceeds NOISE times that. Steps are matched by their number, and loss scales are taken out to the nearest bin.
+distribution differ by, and of the median distance from one recorded step to the next, in the steadier of the windows;
+beyond it is what exceeds NOISE times that. Steps are matched by their number, and loss scales are taken out to the nearest bin.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def _difference(slot: Slot, one: SlotHistory, other: SlotHistory) -> SlotDiffere
         return None
     pairs = [(left.place[step], right.place[step]) for step in common]
     distances = [_distance(left.shares[i], right.shares[j]) for i, j in pairs]
-    noise = max(_chance(left, right, *pairs[0]), left.unrest, right.unrest)
+    unrest = [side.unrest for side in (left, right) if side.unrest is not None]
+    noise = max(_chance(left, right, *pairs[0]), min(unrest, default=0.0))
     same = [_is_same(left, i, right, j) for i, j in pairs]
     return SlotDifference(
         *slot,
@@ -178,9 +179,10 @@ class _Steps:
         return found / np.maximum(history.elements, 1)[:, None]
 
     @cached_property
-    def unrest(self) -> float:
-        """Median distance from a step to the next; 0 with a single one."""
-        return float(np.median([_distance(*pair) for pair in zip(self.shares, self.shares[1:], strict=False)] or [0.0]))
+    def unrest(self) -> float | None:
+        """Median distance from a step to the next; None with a single one."""
+        distances = [_distance(*pair) for pair in zip(self.shares, self.shares[1:], strict=False)]
+        return float(np.median(distances)) if distances else None
 
     @cached_property
     def amax_octaves(self) -> Array:
@@ -225,4 +227,4 @@ def _is_same(left: _Steps, i: int, right: _Steps, j: int) -> bool:
 
 def _largest(shifts: list[float]) -> float:
     """The largest by size, with its sign; NaN if none is known."""
-    return max((shift for shift in shifts if not math.isnan(shift)), key=abs, default=math.nan)
+    return float(max((shift for shift in shifts if not math.isnan(shift)), key=abs, default=math.nan))

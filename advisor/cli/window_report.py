@@ -99,7 +99,10 @@ class WindowReport:
         return told
 
     def _slots(self, products: bool) -> list[Slot]:
-        return [slot for slot in self.window.slots if self.window.is_product(slot) == products]
+        """Slots of products or of parameters, those of a site together, sites in the order first met."""
+        chosen = [slot for slot in self.window.slots if self.window.is_product(slot) == products]
+        place = {site: at for at, site in enumerate(dict.fromkeys(slot.site for slot in chosen))}
+        return sorted(chosen, key=lambda slot: place[slot.site])
 
     def _by_slot(self) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
         found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
@@ -110,11 +113,12 @@ class WindowReport:
     def _products_table(self, slots: Sequence[Slot], wide: bool) -> Table:
         casts = (*NARROW_CASTS, *(MORE_CASTS if wide else ()))
         table = plain_table("tensor", "largest", "bits", *casts, "costs", "sure", right=4 + len(casts))
+        table.columns[0].overflow = "fold"
         rows, total, last = self._by_slot(), sum(site.flops for site in self.window.sites) or 1.0, None
         for slot in slots:
             site = self.window.site(slot.site)
             if slot.site != last:
-                table.add_row(f"{slot.site}  {share(site.flops / total)} of FLOPs")
+                table.add_row(f"{slot.site}  {share(site.flops / total)}")
                 last = slot.site
             shape = "×".join(map(str, site.shapes.get(slot.role, ())))
             of_slot = rows[slot]
@@ -128,7 +132,7 @@ class WindowReport:
                 _sure(first),
             )
         table.caption = (
-            f"bits: log2 of the largest over the smallest. costs: predicted rise of the loss, of gradients the batch "
+            f"beside a product's name: its share of the FLOPs. bits: log2 of the largest over the smallest. costs: predicted rise of the loss, of gradients the batch "
             f"lost, in {casts[0]}. sure: the chance that the next window says so, within a factor of two"
         )
         table.caption_justify = "left"
