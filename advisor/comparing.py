@@ -7,7 +7,8 @@ first step at which the histograms of a slot are further apart than steps of tra
 The distance is the total variation of the two histograms, zeros and non-finite elements in them: the share of elements
 that would have to move to another bin, 0 to 1. Noise is the larger of what two draws of that many elements from one
 distribution differ by, and of the median distance from one recorded step to the next, in the steadier of the windows;
-beyond it is what exceeds NOISE times that. Steps are matched by their number, and loss scales are taken out to the nearest bin.
+beyond it is what exceeds NOISE times that. Steps are matched by their number, and loss scales are taken out to the
+nearest bin.
 """
 
 from __future__ import annotations

@@ -18,27 +18,9 @@ from probes.probing import probe
 from probes.records import Slot
 from probes.sketch import SketchArray
 from probes.window import Window
+from tests.planted import Net, Plant, unchanged
 
 STEPS = 6
-Plant = Callable[[int, Tensor], Tensor]
-
-
-def unchanged(step: int, x: Tensor) -> Tensor:
-    return x
-
-
-class Net(nn.Module):
-    """Three layers; `between` is what happens to the values between the second's result and the third's input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.middle, self.down = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
-        self.between: Plant = unchanged
-        self.step = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.middle(torch.tanh(self.up(x))))
-        return self.down(self.between(self.step, x))
 
 
 def window_with(between: Plant = unchanged, before: Callable[[int, Net], Any] = lambda step, model: None) -> Window:

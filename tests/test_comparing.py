@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from test_alerts import Net
 
 import advisor
 from probes.casts import Cast
@@ -16,6 +15,7 @@ from probes.gradients import straight_through
 from probes.probing import probe
 from probes.records import Slot
 from probes.window import Window
+from tests.planted import Net
 
 STEPS = 5
 

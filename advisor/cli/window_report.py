@@ -132,8 +132,9 @@ class WindowReport:
                 _sure(first),
             )
         table.caption = (
-            f"beside a product's name: its share of the FLOPs. bits: log2 of the largest over the smallest. costs: predicted rise of the loss, of gradients the batch "
-            f"lost, in {casts[0]}. sure: the chance that the next window says so, within a factor of two"
+            "beside a product's name: its share of the FLOPs. bits: log2 of the largest over the smallest. "
+            f"costs: predicted rise of the loss, of gradients the batch lost, in {casts[0]}. "
+            "sure: the chance that the next window says so, within a factor of two"
         )
         table.caption_justify = "left"
         return table
