@@ -7,6 +7,7 @@ slots first. Magnitudes have their loss scale taken out.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,14 +56,17 @@ class Drift:
     """The slots that both parts have, in the earlier window's order, and how well their order by a number was kept.
 
     between            "halves" of one window, or "windows"
-    error_ranks        cast → Spearman correlation over the slots of their error energy, forward and gradient roles
-                       ranked apart and averaged; NaN with fewer than FEWEST_RANKED slots
+    damage_ranks       cast → Spearman correlation over the forward slots of their damage as the sketches have it (of
+                       their error energy, where a window measured no curvature); NaN with fewer than FEWEST_RANKED
+    noise_ranks        cast → the same of error over signal, over the other slots. Where all are alike, as under most
+                       8-bit casts with a scale of their own, it is low and does not matter
     underflow_ranks    cast → the same of underflow, over the slots that have any
     """
 
     between: str
     slots: tuple[SlotDrift, ...]
-    error_ranks: Mapping[str, float]
+    damage_ranks: Mapping[str, float]
+    noise_ranks: Mapping[str, float]
     underflow_ranks: Mapping[str, float]
 
     def worst(self, count: int = 5) -> list[SlotDrift]:
@@ -90,7 +94,11 @@ class Drift:
         )
         if change:
             told.append(f"underflow moved most in {site} {role}: {change:+.2%} in {_short(cast)}")
-        for name, ranks in (("error", self.error_ranks), ("underflow", self.underflow_ranks)):
+        for name, ranks in (
+            ("damage", self.damage_ranks),
+            ("gradient noise", self.noise_ranks),
+            ("underflow", self.underflow_ranks),
+        ):
             known = [f"{_short(cast)} {rank:.2f}" for cast, rank in ranks.items() if math.isfinite(rank)]
             if known:
                 told.append(f"rank correlation of the tensors by {name}: {', '.join(known)}")
@@ -187,6 +195,17 @@ def _drift(between: str, earlier: _Side, later: _Side) -> Drift:
         cast: [(earlier.underflow(slot, cast), later.underflow(slot, cast)) for slot in shared] for cast in casts
     }
     forward = np.array([is_forward(earlier.steps.window, slot) for slot in shared], dtype=bool)
+    weights = [
+        _log_curvatures(side.steps.window, list(itertools.compress(shared, forward))) for side in (earlier, later)
+    ]
+    curved = all(weights)
+    weighed = {
+        cast: [
+            (one + weights[0][slot], other + weights[1][slot]) if curved and is_one else (one, other)
+            for slot, is_one, (one, other) in zip(shared, forward, errors[cast], strict=True)
+        ]
+        for cast in casts
+    }
     slots = [
         SlotDrift(
             *slot,
@@ -200,7 +219,8 @@ def _drift(between: str, earlier: _Side, later: _Side) -> Drift:
     return Drift(
         between,
         tuple(slots),
-        error_ranks={cast: _rank_by_kind(errors[cast], forward) for cast in casts},
+        damage_ranks={cast: _rank(list(itertools.compress(weighed[cast], forward))) for cast in casts},
+        noise_ranks={cast: _rank(list(itertools.compress(errors[cast], ~forward))) for cast in casts},
         underflow_ranks={cast: _rank([pair for pair in underflow[cast] if max(pair) > 0]) for cast in casts},
     )
 
@@ -215,13 +235,11 @@ def _moved(slot: SlotDrift) -> float:
     return max((abs(change) for change in slot.error_octaves.values() if not math.isnan(change)), default=0.0)
 
 
-def _rank_by_kind(pairs: Sequence[tuple[float, float]], forward: NDArray[np.bool_]) -> float:
-    """Forward errors are energies an element, the others' are shares: they are ranked apart."""
-    ranks = [
-        _rank([pair for pair, is_one in zip(pairs, forward, strict=True) if is_one == kind]) for kind in (True, False)
-    ]
-    known = [rank for rank in ranks if math.isfinite(rank)]
-    return sum(known) / len(known) if known else math.nan
+def _log_curvatures(window: Window, slots: Sequence[Slot]) -> dict[Slot, float]:
+    """log2 of each slot's curvature; empty where one of them has none."""
+    found = {slot: window.evidence(*slot).curvature for slot in slots}
+    known = {slot: math.log2(curvature) for slot, curvature in found.items() if curvature}
+    return known if len(known) == len(slots) else {}
 
 
 def _rank(pairs: Sequence[tuple[float, float]]) -> float:

@@ -7,7 +7,7 @@ follow each other. For every slot and cast, what window k says is set beside wha
                   damage in forward roles, the energy of rounding noise over the signal's in gradients
     drift         rank correlation over slots and casts of the change between window k's halves with the change of its
                   error energy to window k+1, and of the two sizes
-    ranking       rank correlation of the slots by damage (noise) in window k with window k+1, per cast, beside what the
+    ranking       rank correlation of the forward slots by damage in window k with window k+1, per cast, beside what the
                   halves of window k said it would be
 """
 
@@ -138,8 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     one, other = Stepwise(first, DEFAULT_CASTS), Stepwise(second, DEFAULT_CASTS)
                     halves, windows = drift_within(one), drift_between(one, other)
                     ranking += [
-                        (start, steps, cast, halves.error_ranks[cast], rank)
-                        for cast, rank in windows.error_ranks.items()
+                        (start, steps, cast, halves.damage_ranks[cast], rank)
+                        for cast, rank in windows.damage_ranks.items()
                     ]
         everything += pairs
         result["models"][model] = summary(pairs, ranking)
@@ -171,7 +171,7 @@ def summary(pairs: Sequence[dict[str, Any]], ranking: Sequence[tuple[int, int, s
             "spearman of their sizes": _rounded(spearmanr(abs(halves), abs(error))[0]),
             "spearman of confidence with the size of the score's change": _rounded(spearmanr(sure, abs(change))[0]),
         }
-    told["rank correlation of slots by error"] = {
+    told["rank correlation of slots by damage"] = {
         f"after {start} steps": {
             "between halves": _rounded(np.nanmean([between for at, _, _, between, _ in ranking if at == start])),
             "with next window": _rounded(np.nanmean([after for at, _, _, _, after in ranking if at == start])),

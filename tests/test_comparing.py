@@ -129,4 +129,4 @@ def test_nothing_in_common_is_said() -> None:
         model(torch.randn(4, 3)).sum().backward()
         optimizer.step()
     assert advisor.compare(window, run()).sentences[0] == "the two windows have no tensor in common"
-    assert math.isnan(advisor.drift(window, run()).error_ranks["bf16/none/nearest"])
+    assert math.isnan(advisor.drift(window, run()).damage_ranks["bf16/none/nearest"])

@@ -147,5 +147,5 @@ def test_ranks_of_a_steady_training_stay() -> None:
         return opened
 
     one, other = window(), window()
-    assert advisor.drift(one, other).error_ranks[E4M3] > 0.95
-    assert "rank correlation of the tensors by error" in " ".join(advisor.drift(one).sentences)
+    assert advisor.drift(one, other).damage_ranks[E4M3] > 0.95
+    assert "rank correlation of the tensors by damage" in " ".join(advisor.drift(one).sentences)

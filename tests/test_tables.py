@@ -57,7 +57,7 @@ def test_the_table_is_of_the_very_tensors(window: Window) -> None:
 
 def test_loss_scales_are_taken_out(window: Window) -> None:
     table = step_table(window)
-    at = [i for i, row in enumerate(zip(table["role"], table["step"], strict=True)) if row == ("grad_output", 2)][0]
+    at = list(zip(table["role"], table["step"], strict=True)).index(("grad_output", 2))
     history = window.history("(root)", "grad_output")
     assert table["loss_scale"][at] == SCALE
     assert table["amax"][at] == float(history.amax[2]) / SCALE
@@ -79,7 +79,7 @@ def test_parquet_reads_back_with_its_header(window: Window, tmp_path: Path) -> N
     table = pyarrow.parquet.read_table(tmp_path / "w.parquet")
     back, expected = table.to_pydict(), step_table(window)
     for name in COLUMNS:
-        assert np.array_equal(back[name], expected[name], equal_nan=expected[name] and name == "rms"), name
+        assert np.array_equal(back[name], expected[name], equal_nan=isinstance(expected[name][0], float)), name
     assert json.loads(table.schema.metadata[HEADER_KEY])["model"] == "Linear"
 
 
@@ -87,7 +87,7 @@ def test_event_files_read_back(window: Window, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     window.to_tensorboard(tmp_path / "events")
-    events = EventAccumulator(str(tmp_path / "events"))
+    events = EventAccumulator(str(tmp_path / "events"), size_guidance={"histograms": 0})  # all of them
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("(root)/input/amax")] == [(0, 4), (1, 4), (2, 4)]
     nonfinite = [event.value for event in events.Scalars("(root)/input/nonfinite")]
