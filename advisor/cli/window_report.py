@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from advisor.alerting import Alert
     from advisor.drifting import Drift
     from advisor.execution import Stepwise
+    from probes.product_errors import ProductError
     from probes.records import Slot
     from probes.window import Window
 
 ALERTS_A_RULE = 8  # how many of one rule are printed
+PRODUCT_COLUMN, ERROR_COLUMN = 34, 17  # columns that a product's name and a cast's errors take
 WIDE = 140  # columns from which on a tensor's line also has its 16-bit casts
 NARROW_CASTS, MORE_CASTS = ("e4m3fn", "e5m2", "int8"), ("bf16", "fp16")
 
@@ -67,7 +69,7 @@ class WindowReport:
             console.print(self._parameters_table(parameters))
         if self.window.backward_errors:
             console.print("\nBackward error of the products")
-            console.print(_backward_errors_table(self.window.backward_errors))
+            console.print(_backward_errors_table(self.window.backward_errors, console.width))
         _section(console, "Notes", [*self.window.sampled, *self.window.notes])
 
     def _head(self, name: str) -> Iterator[str]:
@@ -221,15 +223,32 @@ def _alert_lines(alerts: Sequence[Alert]) -> list[str]:
     return lines or ["none"]
 
 
-def _backward_errors_table(errors: Sequence[Any]) -> Table:
-    """One line a product and cast; quantiles where the records have them."""
-    shares = list(dict.fromkeys(key for error in errors for key in getattr(error, "quantiles", {})))
-    table = plain_table("product", "cast", *(f"q{100 * key:g}" for key in shares), right=len(shares))
+def _backward_errors_table(errors: Sequence[ProductError], width: int) -> Table:
+    """A line a product, a column a cast, as many as fit: the median and the error that one in a hundred exceeds."""
+    casts = list(dict.fromkeys(error.cast for error in errors))
+    fit = casts[: max(1, (width - PRODUCT_COLUMN) // ERROR_COLUMN)]
+    by_product: dict[str, dict[str, ProductError]] = {}
     for error in errors:
-        quantiles = getattr(error, "quantiles", {})
-        numbers = (_number(quantiles.get(key, math.nan)) for key in shares)
-        table.add_row(f"{error.site} {error.product}", short_cast(error.cast), *numbers)
+        by_product.setdefault(f"{error.site} {error.product}", {})[error.cast] = error
+    table = plain_table("product", *(_narrow(cast) for cast in fit), right=len(fit))
+    for product, of_product in by_product.items():
+        table.add_row(product, *(_errors(of_product.get(cast)) for cast in fit))
+    left_out = (
+        f"; {len(casts) - len(fit)} more casts in a wider terminal, or with --json" if len(fit) < len(casts) else ""
+    )
+    table.caption, table.caption_justify = f"median and the error that 1% exceed{left_out}", "left"
     return table
+
+
+def _narrow(cast: str) -> str:
+    """A scaled cast in fewer letters: int8/row for int8/row/current/nearest."""
+    return short_cast(cast).replace("/current", "")
+
+
+def _errors(error: ProductError | None) -> str:
+    if error is None:
+        return "-"
+    return f"{_number(error.errors.quantile(0.5))} {_number(error.errors.quantile(0.99))}"
 
 
 def _slot_of(row: dict[str, Any]) -> Slot:
