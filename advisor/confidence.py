@@ -19,9 +19,8 @@ steps): `drift.json` has what scores of each confidence came to on trainings tha
 GPT, damage told with 0.38, 0.73 and 0.81 stayed within a factor of two in 0.39, 0.64 and 0.82 of the cases; noise told
 with 0.28, 0.93 and 0.999 in 0.29, 0.90 and 0.996. Damage is less sure than its error energy, which stayed in 0.95: its
 curvature comes from two scored steps. What this misses: in the first steps of a training the curvature itself falls,
-which no half shows. A
-window says nothing of what has not happened in it: the confidence is for
-the next window, not for the end of the training.
+which no half shows. A window says nothing of what has not happened in it: the confidence is for the next window, not
+for the end of the training.
 """
 
 from __future__ import annotations
