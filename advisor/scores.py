@@ -20,12 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from advisor.confidence import confidence_of
 from advisor.lost_updates import epsilon_vanishes, lost_of
-from advisor.metrics import PooledMetrics, measure, require_scored
+from advisor.metrics import Metrics, PooledMetrics, measure, require_scored
 from probes.casts import Cast
 from probes.measurable import why_not_measurable
 from probes.parameter_records import MASTER, WEIGHT_GRADIENT
 from probes.records import GRADIENT, Evidence, Slot
+from probes.step_table import data_frame
 from probes.window import Window
 
 DEFAULT_CASTS = tuple(map(Cast.parse, ("e4m3fn", "e5m2", "int8", "bf16", "fp16")))
@@ -46,6 +48,8 @@ class Scores:
     lost_updates               of a parameter's master weight: share of the updates that it would not take
                                (`lost_updates.py`); None for other slots, and where nothing can be said
     epsilon_vanishes           of an optimizer's state: whether its epsilon is zero in the cast's format; or None
+    confidence                 the chance that the next window gives this damage, or this noise, within a factor of two
+                               (`confidence.py`); None with fewer than four steps
     bias                       Σx·δ/Σx²: what clipping and flushing to zero take off systematically
     flags                      why the metrics may be less exact than they look
     """
@@ -54,6 +58,10 @@ class Scores:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def to_pandas(self) -> Any:
+        """The rows as a pandas.DataFrame. Raises MissingPackage without pandas."""
+        return data_frame(self.rows)
 
     def of(self, site: str, role: str | None = None) -> list[dict[str, Any]]:
         """The rows of one site, or of one slot."""
@@ -79,13 +87,11 @@ def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[s
     history, evidence = window.history(*slot), window.evidence(*slot)
     dtype, is_product = window.dtype(slot), window.is_product(slot)
 
-    def pooled(cast: Cast) -> PooledMetrics:
-        return measure(history, cast, dtype).pooled()
-
     measured = map(Cast.parse, {*evidence.directional, *evidence.relative_noise})
     known = {str(cast): cast for cast in measured if why_not_measurable(cast) is None}
     known |= {str(cast): cast for cast in casts}
-    metrics = {name: pooled(cast) for name, cast in known.items()}
+    steps = {name: measure(history, cast, dtype) for name, cast in known.items()}
+    metrics = {name: found.pooled() for name, found in steps.items()}
     forward = is_product and slot.role != GRADIENT
     damage = _Estimate(
         evidence.directional if forward else {},
@@ -97,6 +103,8 @@ def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[s
     )
     is_gradient = slot.role == WEIGHT_GRADIENT and not is_product
     rows = [_row(slot, str(cast), metrics[str(cast)], evidence, damage, noise, is_gradient) for cast in casts]
+    for row in rows:
+        row["confidence"] = _confidence(row, steps[row["cast"]], forward)
     if not is_product:
         _add_parameter(rows, window, slot, casts)
     return rows
@@ -112,6 +120,11 @@ def _add_parameter(rows: Sequence[dict[str, Any]], window: Window, slot: Slot, c
         row["lost_updates"] = lost.get(str(cast))
         if slot.role in record.states:
             row["epsilon_vanishes"] = epsilon_vanishes(record, cast.format)
+
+
+def _confidence(row: dict[str, Any], steps: Metrics, forward: bool) -> float | None:
+    known = row["damage"] and row["damage_se"] is not None
+    return confidence_of(steps, forward, row["damage_se"] / row["damage"] if known else None)
 
 
 @dataclass(frozen=True)

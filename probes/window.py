@@ -292,6 +292,24 @@ class Window:
 
         write_window(self, Path(path))
 
+    def to_pandas(self) -> Any:
+        """A pandas.DataFrame, one line a slot and step (`step_table.py` says which columns). Raises MissingPackage."""
+        from probes.step_table import data_frame, step_table
+
+        return data_frame(step_table(self))
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write the same table as a Parquet file, with the window's header in its metadata. Raises MissingPackage."""
+        from probes.step_table import write_parquet
+
+        write_parquet(self, Path(path))
+
+    def to_tensorboard(self, folder: str | Path) -> None:
+        """Write a TensorBoard event file into a folder: scalars and histograms of every slot. Raises MissingPackage."""
+        from probes.event_files import write_events
+
+        write_events(self, Path(folder))
+
     def __repr__(self) -> str:
         if self._contents is None:
             return "<Window, still open>"
