@@ -165,15 +165,21 @@ class FlopsBeneath(TorchDispatchMode):
             if not (torch.is_grad_enabled() or (frame is not None and frame.trains and in_custom_forward())):
                 return None
             where = self._where()
-            self._made.append(_Made(_next_node() - 1, None, where))
+            self._note_node(where)
             self._forward.add((where, op))
             return where
         if frame is not None and frame.recomputes:
             return None if (frame.path, op) in self._forward else frame.path
         made = self._made_before(torch._C._current_autograd_node())
         if torch.is_grad_enabled():  # the backward pass is kept, to be differentiated itself
-            self._made.append(_Made(_next_node() - 1, None, OUTSIDE if made is None else made.where))
+            self._note_node(OUTSIDE if made is None else made.where)
         return OUTSIDE if made is None else None if made.of_a_site else made.where
+
+    def _note_node(self, where: str) -> None:
+        """The latest node is that of the operator that is running, unless a product left it: then this one has none."""
+        latest = _next_node() - 1
+        if not self._made or self._made[-1].end is None or latest >= self._made[-1].end:
+            self._made.append(_Made(latest, None, where))
 
     def _made_before(self, node: Any) -> _Made | None:
         """What left this node in the graph: a site's product, or else the operator that was met latest before."""
