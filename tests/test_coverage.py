@@ -57,7 +57,7 @@ def test_names_and_roles(name: str) -> None:
     layers = {path for path, module in model.named_modules() if _multiplies(module)}
     assert layers <= roles.keys()
     for layer in layers:
-        assert roles.pop(layer) == ("input", "weight", "grad_output")
+        assert sorted(roles.pop(layer)) == ["grad_output", "input", "weight"]  # Mamba multiplies one from the left
     others = Counter((re.sub(r"\d+", "#", site), found) for site, found in roles.items())
     assert others == Counter({(site, found): count for site, found, count in _OTHERS[name]})
 
