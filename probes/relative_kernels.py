@@ -68,8 +68,8 @@ def _add(cells, tail, source, rows, columns, code, over_all):  # type: ignore[no
                     reference[tile], tile_class[tile] = _reference(largest[tile], code, over_all_value)
                     square[tile] = np.float64(reference[tile]) * np.float64(reference[tile])
                 for line in range(top, bottom):
-                    _bin(bins, ratios, source[batch, line, left:right], reference, columns)
-                    _count(counts, squares, held, bins, right - left, square, tile_class, columns)
+                    _bin(bins[: right - left], ratios, source[batch, line, left:right], reference, columns)
+                    _count(counts, squares, held, bins[: right - left], square, tile_class, columns)
                 _count_tiles(tail, largest, square, held, tiles)
     for c in range(classes):
         for b in range(BINS):
@@ -93,7 +93,7 @@ def _raise_largest(largest, line, columns):  # type: ignore[no-untyped-def]
             largest[i] = max(largest[i], bits if bits < np.int32(_INF_BITS) else np.int32(0))
         return
     for tile in range(-(-line.size // columns)):
-        largest[tile] = max(largest[tile], _largest(line[tile * columns : (tile + 1) * columns]))
+        largest[tile] = max(largest[tile], _largest(_of_tile(line, tile, columns)))
 
 
 @njit(cache=True, nogil=True)
@@ -104,6 +104,11 @@ def _largest(line):  # type: ignore[no-untyped-def]
         bits = line[i] & np.int32(0x7FFFFFFF)
         found = max(found, bits if bits < np.int32(_INF_BITS) else np.int32(0))
     return found
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _of_tile(line, tile, columns):  # type: ignore[no-untyped-def]
+    return line[tile * columns : min((tile + 1) * columns, line.size)]
 
 
 @njit(cache=True, nogil=True)
@@ -135,7 +140,7 @@ def _reference(bits, code, over_all):  # type: ignore[no-untyped-def]
     return (reference if reference > 0 else np.float32(1.0)), int(scale < 2.0**-6)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")  # Python's own, which looks for zeros, cannot be vector code
 def _bin(bins, ratios, line, reference, columns):  # type: ignore[no-untyped-def]
     """The bin of every element of a line; _ZERO and _NOT_FINITE for those that have none."""
     values = line.view(np.float32)
@@ -144,9 +149,9 @@ def _bin(bins, ratios, line, reference, columns):  # type: ignore[no-untyped-def
             ratios[i] = values[i] / reference[i]
     else:
         for tile in range(-(-line.size // columns)):
-            divisor = reference[tile]
-            for i in range(tile * columns, min((tile + 1) * columns, line.size)):
-                ratios[i] = values[i] / divisor
+            part, into = _of_tile(values, tile, columns), _of_tile(ratios, tile, columns)
+            for i in range(part.size):
+                into[i] = part[i] / reference[tile]
     patterns = ratios.view(np.int32)
     for i in range(line.size):
         found = max(((patterns[i] & np.int32(0x7FFFFFFF)) >> np.int32(BIN_SHIFT)) - np.int32(LOWEST), np.int32(0))
@@ -157,25 +162,25 @@ def _bin(bins, ratios, line, reference, columns):  # type: ignore[no-untyped-def
 
 
 @njit(cache=True, nogil=True)
-def _count(counts, squares, held, bins, size, square, tile_class, columns):  # type: ignore[no-untyped-def]
+def _count(counts, squares, held, bins, square, tile_class, columns):  # type: ignore[no-untyped-def]
     """Count a line's elements and their R², and how many each tile holds that are neither zero nor non-finite."""
     if columns == 1:
-        for i in range(size):
+        for i in range(bins.size):
             held[i] += bins[i] < BINS
-        for i in range(size):
+        for i in range(bins.size):
             counts[tile_class[i], bins[i]] += 1
             squares[tile_class[i], bins[i]] += square[i]
         return
-    for tile in range(-(-size // columns)):
+    for tile in range(-(-bins.size // columns)):
         of_class, sums, s = counts[tile_class[tile]], squares[tile_class[tile]], square[tile]
-        first, last = tile * columns, min((tile + 1) * columns, size)
+        part = _of_tile(bins, tile, columns)
         inside = 0
-        for i in range(first, last):
-            inside += bins[i] < BINS
+        for i in range(part.size):
+            inside += part[i] < BINS
         held[tile] += inside
-        for i in range(first, last):
-            of_class[bins[i]] += 1
-            sums[bins[i]] += s
+        for i in range(part.size):
+            of_class[part[i]] += 1
+            sums[part[i]] += s
 
 
 @njit(cache=True, nogil=True)
