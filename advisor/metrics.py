@@ -9,6 +9,9 @@ tensors themselves (`tests/test_metrics.py`) rates are within 0.005 and SQNR wit
     few_elements  so few elements carry the error, or decide a rate, that chance within their bins is noticeable
     no_signs      the format's lowest value lies further out than its largest (int4's -8 and 7), and elements go there:
                   a sketch has no signs, so they all count as beyond the largest value
+    other_scales  of a cast by row or block: scales may be others than the sketch takes them to be, because tiles are so
+                  small or large that limits of scales apply, or because a power-of-two scale was sketched under a loss
+                  scale that is no power of two
 
 What is counted: rates are shares of the finite non-zero elements; overflow means rounding beyond the largest value,
 whether that saturates or not. NaN and Inf are in `nonfinite` and nowhere else. int8 has no subnormal results. Without
@@ -18,8 +21,8 @@ rounding is expected over its draws.
 A slot that met several tensors in a step is scored as if they had been one, with one scale. A delayed scale follows
 the recorded steps, whatever lay between them.
 
-A sketch holds one largest magnitude a tensor, so a cast with scales by row, column or block cannot be scored from it,
-and is refused; so is e8m0, in which no tensor is written.
+A cast with scales by row, column or block is scored from the sketch relative to these tiles (`relative.py`), over the
+steps at which the window has one. Without such a sketch it is refused, as is e8m0, in which no tensor is written.
 """
 
 from __future__ import annotations
@@ -33,10 +36,13 @@ import torch
 from advisor.bins import BIN_BITS, Bins, at_largest
 from advisor.errors import CastNotScored
 from advisor.grid import Array, Expected, Grid
+from advisor.relative import holds_largest, of_largest_toward_zero, relative_bins
 from probes import scaling
 from probes.casts import Cast
 from probes.history import SlotHistory
-from probes.measurable import why_not_measurable
+from probes.measurable import why_not_sketched
+from probes.relative_history import RelativeHistory
+from probes.tiles import Tiling, tiling_name
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Measured(Generic[Number]):
     bias_energy            Σx·δ, which is -Σx² if all is flushed to zero
     error_spread           standard deviation of error_energy, as elements may be anywhere in their bins
     amax, amin             largest and smallest non-zero finite magnitude; 0 where there is none
-    flags                  for all steps together: "few_values", "few_elements", "no_signs"
+    flags                  for all steps together: "few_values", "few_elements", "no_signs", "other_scales"
     """
 
     nonzero: Number
@@ -166,11 +172,12 @@ _ADDED = (
 )
 
 
-def measure(history: SlotHistory, cast: Cast, dtype: str | None = None) -> Metrics:
-    """Metrics of a cast on one slot, for every recorded step; arithmetic on the sketches, no tensor needed.
+def measure(history: SlotHistory, cast: Cast, dtype: str | None = None, tiling: Tiling | None = None) -> Metrics:
+    """Metrics of a cast on one slot, for every step that was sketched; arithmetic on the sketches, no tensor needed.
 
-    dtype  the tensor's own ("float16", "bfloat16", "float32"), where known: fp16's subnormals are a coarse lattice
-           that the sketch does not tell of
+    dtype   the tensor's own ("float16", "bfloat16", "float32"), where known: fp16's subnormals are a coarse lattice
+            that the sketch does not tell of
+    tiling  for scales by row, column or block: which axis they run along; otherwise the first that was sketched
 
     Gradients that were recorded with a loss scale (the history's `gain`) are scored without it: a scale of s on x is
     one of s·gain on the x·gain that was recorded.
@@ -178,15 +185,14 @@ def measure(history: SlotHistory, cast: Cast, dtype: str | None = None) -> Metri
     Raises CastNotScored.
     """
     require_scored(cast)
+    if not (cast.has_one_scale or cast.needs_no_scale):
+        return _measure_tiles(history, cast, tiling)
     steps, amax, gain = len(history.steps), history.amax.astype(np.float64), history.gain
     step_scale = scales(amax / gain, cast) * gain
     bins = Bins.of(history)
     scale = step_scale[bins.step]
     expected = bins.outcomes(cast, scale, dtype)
     largest = at_largest(amax, cast, step_scale)
-
-    def energy(moment: Array, of_largest: Array) -> Array:
-        return bins.total(moment * scale**2, steps) + of_largest * step_scale**2
 
     metrics = Metrics(
         nonzero=history.nonzero.astype(np.float64),
@@ -196,23 +202,86 @@ def measure(history: SlotHistory, cast: Cast, dtype: str | None = None) -> Metri
         subnormals=bins.total(expected.subnormal, steps) + largest.subnormal,
         overflows=bins.total(expected.overflow, steps) + largest.overflow,
         signal_energy=history.sum_of_squares.astype(np.float64),
-        error_energy=energy(expected.squared, largest.squared),
-        bias_energy=energy(expected.product, largest.product),
+        error_energy=bins.energy(expected.squared, scale, steps) + largest.squared * step_scale**2,
+        bias_energy=bins.energy(expected.product, scale, steps) + largest.product * step_scale**2,
         error_spread=np.sqrt(
-            bins.total(_variance(expected) * (scale**2) ** 2, steps) + _variance(largest) * (step_scale**2) ** 2
+            bins.energy_variance(_variance(expected), scale, steps) + _variance(largest) * (step_scale**2) ** 2
         ),
         amax=amax,
         amin=history.amin.astype(np.float64),
         flags=(),
     )
-    flagged = replace(metrics, flags=_flags(history, bins, expected, scale, metrics.pooled(), cast))
+    few = _rounds_few_values(history, metrics.pooled())
+    flagged = replace(metrics, flags=_flags(few, bins, expected, scale, metrics.pooled(), cast))
     return flagged.divided(gain)
+
+
+def _measure_tiles(history: SlotHistory, cast: Cast, tiling: Tiling | None) -> Metrics:
+    """The same from a sketch relative to tiles, over its own steps."""
+    relative = _sketch_for(history, cast, tiling)
+    at = np.searchsorted(history.steps, relative.steps)
+    steps, bits = len(relative.steps), history.significant_bits.astype(np.int64)[at]
+    bins, scale = relative_bins(relative, cast, bits)
+    expected = bins.outcomes(cast, scale, dtype=None)
+    if cast.rounding == "zero" and tiling_name(cast).endswith("/current"):
+        largest = holds_largest(bins)
+        mean_of = of_largest_toward_zero(cast, bits)
+        for part, *of_step in zip(expected, *mean_of, strict=True):
+            part[largest] = np.concatenate([np.zeros(0), *of_step])[bins.step[largest]]
+    nonzero = bins.total(np.ones_like(bins.count), steps)
+    mean_square = (bins.low**2 + bins.low * bins.high + bins.high**2) / 3
+    whole = nonzero == history.nonzero[at]  # a sample of the tensor may have been all that the other sketch saw
+    metrics = Metrics(
+        nonzero=nonzero,
+        elements=history.elements[at].astype(np.float64),
+        nonfinite=history.nonfinite[at].astype(np.float64),
+        underflows=bins.total(expected.underflow, steps),
+        subnormals=bins.total(expected.subnormal, steps),
+        overflows=bins.total(expected.overflow, steps),
+        signal_energy=np.where(whole, history.sum_of_squares[at], bins.energy(mean_square, np.ones_like(scale), steps)),
+        error_energy=bins.energy(expected.squared, scale, steps),
+        bias_energy=bins.energy(expected.product, scale, steps),
+        error_spread=np.sqrt(bins.energy_variance(_variance(expected), scale, steps)),
+        amax=history.amax[at].astype(np.float64),
+        amin=history.amin[at].astype(np.float64),
+        flags=(),
+    )
+    pooled, gain = metrics.pooled(), history.gain[at]
+    flags = _flags(_rounds_few_values(history, pooled, at), bins, expected, scale, pooled, cast)
+    if _has_other_scales(relative, cast, gain):
+        flags += ("other_scales",)
+    return replace(metrics, flags=flags).divided(gain)
+
+
+def _sketch_for(history: SlotHistory, cast: Cast, tiling: Tiling | None) -> RelativeHistory:
+    """The relative sketch that tells of a cast. Raises CastNotScored where there is none."""
+    name = tiling_name(cast)
+    if tiling is not None:
+        key = tiling.key
+    elif cast.granularity == "column":
+        raise CastNotScored(f"{cast}: the columns of a tensor are the rows of another axis; say which tiling is meant")
+    else:
+        key = next((key for key in history.finer if key.split(" ")[0] == name), name)
+    if key not in history.finer or not np.isin(history.finer[key].steps, history.steps).all():
+        there = ", ".join(history.finer) or "none"
+        raise CastNotScored(
+            f"{cast} has a scale for every {cast.granularity}, and the window has no sketch {key!r} (it has {there}). "
+            f"Open it with advisor.probe(..., finer=[{name!r}]), with other names beside it as needed"
+        )
+    return history.finer[key]
+
+
+def _has_other_scales(relative: RelativeHistory, cast: Cast, gain: Array) -> bool:
+    """Whether tiles enough to matter may be scaled otherwise than the sketch has it."""
+    if relative.extreme.sum() > THRESHOLDS.rate_shift * relative.counts.sum():
+        return True
+    return tiling_name(cast).endswith("/e8m0") and bool((np.frexp(gain)[0] != 0.5).any())
 
 
 def require_scored(*casts: Cast) -> None:
     """Raises CastNotScored, which says why, for the first of these casts that sketches do not tell enough of."""
     for cast in casts:
-        if reason := why_not_measurable(cast):
+        if reason := why_not_sketched(cast):
             raise CastNotScored(reason)
 
 
@@ -242,14 +311,14 @@ def _largest_before(amax: Array, length: int) -> Array:
 
 
 def _flags(
-    history: SlotHistory, bins: Bins, expected: Expected, scale: Array, pooled: PooledMetrics, cast: Cast
+    rounds_few_values: bool, bins: Bins, expected: Expected, scale: Array, pooled: PooledMetrics, cast: Cast
 ) -> tuple[str, ...]:
     if not pooled.nonzero:
         return ()
     rates = (expected.underflow, expected.subnormal, expected.overflow)
     uneven = bins.unevenness()
     few_values = (
-        _rounds_few_values(history, pooled)
+        rounds_few_values
         or _rate_shift(rates, bins, uneven, scale, cast) > THRESHOLDS.rate_shift * pooled.nonzero
         or _energy_shift(expected, bins, uneven, scale, cast) > THRESHOLDS.error_spread * pooled.error_energy
     )
@@ -277,7 +346,7 @@ def _energy_shift(expected: Expected, bins: Bins, uneven: Array, scale: Array, c
         spacing = Grid(cast).spacing(bins.low / scale)
         by_place = spacing**2 * np.minimum(_cells(bins, scale, cast) / 12**0.5, 1 / 180**0.5)
         deviation = np.where(expected.overflow > 0, deviation, np.minimum(deviation, by_place))
-    each_bin = (uneven * deviation * scale**2) ** 2
+    each_bin = (uneven * deviation * scale**2 * bins.square / bins.count) ** 2
     return float(np.sqrt(np.bincount(bins.step, weights=each_bin)).sum())
 
 
@@ -286,15 +355,15 @@ def _cells(bins: Bins, scale: Array, cast: Cast) -> Array:
     return (bins.high - bins.low) / scale / Grid(cast).spacing(bins.low / scale)
 
 
-def _rounds_few_values(history: SlotHistory, pooled: PooledMetrics) -> bool:
+def _rounds_few_values(history: SlotHistory, pooled: PooledMetrics, at: Any = slice(None)) -> bool:
     """Whether error is made on too few distinct magnitudes, by the median step of those where they are uncertain.
 
-    They are certain where all magnitudes are one, and where a bin has a single lattice point.
+    They are certain where all magnitudes are one, and where a bin has a single lattice point. `at`: which steps.
     """
-    uncertain = (history.amin < history.amax) & (history.significant_bits > BIN_BITS)
+    uncertain = ((history.amin < history.amax) & (history.significant_bits > BIN_BITS))[at]
     if not uncertain.any() or pooled.error_energy == 0:
         return False
-    return bool(np.median(history.distinct[uncertain]) < THRESHOLDS.distinct)
+    return bool(np.median(history.distinct[at][uncertain]) < THRESHOLDS.distinct)
 
 
 def _variance(expected: Expected) -> Array:

@@ -28,14 +28,11 @@ from advisor.grid import Array, Expected
 from probes import scaling
 from probes.casts import Cast
 from probes.relative_history import RelativeHistory
-from probes.relative_layout import BINS, LOWEST
+from probes.relative_layout import BINS, LOWEST, MOST_CLASSES
 from probes.sketch import BIN_EDGES
 from probes.tiles import tiling_name
 
 _ONE = 127 << 3  # the bin of 1
-_NORMAL, _SUBNORMAL = 0, 1  # classes of tiles under nvfp4
-_TOP_OF_NORMAL = 1 + 1 / 16  # q is within half a step of e4m3fn
-_SAMPLE_BITS = 12  # of the mantissas over which the fate of largest elements toward zero is worked out
 
 
 def relative_bins(history: RelativeHistory, cast: Cast, bits: NDArray[np.int64]) -> tuple[Bins, Array]:
@@ -59,7 +56,7 @@ def relative_bins(history: RelativeHistory, cast: Cast, bits: NDArray[np.int64])
     return (
         Bins(
             step=step,
-            line=step * 8 + tile_class,
+            line=step * MOST_CLASSES + tile_class,
             bin=bins,
             low=low,
             high=high,
@@ -109,7 +106,7 @@ def _top(kind: str, tile_class: NDArray[np.int64]) -> Array:
         return np.ones(tile_class.shape)
     if kind == "e8m0":
         return np.where(tile_class == 7, 2.0, 2 - 0.5 ** tile_class.astype(np.float64))
-    return np.where(tile_class == _SUBNORMAL, 2.0, _TOP_OF_NORMAL)
+    return np.where(tile_class == 8, 3 / 2, 1 + 1 / (16.0 + 2 * tile_class))  # q is within half a step of e4m3fn
 
 
 def _may_saturate(cast: Cast) -> bool:

@@ -8,15 +8,16 @@ R times a number that depends on the element format alone:
     e8m0      2^e                      e8m0: R / 2^emax. e8m0up and :pow2: R times a power of   8, by m
                                        two, and twice that where m is above the significand
                                        of the format's largest value
-    nvfp4     q·A/448: A = amax of     R / largest                                              2, by q
+    nvfp4     q·A/448: A = amax of     R / largest                                              9, by q
               the tensor, q = 448·a/A
               rounded to e4m3fn
 
 So one histogram a kind tells of every format and of all rules of that kind. Significands of largest values are all
 ones, 2 - 2^-k, but for the formats that end in NaN, where they are 2 - 2^-k of a smaller k. Hence class c of e8m0 holds
 the tiles with 2 - 2^-(c-1) < m ≤ 2 - 2^-c, c = 0 those with m = 1 and c = 7 all above 2 - 2^-6, and the classes that
-are above any format of up to 7 significand bits are known exactly. Under nvfp4, q may lie below its tile by half a step
-of e4m3fn: a sixteenth, and more where q is subnormal, which is class 1.
+are above any format of up to 7 significand bits are known exactly. Under nvfp4, q may lie half a step of e4m3fn below
+the tile's share of A, and what then lies beyond the largest value saturates: class c holds the tiles whose q has the
+mantissa 1 + c/8, and class 8 those with a subnormal q.
 
 Errors are in units of the scale, so beside the number of elements each bin keeps their sum of R²: an error energy is
 that sum times the mean of δ². The bins are those of the tensor-wide sketch (`layout.py`), eight an octave, over the 48
@@ -186,7 +187,9 @@ def references(amax: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     share = amax / over_all.masked_fill(over_all == 0, 1.0) * NVFP4_STEPS
     scale = to_grid(share, E4M3, "nearest", saturate=True).clamp(min=E4M3.smallest_subnormal)
     reference = scale * (over_all / torch.full_like(over_all, NVFP4_STEPS))
-    return reference.masked_fill(nothing | (reference == 0), 1.0), (scale < E4M3.smallest_normal).long()
+    mantissa = (torch.frexp(scale).mantissa * 16).long() - 8
+    tile_class = torch.where(scale < E4M3.smallest_normal, 8, mantissa).masked_fill(nothing, 0)
+    return reference.masked_fill(nothing | (reference == 0), 1.0), tile_class
 
 
 assert FORMATS["e4m3fn"].largest == NVFP4_STEPS

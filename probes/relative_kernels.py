@@ -137,7 +137,8 @@ def _reference(bits, code, over_all):  # type: ignore[no-untyped-def]
     step = math.ldexp(1.0, max(exponent - 1, -6) - 3)
     scale = min(max(np.rint(share / step) * step, 2.0**-9), NVFP4_STEPS)
     reference = np.float32(scale) * (over_all / np.float32(NVFP4_STEPS))
-    return (reference if reference > 0 else np.float32(1.0)), int(scale < 2.0**-6)
+    tile_class = 8 if scale < 2.0**-6 else int(math.frexp(scale)[0] * 16) - 8
+    return (reference if reference > 0 else np.float32(1.0)), tile_class
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # Python's own, which looks for zeros, cannot be vector code

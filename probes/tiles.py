@@ -37,7 +37,7 @@ from probes.scaling import RULES, TILES, Tile, as_matrix
 KINDS = {"current": "current", "e8m0": "e8m0", "e8m0up": "e8m0", "nvfp4": "nvfp4"}
 """Rule → the kind of sketch that tells of it."""
 
-CLASSES = {"current": 1, "e8m0": 8, "nvfp4": 2}
+CLASSES = {"current": 1, "e8m0": 8, "nvfp4": 9}
 """Kind of sketch → classes of tiles that are counted apart (`relative.py`)."""
 
 _FINER = tuple(name for name in RULES if name not in ("none", "tensor"))
@@ -194,9 +194,15 @@ def _is_same_matrix(axis: Axis, first: Axis, dimensions: int) -> bool:
 def _read(name: str) -> tuple[str, str]:
     """Granularity and kind."""
     granularity, _, rule = str(name).partition("/")
-    rules = RULES.get(granularity, ()) if granularity in _FINER else ()
-    rule = rule or (rules[0] if rules else "")
-    if rule.removesuffix(":pow2") not in rules or (rule.endswith(":pow2") and rule != "current:pow2"):
-        known = ", ".join(f"{one}/{rule}" for one in _FINER for rule in dict.fromkeys(map(KINDS.get, RULES[one])))
+    kinds = _kinds(granularity) if granularity in _FINER else {}
+    rule = rule or next(iter(kinds), "")
+    if rule not in kinds:
+        known = ", ".join(f"{one}/{kind}" for one in _FINER for kind in dict.fromkeys(_kinds(one).values()))
         raise WindowError(f"no tiling is called {name!r}; there is {known}")
-    return granularity, "e8m0" if rule == "current:pow2" else KINDS[rule]
+    return granularity, kinds[rule]
+
+
+def _kinds(granularity: str) -> dict[str, str]:
+    """Every rule of a granularity, its default first, and its kind; a kind's own name is taken for it too."""
+    kinds = {rule: KINDS[rule] for rule in RULES[granularity]} | {"current:pow2": "e8m0"}
+    return kinds | {kind: kind for kind in kinds.values()}
