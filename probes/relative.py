@@ -21,8 +21,11 @@ mantissa 1 + c/8, and class 8 those with a subnormal q.
 
 Errors are in units of the scale, so beside the number of elements each bin keeps their sum of R²: an error energy is
 that sum times the mean of δ². The bins are those of the tensor-wide sketch (`layout.py`), eight an octave, over the 48
-octaves below 2; what is smaller is in the lowest. Under current scaling a tile's largest element, which alone has the
-ratio 1, has a bin to itself: it is known exactly, as it must be, since it is written exactly.
+octaves below 2; what is smaller is in the lowest.
+
+The largest elements of tiles, which current scaling writes exactly and which may carry most of the energy, are counted
+in one more class, the last, in 256 bins an octave from 0.75 to 2: by |x|/R, and under current scaling, where that is 1,
+by m. (A ratio below 0.75 or from 2 on, which a very small tile has under nvfp4, is an element like any other.)
 
 A tile of zeros, or of nothing finite, counts nowhere; nor does NaN or Inf in any tile: the tensor-wide sketch has
 them. A scale is limited to what its own format holds, which this sketch does not follow: elements of tiles below
@@ -49,7 +52,19 @@ from probes import relative_kernels
 from probes.formats import FORMATS
 from probes.layout import BIN_SHIFT
 from probes.relative_history import RelativeRow
-from probes.relative_layout import BINS, EXTREME, FOURTHS, LOWEST, NVFP4_STEPS, TAIL, TILES, VERY_LARGE, VERY_SMALL
+from probes.relative_layout import (
+    BINS,
+    EXTREME,
+    FINE_LOWEST,
+    FINE_SHIFT,
+    FOURTHS,
+    LOWEST,
+    NVFP4_STEPS,
+    TAIL,
+    TILES,
+    VERY_LARGE,
+    VERY_SMALL,
+)
 from probes.rounding import to_grid
 from probes.scaling import E4M3, over_tiles, tile_amax
 from probes.casting import widened
@@ -158,9 +173,14 @@ def add_reference(sums: Tensor, values: Tensor, tiling: Tiling) -> None:
         return over_tiles(of_tiles, matrix, tiling.tile).expand_as(matrix)
 
     counted = (matrix != 0) & torch.isfinite(matrix)
-    ratio = (matrix / at_elements(reference)).abs()
-    bins = ((ratio.view(torch.int32) >> BIN_SHIFT) - LOWEST).clamp(0, BINS - 1)
-    cells = (at_elements(tile_class) * BINS + bins).flatten()
+    ratio = (matrix / at_elements(reference)).abs().view(torch.int32)
+    bins = ((ratio >> BIN_SHIFT) - LOWEST).clamp(0, BINS - 1)
+    top = (amax / reference).view(torch.int32) if tiling.kind != "current" else mantissas(amax).view(torch.int32)
+    fine = (top - FINE_LOWEST) >> FINE_SHIFT
+    is_top = (matrix.abs() == at_elements(amax)) & at_elements((fine >= 0) & (fine < BINS))
+    last = (tiling.classes - 1) * BINS
+    cells = torch.where(is_top, last + at_elements(fine), at_elements(tile_class) * BINS + bins)
+    cells = cells.masked_fill(~counted, 0).flatten()
     squares = at_elements(reference).double().square() * counted
     classes = tiling.classes * BINS
     sums[:classes].index_add_(0, cells, counted.double().flatten())
@@ -170,6 +190,11 @@ def add_reference(sums: Tensor, values: Tensor, tiling: Tiling) -> None:
     tail[FOURTHS] += squares.square().sum()
     tail[TILES] += (amax > 0).sum()
     tail[EXTREME] += extreme.sum()
+
+
+def mantissas(amax: Tensor) -> Tensor:
+    """m of m·2^e, from 1 to below 2, for normal and subnormal magnitudes; 1 for zero."""
+    return 2 * torch.frexp(amax.masked_fill(amax == 0, 0.5)).mantissa
 
 
 def references(amax: Tensor, kind: str) -> tuple[Tensor, Tensor]:

@@ -17,14 +17,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from probes.layout import BIN_SHIFT
-from probes.relative_layout import BINS, EXTREME, FOURTHS, LOWEST, NVFP4_STEPS, TAIL, TILES, VERY_LARGE, VERY_SMALL
+from probes.relative_layout import (
+    BINS,
+    EXTREME,
+    FINE_LOWEST,
+    FINE_SHIFT,
+    FOURTHS,
+    LOWEST,
+    NVFP4_STEPS,
+    TAIL,
+    TILES,
+    VERY_LARGE,
+    VERY_SMALL,
+)
 from probes.tiles import Tiling
 
 _INF_BITS = 0x7F800000
 _PANEL = 1 << 15  # elements: 128 KiB of float32, half of a second-level cache
 _NARROWEST = 64  # columns of a panel of tall tiles, so that whole cache lines are used
-_ZERO, _NOT_FINITE = BINS, BINS + 1  # columns of the tables, behind the bins
-_WIDTH = BINS + 2
+_ZERO, _NOT_FINITE, _LARGEST = range(BINS, BINS + 3)  # columns of the tables, behind the bins
+_WIDTH = BINS + 3
 _CODES = {"current": 0, "e8m0": 1, "nvfp4": 2}
 
 
@@ -49,7 +61,10 @@ def _add(cells, tail, source, rows, columns, code, over_all):  # type: ignore[no
     panel = _panel_width(rows, columns, width)
     over_all_value = _value_of(over_all)
     largest = np.empty(panel // columns + 1, dtype=np.int32)
+    fine = np.empty(panel // columns + 1, dtype=np.int32)
+    looked_for = np.empty(panel // columns + 1, dtype=np.int32)
     held = np.empty(panel // columns + 1, dtype=np.int64)
+    tops = np.empty(panel // columns + 1, dtype=np.int64)
     reference = np.empty(panel // columns + 1, dtype=np.float32)
     square = np.empty(panel // columns + 1, dtype=np.float64)
     tile_class = np.empty(panel // columns + 1, dtype=np.int64)
@@ -61,15 +76,22 @@ def _add(cells, tail, source, rows, columns, code, over_all):  # type: ignore[no
             for left in range(0, width, panel):
                 right = min(left + panel, width)
                 tiles = -(-(right - left) // columns)
-                largest[:tiles], held[:tiles] = 0, 0
+                largest[:tiles], held[:tiles], tops[:tiles] = 0, 0, 0
                 for line in range(top, bottom):
                     _raise_largest(largest, source[batch, line, left:right], columns)
                 for tile in range(tiles):
                     reference[tile], tile_class[tile] = _reference(largest[tile], code, over_all_value)
                     square[tile] = np.float64(reference[tile]) * np.float64(reference[tile])
+                    fine[tile] = _fine(largest[tile], reference[tile], code)
+                    looked_for[tile] = largest[tile] if 0 <= fine[tile] < BINS else -1
                 for line in range(top, bottom):
-                    _bin(bins[: right - left], ratios, source[batch, line, left:right], reference, columns)
-                    _count(counts, squares, held, bins[: right - left], square, tile_class, columns)
+                    values = source[batch, line, left:right]
+                    _bin(bins[: right - left], ratios, values, reference, looked_for, columns)
+                    _count(counts, squares, held, tops, bins[: right - left], square, tile_class, columns)
+                for tile in range(tiles):
+                    if tops[tile] > 0:
+                        counts[classes - 1, fine[tile]] += tops[tile]
+                        squares[classes - 1, fine[tile]] += tops[tile] * square[tile]
                 _count_tiles(tail, largest, square, held, tiles)
     for c in range(classes):
         for b in range(BINS):
@@ -141,9 +163,22 @@ def _reference(bits, code, over_all):  # type: ignore[no-untyped-def]
     return (reference if reference > 0 else np.float32(1.0)), tile_class
 
 
+@njit(cache=True, nogil=True)
+def _fine(bits, reference, code):  # type: ignore[no-untyped-def]
+    """The fine bin of a tile's largest element: by its mantissa under current scaling, by its ratio otherwise."""
+    if bits == 0:
+        return np.int32(-1)
+    pattern = np.empty(1, dtype=np.float32)
+    if code == 0:
+        pattern[0] = 2 * math.frexp(np.float64(_value_of(bits)))[0]
+    else:
+        pattern[0] = _value_of(bits) / reference
+    return np.int32((pattern.view(np.int32)[0] - FINE_LOWEST) >> FINE_SHIFT)
+
+
 @njit(cache=True, nogil=True, error_model="numpy")  # Python's own, which looks for zeros, cannot be vector code
-def _bin(bins, ratios, line, reference, columns):  # type: ignore[no-untyped-def]
-    """The bin of every element of a line; _ZERO and _NOT_FINITE for those that have none."""
+def _bin(bins, ratios, line, reference, looked_for, columns):  # type: ignore[no-untyped-def]
+    """The bin of every element of a line; another column of the tables for what has none, and for the largest."""
     values = line.view(np.float32)
     if columns == 1:
         for i in range(line.size):
@@ -160,14 +195,24 @@ def _bin(bins, ratios, line, reference, columns):  # type: ignore[no-untyped-def
         found = min(found, np.int32(BINS - 1))
         found = np.int32(_ZERO) if bits == 0 else found
         bins[i] = np.int32(_NOT_FINITE) if bits >= np.int32(_INF_BITS) else found
+    if columns == 1:
+        for i in range(line.size):
+            bins[i] = np.int32(_LARGEST) if line[i] & np.int32(0x7FFFFFFF) == looked_for[i] else bins[i]
+    else:
+        for tile in range(-(-line.size // columns)):
+            part, of_tile = _of_tile(line, tile, columns), _of_tile(bins, tile, columns)
+            for i in range(part.size):
+                of_tile[i] = np.int32(_LARGEST) if part[i] & np.int32(0x7FFFFFFF) == looked_for[tile] else of_tile[i]
 
 
 @njit(cache=True, nogil=True)
-def _count(counts, squares, held, bins, square, tile_class, columns):  # type: ignore[no-untyped-def]
-    """Count a line's elements and their R², and how many each tile holds that are neither zero nor non-finite."""
+def _count(counts, squares, held, tops, bins, square, tile_class, columns):  # type: ignore[no-untyped-def]
+    """Count a line's elements and their R²; for each tile, its largest ones, and all that are neither zero nor
+    non-finite."""
     if columns == 1:
         for i in range(bins.size):
-            held[i] += bins[i] < BINS
+            held[i] += (bins[i] < BINS) | (bins[i] == _LARGEST)
+            tops[i] += bins[i] == _LARGEST
         for i in range(bins.size):
             counts[tile_class[i], bins[i]] += 1
             squares[tile_class[i], bins[i]] += square[i]
@@ -175,10 +220,12 @@ def _count(counts, squares, held, bins, square, tile_class, columns):  # type: i
     for tile in range(-(-bins.size // columns)):
         of_class, sums, s = counts[tile_class[tile]], squares[tile_class[tile]], square[tile]
         part = _of_tile(bins, tile, columns)
-        inside = 0
+        inside, at_top = 0, 0
         for i in range(part.size):
             inside += part[i] < BINS
-        held[tile] += inside
+            at_top += part[i] == _LARGEST
+        held[tile] += inside + at_top
+        tops[tile] += at_top
         for i in range(part.size):
             of_class[part[i]] += 1
             sums[part[i]] += s
