@@ -31,7 +31,9 @@ from probes.sketch import BIN_EDGES
 BIN_BITS = 3  # eight bins an octave: a lattice of up to three mantissa bits has one point a bin, its lower edge
 _ALWAYS_BITS = 5  # up to here (4 points a bin) lattice points are scored one by one
 _LATTICE_BITS = 10  # up to here (fp16, 128 points a bin) they are where the lattice shows
-_FINER = 8  # times as fine a lattice is as good as continuous: δ² is 1 + 2/8² times that of an even spread, 0.13 dB
+LATTICE_FINER = (
+    8  # times as fine a lattice is as good as continuous: δ² is 1 + 2/8² times that of an even spread, 0.13 dB
+)
 _FINER_TOWARD_ZERO = 64  # there it is 1 - 3/(2·64) times that: 0.10 dB
 _CHUNK = 2048  # bins whose points are held in memory at once
 _SAME = 2.0**-23  # so near to the format's largest value does current scaling bring the largest element
@@ -46,7 +48,8 @@ class Bins:
 
     step       int64 [N]: index of the step
     line       int64 [N]: what bins must share to be neighbours: the step, or a step's class of tiles
-    bin        int64 [N]: rising within a line
+    place      int64 [N]: rising within a line; of neighbours, by 1
+    bin        int64 [N]: of `BIN_EDGES`, in which the bin's elements lie
     low, high  float64 [N]: where the bin's elements lie, low ≤ high, in units of R
     count      float64 [N], positive
     square     float64 [N]: the sum of R² over the bin's elements
@@ -56,6 +59,7 @@ class Bins:
 
     step: NDArray[np.int64]
     line: NDArray[np.int64]
+    place: NDArray[np.int64]
     bin: NDArray[np.int64]
     low: Array
     high: Array
@@ -77,6 +81,7 @@ class Bins:
         return cls(
             step=step[kept],
             line=step[kept],
+            place=bins[kept],
             bin=bins[kept],
             low=np.maximum(low, amin)[kept],
             high=np.minimum(high, amax)[kept],
@@ -97,7 +102,7 @@ class Bins:
         spacing = Grid(cast).spacing(low)
         lattice = self._lattice(finest) / scale
         on_grid = (np.frexp(scale)[0] == 0.5) & (lattice >= spacing) & (high <= cast.format.largest)
-        finer = _FINER_TOWARD_ZERO if cast.rounding == "zero" else _FINER
+        finer = _FINER_TOWARD_ZERO if cast.rounding == "zero" else LATTICE_FINER
         coarse = (self.bits <= _ALWAYS_BITS) | (lattice * finer > spacing) | Grid(cast).is_cut(low, high)
         one_by_one = ~on_grid & (coarse & (self.bits <= _LATTICE_BITS) | (self.high <= self.low))
         found = Expected(*(np.zeros(len(self.low)) for _ in Expected._fields))
@@ -131,7 +136,7 @@ class Bins:
         """
         width = self.high - self.low
         density = np.divide(self.count, width, out=np.zeros_like(width), where=width > 0)
-        adjoining = (np.diff(self.bin) == 1) & (np.diff(self.line) == 0)
+        adjoining = (np.diff(self.place) == 1) & (np.diff(self.line) == 0)
         before, after = np.zeros_like(width), np.zeros_like(width)
         before[1:] = np.where(adjoining, density[:-1], 0.0)
         after[:-1] = np.where(adjoining, density[1:], 0.0)

@@ -32,11 +32,12 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from advisor.bins import BIN_BITS, Bins, at_largest
+from advisor.bins import BIN_BITS, LATTICE_FINER, Bins, at_largest
 from advisor.errors import CastNotScored
 from advisor.grid import Array, Expected, Grid
-from advisor.relative import holds_largest, of_largest_toward_zero, relative_bins
+from advisor.relative import kind_of, references_alike, relative_bins, toward_zero
 from probes import scaling
 from probes.casts import Cast
 from probes.history import SlotHistory
@@ -59,6 +60,10 @@ class Thresholds:
     distinct: float = 525
     """Distinct magnitudes in the sample. Each is one draw of δ², whose standard deviation is 0.89 times its mean where
     δ is spread evenly: with 525 draws, 0.039, which is `error_spread`."""
+    lattice_share: float = 0.1
+    """Share of the error energy that is made where a 16-bit tensor's lattice is coarse: 10% of it is 0.4 dB."""
+    mantissas: float = 8
+    """Mantissas of scales, effectively, that blur such a lattice."""
 
 
 THRESHOLDS = Thresholds()
@@ -223,11 +228,10 @@ def _measure_tiles(history: SlotHistory, cast: Cast, tiling: Tiling | None) -> M
     steps, bits = len(relative.steps), history.significant_bits.astype(np.int64)[at]
     bins, scale = relative_bins(relative, cast, bits)
     expected = bins.outcomes(cast, scale, dtype=None)
-    if cast.rounding == "zero" and tiling_name(cast).endswith("/current"):
-        largest = holds_largest(bins)
-        mean_of = of_largest_toward_zero(cast, bits)
-        for part, *of_step in zip(expected, *mean_of, strict=True):
-            part[largest] = np.concatenate([np.zeros(0), *of_step])[bins.step[largest]]
+    if cast.rounding == "zero" and kind_of(cast) == "current":
+        is_top, outcomes = toward_zero(relative, cast, bits)
+        for part, of_top in zip(expected, outcomes, strict=True):
+            part[is_top] = of_top
     nonzero = bins.total(np.ones_like(bins.count), steps)
     mean_square = (bins.low**2 + bins.low * bins.high + bins.high**2) / 3
     whole = nonzero == history.nonzero[at]  # a sample of the tensor may have been all that the other sketch saw
@@ -247,7 +251,8 @@ def _measure_tiles(history: SlotHistory, cast: Cast, tiling: Tiling | None) -> M
         flags=(),
     )
     pooled, gain = metrics.pooled(), history.gain[at]
-    flags = _flags(_rounds_few_values(history, pooled, at), bins, expected, scale, pooled, cast)
+    few = _rounds_few_values(history, pooled, at) or _keeps_a_lattice(relative, bins, expected, scale, bits, cast)
+    flags = _flags(few, bins, expected, scale, pooled, cast)
     if _has_other_scales(relative, cast, gain):
         flags += ("other_scales",)
     return replace(metrics, flags=flags).divided(gain)
@@ -271,11 +276,24 @@ def _sketch_for(history: SlotHistory, cast: Cast, tiling: Tiling | None) -> Rela
     return history.finer[key]
 
 
+def _keeps_a_lattice(
+    relative: RelativeHistory, bins: Bins, expected: Expected, scale: Array, bits: NDArray[np.int64], cast: Cast
+) -> bool:
+    """Whether a 16-bit tensor's own lattice shows: much of the error is made where it is not fine beside the grid, and
+    the scales are too much alike to blur it."""
+    octave = np.ldexp(1.0, np.frexp(bins.low)[1] - 1)
+    lattice = octave * 2.0 ** -bits[bins.step].astype(np.float64)
+    coarse = lattice * LATTICE_FINER > Grid(cast).spacing(bins.low / scale) * scale
+    error = np.where(np.isfinite(expected.squared), bins.square * expected.squared * scale**2, 0.0)
+    shows = error[coarse].sum() > THRESHOLDS.lattice_share * error.sum()
+    return bool(shows) and references_alike(relative, kind_of(cast)) < THRESHOLDS.mantissas
+
+
 def _has_other_scales(relative: RelativeHistory, cast: Cast, gain: Array) -> bool:
     """Whether tiles enough to matter may be scaled otherwise than the sketch has it."""
     if relative.extreme.sum() > THRESHOLDS.rate_shift * relative.counts.sum():
         return True
-    return tiling_name(cast).endswith("/e8m0") and bool((np.frexp(gain)[0] != 0.5).any())
+    return kind_of(cast) == "e8m0" and bool((np.frexp(gain)[0] != 0.5).any())
 
 
 def require_scored(*casts: Cast) -> None:

@@ -49,6 +49,7 @@ import torch
 from torch import Tensor
 
 from probes import relative_kernels
+from probes.casting import widened
 from probes.formats import FORMATS
 from probes.layout import BIN_SHIFT
 from probes.relative_history import RelativeRow
@@ -67,7 +68,6 @@ from probes.relative_layout import (
 )
 from probes.rounding import to_grid
 from probes.scaling import E4M3, over_tiles, tile_amax
-from probes.casting import widened
 from probes.tiles import Tiling
 
 Key = TypeVar("Key", bound=Hashable)
