@@ -245,7 +245,9 @@ def _measure_tiles(history: SlotHistory, cast: Cast, tiling: Tiling | None) -> M
         signal_energy=np.where(whole, history.sum_of_squares[at], bins.energy(mean_square, np.ones_like(scale), steps)),
         error_energy=bins.energy(expected.squared, scale, steps),
         bias_energy=bins.energy(expected.product, scale, steps),
-        error_spread=np.sqrt(bins.energy_variance(_variance(expected), scale, steps)),
+        error_spread=np.sqrt(
+            bins.energy_variance(_variance(expected), scale, steps) + _variance_of_amax(cast, history.amax[at])
+        ),
         amax=history.amax[at].astype(np.float64),
         amin=history.amin[at].astype(np.float64),
         flags=(),
@@ -256,6 +258,15 @@ def _measure_tiles(history: SlotHistory, cast: Cast, tiling: Tiling | None) -> M
     if _has_other_scales(relative, cast, gain):
         flags += ("other_scales",)
     return replace(metrics, flags=flags).divided(gain)
+
+
+def _variance_of_amax(cast: Cast, amax: NDArray[np.float32]) -> Array:
+    """Under nvfp4 a step's largest element falls on the format's largest value, or just below: toward zero, that is a
+    whole step of the grid. The variance of its error energy, [S]."""
+    if cast.rounding != "zero" or kind_of(cast) != "nvfp4":
+        return np.zeros(len(amax))
+    step = cast.format.largest_spacing * amax.astype(np.float64) / cast.format.largest
+    return (step**2 / 2) ** 2
 
 
 def _sketch_for(history: SlotHistory, cast: Cast, tiling: Tiling | None) -> RelativeHistory:

@@ -92,7 +92,7 @@ def scale_over_octave(cast: Cast, mantissa: Array) -> Array:
 
 
 def toward_zero(history: RelativeHistory, cast: Cast, bits: NDArray[np.int64]) -> tuple[NDArray[np.bool_], Expected]:
-    """Under current scaling, which bins hold the largest elements of tiles, [N], and their outcomes toward zero, [those].
+    """Under current scaling, which bins [N] hold largest elements of tiles, and their outcomes toward zero [those].
 
     Some lose a step of the grid, depending on the magnitude: each bin's share is that of the magnitudes in it that the
     tensor's mantissa bits allow.

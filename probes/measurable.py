@@ -21,8 +21,8 @@ def why_not_sketched(cast: Cast) -> str | None:
     if not (cast.has_one_scale or cast.needs_no_scale) and _octaves(cast) >= OCTAVES:
         return (
             f"{cast}: {cast.format} spans {_octaves(cast)} octaves, and a sketch relative to the largest value of each "
-            f"{cast.granularity} goes {OCTAVES} down. A format of that range needs no scale finer than a tensor's: score "
-            f"{cast.format}/none or {cast.format}/tensor"
+            f"{cast.granularity} goes {OCTAVES} down. A format of that range needs no scale finer than a tensor's: "
+            f"score {cast.format}/none or {cast.format}/tensor"
         )
     return None
 

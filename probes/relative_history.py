@@ -6,7 +6,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,14 @@ _MOST_STEPS, _MOST_OCCUPIED = 1 << 20, 1 << 24
 _MOST_ELEMENTS = 2**53
 _LARGEST_SQUARE = (2.0**128) ** 2  # of one element's R
 
-_STEP_ARRAYS = {"steps": np.int64, "fourths": np.float64, "tiles": np.int64, "extreme": np.int64, "lengths": np.int64}
-_CELL_ARRAYS = {"cells": np.uint16, "counts": np.int64, "squares": np.float64}
+_STEP_ARRAYS: dict[str, Any] = {
+    "steps": np.int64,
+    "fourths": np.float64,
+    "tiles": np.int64,
+    "extreme": np.int64,
+    "lengths": np.int64,
+}
+_CELL_ARRAYS: dict[str, Any] = {"cells": np.uint16, "counts": np.int64, "squares": np.float64}
 
 
 class RelativeRow(NamedTuple):
@@ -42,7 +48,7 @@ class RelativeRow(NamedTuple):
         return cls(step, cells.astype(np.uint16), counts[cells], squares[cells], sums[-TAIL:].copy())
 
     def dense(self) -> NDArray[np.float64]:
-        """The numbers again, as if there were MOST_CLASSES for every kind: the same length on every rank, to be added."""
+        """The numbers again, as if all kinds had MOST_CLASSES: of one length on all ranks, which add them up."""
         half = MOST_CLASSES * BINS
         sums = np.zeros(2 * half + TAIL)
         sums[self.cells], sums[half + self.cells.astype(np.int64)] = self.counts, self.squares
@@ -105,9 +111,9 @@ class RelativeHistory:
 
     def pack(self) -> bytes:
         """The history as bytes: what `unpack` reads."""
-        held = {"lengths": np.diff(self.offsets)}
+        held = {**vars(self), "lengths": np.diff(self.offsets)}
         arrays = [
-            held.get(name, getattr(self, name, None)).astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+            held[name].astype(np.dtype(dtype).newbyteorder("<")).tobytes()
             for name, dtype in (_STEP_ARRAYS | _CELL_ARRAYS).items()
         ]
         return _HEADER.pack(_MAGIC, len(self.steps), len(self.cells)) + zlib.compress(b"".join(arrays), 6)
@@ -130,7 +136,8 @@ class RelativeHistory:
             raise MalformedWindow(f"a packed relative history does not inflate: {error}") from error
         if len(body) != size or not inflater.eof or inflater.unused_data:
             raise MalformedWindow(f"a packed relative history has {len(body)} bytes where its header says {size}")
-        arrays, position = {}, 0
+        arrays: dict[str, Any] = {}
+        position = 0
         for name, dtype, length in layout:
             arrays[name] = np.frombuffer(body, dtype.newbyteorder("<"), length, position).astype(dtype)
             position += length * dtype.itemsize

@@ -1,4 +1,4 @@
-"""How a relative sketch is laid out: counts [classes, BINS], sums of R² [classes, BINS], then a tail of TAIL numbers."""
+"""How a relative sketch is laid out: counts [classes, BINS], sums of R² [classes, BINS], a tail of TAIL numbers."""
 
 from __future__ import annotations
 
