@@ -31,9 +31,7 @@ from probes.sketch import BIN_EDGES
 BIN_BITS = 3  # eight bins an octave: a lattice of up to three mantissa bits has one point a bin, its lower edge
 _ALWAYS_BITS = 5  # up to here (4 points a bin) lattice points are scored one by one
 _LATTICE_BITS = 10  # up to here (fp16, 128 points a bin) they are where the lattice shows
-LATTICE_FINER = (
-    8  # times as fine a lattice is as good as continuous: δ² is 1 + 2/8² times that of an even spread, 0.13 dB
-)
+LATTICE_FINER = 8  # times as fine a lattice is as good as continuous: δ² is 1 + 2/8² times as large, 0.13 dB
 _FINER_TOWARD_ZERO = 64  # there it is 1 - 3/(2·64) times that: 0.10 dB
 _CHUNK = 2048  # bins whose points are held in memory at once
 _SAME = 2.0**-23  # so near to the format's largest value does current scaling bring the largest element

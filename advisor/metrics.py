@@ -60,9 +60,9 @@ class Thresholds:
     distinct: float = 525
     """Distinct magnitudes in the sample. Each is one draw of δ², whose standard deviation is 0.89 times its mean where
     δ is spread evenly: with 525 draws, 0.039, which is `error_spread`."""
-    lattice_share: float = 0.1
-    """Share of the error energy that is made where a 16-bit tensor's lattice is coarse: 10% of it is 0.4 dB."""
-    mantissas: float = 8
+    lattice_share: float = 0.05
+    """Share of the error energy that is made where a 16-bit tensor's lattice is coarse."""
+    mantissas: float = 16
     """Mantissas of scales, effectively, that blur such a lattice."""
 
 
@@ -190,7 +190,7 @@ def measure(history: SlotHistory, cast: Cast, dtype: str | None = None, tiling: 
     Raises CastNotScored.
     """
     require_scored(cast)
-    if not (cast.has_one_scale or cast.needs_no_scale):
+    if has_tiles(cast):
         return _measure_tiles(history, cast, tiling)
     steps, amax, gain = len(history.steps), history.amax.astype(np.float64), history.gain
     step_scale = scales(amax / gain, cast) * gain
@@ -307,6 +307,16 @@ def _has_other_scales(relative: RelativeHistory, cast: Cast, gain: Array) -> boo
     return kind_of(cast) == "e8m0" and bool((np.frexp(gain)[0] != 0.5).any())
 
 
+def has_tiles(cast: Cast) -> bool:
+    """Whether a cast has scales by row, column or block."""
+    return not (cast.has_one_scale or cast.needs_no_scale)
+
+
+def scored_steps(history: SlotHistory, cast: Cast, tiling: Tiling | None = None) -> NDArray[np.int64]:
+    """The steps that `measure` has metrics of, int64 [S]: those at which that cast's sketch was taken."""
+    return _sketch_for(history, cast, tiling).steps if has_tiles(cast) else history.steps
+
+
 def require_scored(*casts: Cast) -> None:
     """Raises CastNotScored, which says why, for the first of these casts that sketches do not tell enough of."""
     for cast in casts:
@@ -351,7 +361,7 @@ def _flags(
         or _rate_shift(rates, bins, uneven, scale, cast) > THRESHOLDS.rate_shift * pooled.nonzero
         or _energy_shift(expected, bins, uneven, scale, cast) > THRESHOLDS.error_spread * pooled.error_energy
     )
-    rate_spread = max(float(np.sqrt((bins.count * rate * (1 - rate)).sum())) for rate in rates)
+    rate_spread = max(float(np.sqrt((bins.count * rate * np.maximum(1 - rate, 0)).sum())) for rate in rates)
     few_elements = (
         pooled.error_spread > THRESHOLDS.error_spread * pooled.error_energy
         or rate_spread > THRESHOLDS.rate_spread * pooled.nonzero

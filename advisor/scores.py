@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from advisor.metrics import PooledMetrics, measure, require_scored
+from advisor.metrics import PooledMetrics, has_tiles, measure, require_scored
 from probes.casts import Cast
 from probes.measurable import why_not_measurable
 from probes.records import GRADIENT, Evidence, Slot
+from probes.tiles import Axis, axes_of, tiling_for
 from probes.window import Window
 
 DEFAULT_CASTS = tuple(map(Cast.parse, ("e4m3fn", "e5m2", "int8", "bf16", "fp16")))
@@ -43,6 +44,10 @@ class Scores:
     lost_batch_share           1 − 1/(1 + noise_ratio)
     bias                       Σx·δ/Σx²: what clipping and flushing to zero take off systematically
     flags                      why the metrics may be less exact than they look
+    axis                       for scales by row, column or block: the dimensions that they run along, which are those
+                               of the forward product (of a gradient: of the product that gives the input's), as
+                               `along -1`; None for any other cast
+    other_axes                 the same tensor's other products: axis → underflow, subnormal, overflow, sqnr_db, flags
     """
 
     rows: list[dict[str, Any]]
@@ -58,10 +63,12 @@ class Scores:
 def score(window: Window, casts: Sequence[str | Cast] | None = None, *, slots: Sequence[Slot] | None = None) -> Scores:
     """Score casts (default: the usual 8-bit and 16-bit ones) on every slot of a window; no training, no tensors.
 
+    Scales by row, column and block are for tensors of products: a parameter's own slots get no rows for them.
+
     `slots`: score these alone, as `window.product_slots` for what a plan can choose from.
 
     Raises UnknownFormat or InvalidCast for a cast that is none, CastNotScored for one of which sketches do not tell
-    enough (scales by row, column or block), WindowError for a window that is still open.
+    enough (scales by row, column or block, where it was not opened with `finer`), WindowError for one still open.
     """
     chosen = [Cast.parse(cast) if isinstance(cast, str) else cast for cast in casts or DEFAULT_CASTS]
     require_scored(*chosen)
@@ -73,9 +80,18 @@ def score(window: Window, casts: Sequence[str | Cast] | None = None, *, slots: S
 def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[str, Any]]:
     history, evidence = window.history(*slot), window.evidence(*slot)
     dtype, is_product = window.dtype(slot), window.is_product(slot)
+    axes, dimensions = _axes(window, slot)
+    casts = [cast for cast in casts if is_product or not has_tiles(cast)]
 
-    def pooled(cast: Cast) -> PooledMetrics:
-        return measure(history, cast, dtype).pooled()
+    def pooled(cast: Cast, which: int = 0) -> PooledMetrics:
+        tiling = tiling_for(cast, axes[which], axes, dimensions) if has_tiles(cast) else None
+        return measure(history, cast, dtype, tiling).pooled()
+
+    def by_axis(cast: Cast) -> dict[str, Any]:
+        if not has_tiles(cast):
+            return {"axis": None, "other_axes": {}}
+        others = {str(axis): _pick(pooled(cast, which)) for which, axis in enumerate(axes) if which}
+        return {"axis": str(axes[0]), "other_axes": others}
 
     measured = map(Cast.parse, {*evidence.directional, *evidence.relative_noise})
     known = {str(cast): cast for cast in measured if why_not_measurable(cast) is None}
@@ -90,7 +106,22 @@ def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[s
         evidence.relative_noise,
         {name: _ratio(found.error_energy, found.signal_energy) for name, found in metrics.items()},
     )
-    return [_row(slot, str(cast), metrics[str(cast)], evidence, damage, noise) for cast in casts]
+    return [_row(slot, str(cast), metrics[str(cast)], evidence, damage, noise) | by_axis(cast) for cast in casts]
+
+
+def _axes(window: Window, slot: Slot) -> tuple[tuple[Axis, ...], int]:
+    """The axes of a slot's tensor in its products, and its number of dimensions; none for what is no operand."""
+    if not window.is_product(slot):
+        return (), 0
+    site = window.site(slot.site)
+    dimensions = len(site.shapes[slot.role])
+    return axes_of(site.op, site.roles, slot.role, dimensions), dimensions
+
+
+def _pick(metrics: PooledMetrics) -> dict[str, Any]:
+    """What a row says of an axis that is not its own."""
+    rates = {name: float(getattr(metrics, name)) for name in ("underflow", "subnormal", "overflow", "sqnr_db")}
+    return {**rates, "flags": list(metrics.flags)}
 
 
 @dataclass(frozen=True)
