@@ -279,10 +279,10 @@ def _sketch_for(history: SlotHistory, cast: Cast, tiling: Tiling | None) -> Rela
     else:
         key = next((key for key in history.finer if key.split(" ")[0] == name), name)
     if key not in history.finer or not np.isin(history.finer[key].steps, history.steps).all():
-        there = ", ".join(history.finer) or "none"
+        there, asked = ", ".join(history.finer) or "none", f"{cast.granularity}/{kind_of(cast)}"
         raise CastNotScored(
             f"{cast} has a scale for every {cast.granularity}, and the window has no sketch {key!r} (it has {there}). "
-            f"Open it with advisor.probe(..., finer=[{name!r}]), with other names beside it as needed"
+            f"Open it with advisor.probe(..., finer=[{asked!r}]), with other names beside it as needed"
         )
     return history.finer[key]
 
