@@ -170,7 +170,7 @@ class Bins:
         values[none, 0], weight[none, 0] = self.low[none], 1.0
         weight /= weight.sum(axis=1, keepdims=True)
         outcomes = Grid(cast).at(_in_units(values, cast, scale[:, None]))
-        return Expected(*(np.where(weight > 0, weight * outcome, 0.0).sum(axis=1) for outcome in outcomes))
+        return Expected(*((weight * np.where(weight > 0, outcome, 0.0)).sum(axis=1) for outcome in outcomes))
 
 
 def at_largest(amax: Array, cast: Cast, scale: Array) -> Expected:

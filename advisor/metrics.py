@@ -43,6 +43,7 @@ from probes.casts import Cast
 from probes.history import SlotHistory
 from probes.measurable import why_not_sketched
 from probes.relative_history import RelativeHistory
+from probes.sketch import BIN_EDGES
 from probes.tiles import Tiling, tiling_name
 
 
@@ -64,9 +65,13 @@ class Thresholds:
     """Share of the error energy that is made where a 16-bit tensor's lattice is coarse."""
     mantissas: float = 16
     """Mantissas of scales, effectively, that blur such a lattice."""
+    subnormal_share: float = 0.1
+    """Share of an fp16 tensor's elements that are so few steps above zero that their lattice decides rates."""
 
 
 THRESHOLDS = Thresholds()
+
+_COARSE_IN_FP16 = 2.0**-19  # 32 of its smallest steps
 
 Number = TypeVar("Number", float, Array)
 
@@ -191,7 +196,7 @@ def measure(history: SlotHistory, cast: Cast, dtype: str | None = None, tiling: 
     """
     require_scored(cast)
     if has_tiles(cast):
-        return _measure_tiles(history, cast, tiling)
+        return _measure_tiles(history, cast, dtype, tiling)
     steps, amax, gain = len(history.steps), history.amax.astype(np.float64), history.gain
     step_scale = scales(amax / gain, cast) * gain
     bins = Bins.of(history)
@@ -221,7 +226,7 @@ def measure(history: SlotHistory, cast: Cast, dtype: str | None = None, tiling: 
     return flagged.divided(gain)
 
 
-def _measure_tiles(history: SlotHistory, cast: Cast, tiling: Tiling | None) -> Metrics:
+def _measure_tiles(history: SlotHistory, cast: Cast, dtype: str | None, tiling: Tiling | None) -> Metrics:
     """The same from a sketch relative to tiles, over its own steps."""
     relative = _sketch_for(history, cast, tiling)
     at = np.searchsorted(history.steps, relative.steps)
@@ -253,7 +258,11 @@ def _measure_tiles(history: SlotHistory, cast: Cast, tiling: Tiling | None) -> M
         flags=(),
     )
     pooled, gain = metrics.pooled(), history.gain[at]
-    few = _rounds_few_values(history, pooled, at) or _keeps_a_lattice(relative, bins, expected, scale, bits, cast)
+    few = (
+        _rounds_few_values(history, pooled, at)
+        or _keeps_a_lattice(relative, bins, expected, scale, bits, cast)
+        or (dtype == "float16" and _share_below(history, _COARSE_IN_FP16) > THRESHOLDS.subnormal_share)
+    )
     flags = _flags(few, bins, expected, scale, pooled, cast)
     if _has_other_scales(relative, cast, gain):
         flags += ("other_scales",)
@@ -294,10 +303,17 @@ def _keeps_a_lattice(
     the scales are too much alike to blur it."""
     octave = np.ldexp(1.0, np.frexp(bins.low)[1] - 1)
     lattice = octave * 2.0 ** -bits[bins.step].astype(np.float64)
-    coarse = lattice * LATTICE_FINER > Grid(cast).spacing(bins.low / scale) * scale
+    finer = LATTICE_FINER if cast.rounding == "zero" else 2  # half a step is nearly as good as none, but toward zero
+    coarse = lattice * finer > Grid(cast).spacing(bins.low / scale) * scale
     error = np.where(np.isfinite(expected.squared), bins.square * expected.squared * scale**2, 0.0)
     shows = error[coarse].sum() > THRESHOLDS.lattice_share * error.sum()
     return bool(shows) and references_alike(relative, kind_of(cast)) < THRESHOLDS.mantissas
+
+
+def _share_below(history: SlotHistory, magnitude: float) -> float:
+    """Share of the non-zero elements, over all steps, in bins below a magnitude."""
+    below = history.counts[BIN_EDGES[history.bins] < magnitude].sum()
+    return float(below / max(history.counts.sum(), 1))
 
 
 def _has_other_scales(relative: RelativeHistory, cast: Cast, gain: Array) -> bool:

@@ -34,7 +34,7 @@ from probes.relative_layout import BINS, FINE_LOWEST, FINE_SHIFT, LOWEST, MOST_C
 from probes.sketch import BIN_EDGES
 from probes.tiles import CLASSES, tiling_name
 
-_SAMPLE = 16  # magnitudes of a fine bin whose fate toward zero is looked at
+_PLACES = np.arange(64) * (5**0.5 - 1) / 2 % 1  # of a fine bin: evenly spread, with all mantissa bits in use
 
 _CONTINUOUS = 23  # mantissa bits: of a ratio there is no lattice to speak of
 _FINE_EDGES = ((FINE_LOWEST + (np.arange(BINS + 1) << FINE_SHIFT)).astype(np.int32)).view(np.float32).astype(np.float64)
@@ -100,10 +100,9 @@ def toward_zero(history: RelativeHistory, cast: Cast, bits: NDArray[np.int64]) -
     assert cast.scale is not None
     is_top = history.cells >= BINS
     step = np.repeat(bits, np.diff(history.offsets))[is_top]
-    low, j = _FINE_EDGES[history.cells[is_top] - BINS], np.arange(_SAMPLE)
-    spread = low[:, None] * (1 + j / (256 * _SAMPLE))
+    low = _FINE_EDGES[history.cells[is_top] - BINS][:, None]
     lattice = 2.0 ** -np.minimum(step, 23.0)[:, None]
-    mantissas = low[:, None] + np.floor((spread - low[:, None]) / lattice) * lattice
+    mantissas = low + np.floor(_PLACES / 256 / lattice) * lattice
     scales = scaling.scale_of(torch.from_numpy(mantissas), cast.scale, cast.format).numpy()
     return is_top, Expected(*(outcome.mean(axis=1) for outcome in at_largest(mantissas, cast, scales)))
 

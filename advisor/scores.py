@@ -47,7 +47,7 @@ class Scores:
     axis                       for scales by row, column or block: the dimensions that they run along, which are those
                                of the forward product (of a gradient: of the product that gives the input's), as
                                `along -1`; None for any other cast
-    other_axes                 the same tensor's other products: axis → underflow, subnormal, overflow, sqnr_db, flags
+    other_axes                 in the tensor's other products: dicts of axis, underflow, subnormal, overflow, sqnr_db, flags
     """
 
     rows: list[dict[str, Any]]
@@ -89,8 +89,8 @@ def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[s
 
     def by_axis(cast: Cast) -> dict[str, Any]:
         if not has_tiles(cast):
-            return {"axis": None, "other_axes": {}}
-        others = {str(axis): _pick(pooled(cast, which)) for which, axis in enumerate(axes) if which}
+            return {"axis": None, "other_axes": []}
+        others = [{"axis": str(axis), **_pick(pooled(cast, which))} for which, axis in enumerate(axes) if which]
         return {"axis": str(axes[0]), "other_axes": others}
 
     measured = map(Cast.parse, {*evidence.directional, *evidence.relative_noise})

@@ -127,7 +127,7 @@ def test_a_scored_row_is_the_cast_applied_directly() -> None:
                     flushed += float(((result == 0) & (x != 0)).sum())
                     nonzero += float((x != 0).sum())
                 (row,) = [row for row in scores.of("proj", role) if row["cast"] == str(Cast.parse(cast))]
-                found = row if axis == row["axis"] else row["other_axes"][axis]
+                (found,) = [one for one in (row, *row["other_axes"]) if one["axis"] == axis]
                 assert found["flags"] == [], (cast, role, axis)
                 assert abs(found["sqnr_db"] - 10 * math.log10(signal / error)) < 0.5, (cast, role, axis)
                 assert abs(found["underflow"] - flushed / nonzero) < 0.005
@@ -140,14 +140,16 @@ def test_every_product_has_scores_along_its_axes() -> None:
         (slot.site, slot.role) for slot in window.slots if not window.is_product(slot)
     }
     by_slot = {
-        (row["site"], row["role"]): [row["axis"], *row["other_axes"]] for row in scores.rows if row["axis"] is not None
+        (row["site"], row["role"]): [one["axis"] for one in (row, *row["other_axes"])]
+        for row in scores.rows
+        if row["axis"] is not None
     }
     assert by_slot["conv", "weight"] == ["across -3", "across -2"]
     assert by_slot["(root)/sdpa.0", "value"] == ["along -2", "along -1"]
     assert by_slot["(root)/sdpa.0", "query"] == ["along -1", "along -2"]
     assert {*by_slot} == set(window.product_slots)
     per_tensor = [row for row in scores.rows if row["cast"] == "e4m3fn/tensor/current/nearest"]
-    assert all((row["axis"], row["other_axes"]) == (None, {}) for row in per_tensor)
+    assert all((row["axis"], row["other_axes"]) == (None, []) for row in per_tensor)
 
 
 def test_the_file_keeps_them(tmp_path: Path) -> None:
