@@ -47,7 +47,7 @@ class Scores:
     axis                       for scales by row, column or block: the dimensions that they run along, which are those
                                of the forward product (of a gradient: of the product that gives the input's), as
                                `along -1`; None for any other cast
-    other_axes                 in the tensor's other products: dicts of axis, underflow, subnormal, overflow, sqnr_db, flags
+    other_axes                 dicts of axis, underflow, subnormal, overflow, sqnr_db, flags: the other products
     """
 
     rows: list[dict[str, Any]]
