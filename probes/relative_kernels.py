@@ -32,7 +32,7 @@ from probes.relative_layout import (
 )
 from probes.tiles import Tiling
 
-_INF_BITS = 0x7F800000
+_ONE_BITS, _INF_BITS = 0x3F800000, 0x7F800000
 _PANEL = 1 << 15  # elements: 128 KiB of float32, half of a second-level cache
 _NARROWEST = 64  # columns of a panel of tall tiles, so that whole cache lines are used
 _ZERO, _NOT_FINITE, _LARGEST = range(BINS, BINS + 3)  # columns of the tables, behind the bins
@@ -61,6 +61,8 @@ def _add(cells, tail, source, rows, columns, code, over_all):  # type: ignore[no
     panel = _panel_width(rows, columns, width)
     over_all_value = _value_of(over_all)
     largest = np.empty(panel // columns + 1, dtype=np.int32)
+    amax = largest.view(np.float32)
+    mantissas = np.empty(panel // columns + 1, dtype=np.int32)
     fine = np.empty(panel // columns + 1, dtype=np.int32)
     looked_for = np.empty(panel // columns + 1, dtype=np.int32)
     held = np.empty(panel // columns + 1, dtype=np.int64)
@@ -80,10 +82,9 @@ def _add(cells, tail, source, rows, columns, code, over_all):  # type: ignore[no
                 for line in range(top, bottom):
                     _raise_largest(largest, source[batch, line, left:right], columns)
                 for tile in range(tiles):
-                    reference[tile], tile_class[tile] = _reference(largest[tile], code, over_all_value)
-                    square[tile] = np.float64(reference[tile]) * np.float64(reference[tile])
-                    fine[tile] = _fine(largest[tile], reference[tile], code)
-                    looked_for[tile] = largest[tile] if 0 <= fine[tile] < BINS else -1
+                    reference[tile], tile_class[tile] = _reference(largest[tile], amax[tile], code, over_all_value)
+                    mantissas[tile] = _mantissa(largest[tile], amax[tile])
+                _find_fine(fine, looked_for, square, largest, reference, mantissas, code, tiles)
                 for line in range(top, bottom):
                     values = source[batch, line, left:right]
                     _bin(bins[: right - left], ratios, values, reference, looked_for, columns)
@@ -92,7 +93,7 @@ def _add(cells, tail, source, rows, columns, code, over_all):  # type: ignore[no
                     if tops[tile] > 0:
                         counts[classes - 1, fine[tile]] += tops[tile]
                         squares[classes - 1, fine[tile]] += tops[tile] * square[tile]
-                _count_tiles(tail, largest, square, held, tiles)
+                _count_tiles(tail, largest, amax, square, held, tiles)
     for c in range(classes):
         for b in range(BINS):
             cells[0, c, b] += counts[c, b]
@@ -140,40 +141,51 @@ def _value_of(bits):  # type: ignore[no-untyped-def]
     return pattern.view(np.float32)[0]
 
 
-@njit(cache=True, nogil=True)
-def _reference(bits, code, over_all):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _reference(bits, amax, code, over_all):  # type: ignore[no-untyped-def]
     """R of a tile, and its class; 1 where there is nothing."""
     if bits == 0:
         return np.float32(1.0), 0
-    amax = _value_of(bits)
     if code == 0:
         return amax, 0
     if code == 1:
-        mantissa, exponent = math.frexp(np.float64(amax))
-        above = 0
+        mantissa, above = _mantissa(bits, amax), 0
         for k in range(7):
-            above += 2 * mantissa > 2 - 0.5**k
-        return np.float32(math.ldexp(1.0, exponent - 1)), above
+            above += mantissa > _ONE_BITS + 0x800000 - (0x800000 >> k)
+        return np.float32(math.ldexp(1.0, math.frexp(np.float64(amax))[1] - 1)), above
     share = amax / over_all * np.float32(NVFP4_STEPS)
     _, exponent = math.frexp(np.float64(share))
-    step = math.ldexp(1.0, max(exponent - 1, -6) - 3)
+    step = 2.0 ** (max(exponent - 1, -6) - 3)
     scale = min(max(np.rint(share / step) * step, 2.0**-9), NVFP4_STEPS)
-    reference = np.float32(scale) * (over_all / np.float32(NVFP4_STEPS))
     tile_class = 8 if scale < 2.0**-6 else int(math.frexp(scale)[0] * 16) - 8
+    reference = np.float32(scale) * (over_all / np.float32(NVFP4_STEPS))
     return (reference if reference > 0 else np.float32(1.0)), tile_class
 
 
-@njit(cache=True, nogil=True)
-def _fine(bits, reference, code):  # type: ignore[no-untyped-def]
-    """The fine bin of a tile's largest element: by its mantissa under current scaling, by its ratio otherwise."""
+@njit(cache=True, nogil=True, inline="always")
+def _mantissa(bits, amax):  # type: ignore[no-untyped-def]
+    """Bit pattern of m, 1 ≤ m < 2, of a magnitude m·2^e."""
+    if bits >= 0x800000:
+        return np.int32(bits & 0x7FFFFF | _ONE_BITS)
     if bits == 0:
-        return np.int32(-1)
-    pattern = np.empty(1, dtype=np.float32)
-    if code == 0:
-        pattern[0] = 2 * math.frexp(np.float64(_value_of(bits)))[0]
-    else:
-        pattern[0] = _value_of(bits) / reference
-    return np.int32((pattern.view(np.int32)[0] - FINE_LOWEST) >> FINE_SHIFT)
+        return np.int32(_ONE_BITS)
+    return np.int32(_ONE_BITS + int((2 * math.frexp(np.float64(amax))[0] - 1) * 0x800000))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _find_fine(fine, looked_for, square, largest, reference, mantissas, code, tiles):  # type: ignore[no-untyped-def]
+    """The fine bins of the tiles' largest elements, by their mantissas under current scaling and by their ratios
+    otherwise; the bits by which these elements are known, if they have such a bin; and R²."""
+    amax = largest.view(np.float32)
+    tops = mantissas.view(np.float32)
+    if code != 0:
+        for tile in range(tiles):
+            tops[tile] = amax[tile] / reference[tile]
+    for tile in range(tiles):
+        fine[tile] = (mantissas[tile] - np.int32(FINE_LOWEST)) >> np.int32(FINE_SHIFT)
+        has_bin = (fine[tile] >= 0) & (fine[tile] < BINS) & (largest[tile] != 0)
+        looked_for[tile] = largest[tile] if has_bin else np.int32(-1)
+        square[tile] = np.float64(reference[tile]) * np.float64(reference[tile])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # Python's own, which looks for zeros, cannot be vector code
@@ -232,13 +244,12 @@ def _count(counts, squares, held, tops, bins, square, tile_class, columns):  # t
 
 
 @njit(cache=True, nogil=True)
-def _count_tiles(tail, largest, square, held, tiles):  # type: ignore[no-untyped-def]
+def _count_tiles(tail, largest, amax, square, held, tiles):  # type: ignore[no-untyped-def]
     """Σ R⁴, tiles, and elements of extreme tiles."""
     for tile in range(tiles):
         if largest[tile] == 0:
             continue
         tail[FOURTHS] += square[tile] * square[tile] * held[tile]
         tail[TILES] += 1
-        amax = _value_of(largest[tile])
-        if amax < np.float32(VERY_SMALL) or amax > np.float32(VERY_LARGE):
+        if amax[tile] < np.float32(VERY_SMALL) or amax[tile] > np.float32(VERY_LARGE):
             tail[EXTREME] += held[tile]
