@@ -36,12 +36,12 @@ over ranks by one SUM; there is nothing to take a MAX of. `add_reference` here i
 on other devices than a CPU, without waiting for any; the CPU's kernel is in `relative_kernels.py`. Tests hold them
 equal: counts in every bit, sums of squares to rounding.
 
-What it costs (2 cores of a Xeon, ours): see `tiles.DEFAULT`.
+What it costs: `tiles.DEFAULT`, `bytes_a_slot`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -68,7 +68,7 @@ from probes.relative_layout import (
 )
 from probes.rounding import to_grid
 from probes.scaling import E4M3, over_tiles, tile_amax
-from probes.tiles import Tiling
+from probes.tiles import Tiling, tilings_of
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -161,6 +161,12 @@ def size_of(classes: int) -> int:
 def bytes_of(tiling: Tiling) -> int:
     """What a slot's sketch takes on the device while the window is open."""
     return 8 * size_of(tiling.classes)
+
+
+def bytes_a_slot(names: Sequence[str]) -> int:
+    """What these tilings (`tiles.tilings_of`) take on the device for one slot: of a tensor with two axes, the most that
+    there are. Known before a window opens, and independent of its number of steps. Raises WindowError."""
+    return sum(bytes_of(tiling) for tiling in tilings_of(names, "bmm", ("lhs", "rhs"), "lhs", 3))
 
 
 def add_reference(sums: Tensor, values: Tensor, tiling: Tiling) -> None:

@@ -34,7 +34,7 @@ from probes.tiles import Tiling
 
 _ONE_BITS, _INF_BITS = 0x3F800000, 0x7F800000
 _PANEL = 1 << 15  # elements: 128 KiB of float32, half of a second-level cache
-_NARROWEST = 64  # columns of a panel of tall tiles, so that whole cache lines are used
+_NARROWEST = 128  # columns of a panel of tall tiles, so that whole cache lines are used
 _ZERO, _NOT_FINITE, _LARGEST = range(BINS, BINS + 3)  # columns of the tables, behind the bins
 _WIDTH = BINS + 3
 _CODES = {"current": 0, "e8m0": 1, "nvfp4": 2}
@@ -226,8 +226,11 @@ def _count(counts, squares, held, tops, bins, square, tile_class, columns):  # t
             held[i] += (bins[i] < BINS) | (bins[i] == _LARGEST)
             tops[i] += bins[i] == _LARGEST
         for i in range(bins.size):
-            counts[tile_class[i], bins[i]] += 1
-            squares[tile_class[i], bins[i]] += square[i]
+            bins[i] += np.int32(tile_class[i]) * np.int32(_WIDTH)
+        flat_counts, flat_squares = counts.reshape(-1), squares.reshape(-1)
+        for i in range(bins.size):
+            flat_counts[bins[i]] += 1
+            flat_squares[bins[i]] += square[i]
         return
     for tile in range(-(-bins.size // columns)):
         of_class, sums, s = counts[tile_class[tile]], squares[tile_class[tile]], square[tile]

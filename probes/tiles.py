@@ -40,6 +40,13 @@ KINDS = {"current": "current", "e8m0": "e8m0", "e8m0up": "e8m0", "nvfp4": "nvfp4
 CLASSES = {"current": 2, "e8m0": 9, "nvfp4": 10}
 """Kind of sketch → classes of tiles that are counted apart (`relative.py`)."""
 
+DEFAULT = ("row", "block32")
+"""What a window that is opened without `finer` may take at its scored steps, whose extra backward passes cost far more:
+rows for fp8 recipes, blocks of 32 for MX. In times of the tensor-wide sketch (4096 × 1024 float32, one thread of a busy
+machine, benchmarks/tile_sketches.py): row 0.6 to 0.8 along the last dimension and 2.7 to 2.9 across, block32 1.4 to 1.8
+and 1.4 to 1.8; of the others block1x128 0.8 to 1.0 and 1.5 to 1.9, block128x128 1.0 to 1.4, block16 (nvfp4) 2.0 to 2.6.
+"""
+
 _FINER = tuple(name for name in RULES if name not in ("none", "tensor"))
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from probes import relative_kernels, scaling
 from probes.casts import Cast
 from probes.errors import MalformedWindow, UnsupportedTensor
-from probes.relative import RelativeArray, add_reference, bytes_of, references, size_of
+from probes.relative import RelativeArray, add_reference, bytes_a_slot, bytes_of, references, size_of
 from probes.relative_history import RelativeHistory, RelativeRow
 from probes.relative_layout import BINS, EXTREME, FOURTHS, TAIL, TILES
-from probes.tiles import CLASSES, Axis, Tiling
+from probes.tiles import CLASSES, DEFAULT, Axis, Tiling, tilings_of
 
 NAN, INF = math.nan, math.inf
 GRANULARITIES = ("row", "block32", "block16", "block1x128", "block128x128")
@@ -200,6 +200,19 @@ def test_keys_grow_side_by_side_and_steps_start_anew() -> None:
     assert all((row.counts == rows["rows"][0].counts).all() for row in rows["rows"])
     assert not array.sums.any()
     assert len(array.sums) * 8 >= bytes_of(by_row) + 6 * bytes_of(by_block)
+
+
+def test_what_a_slot_takes_is_known_before() -> None:
+    array, x = RelativeArray[str](), numbers(4, 30, 40)
+    for names in (["row"], ["row", "block32", "block16/e8m0", "block128x128"]):
+        array = RelativeArray[str]()
+        for tiling in tilings_of(names, "bmm", ("lhs", "rhs"), "lhs", 3):
+            array.add(tiling.key, x, tiling)
+        assert sum(8 * size_of(tiling.classes) for tiling in tilings_of(names, "bmm", ("lhs", "rhs"), "lhs", 3)) == (
+            bytes_a_slot(names)
+        )
+        assert bytes_a_slot(names) <= 8 * len(array.sums) <= 2 * bytes_a_slot(names)
+    assert bytes_a_slot(DEFAULT) == 2 * (12_320 + 55_328)
 
 
 def test_dense_numbers_of_ranks_add_up_to_the_joined_batch() -> None:
