@@ -29,6 +29,7 @@ from advisor.castnames import keeps
 from advisor.errors import InvalidPlan, PlanMismatch
 from advisor.plan import Plan
 from probes.casts import Cast, CastState
+from probes.edges import await_gradient
 from probes.names import ROOT
 from probes.ops import Operation
 from probes.records import GRADIENT, Slot
@@ -120,8 +121,8 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
         )
         slot = Slot(call.site, GRADIENT)
         for part in call.results(result) if slot in self.casts else ():
-            # A tensor hook and no autograd function: what the model then does to the result in place stays allowed.
-            part.register_hook(lambda gradient: None if gradient is None else self._cast(slot, gradient))
+            # A hook and no autograd function: what the model then does to the result in place stays allowed.
+            await_gradient(part, lambda gradient: None if gradient is None else self._cast(slot, gradient))
         return result
 
     def _cast(self, slot: Slot, values: Tensor) -> Tensor:

@@ -20,10 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from advisor.metrics import PooledMetrics, has_tiles, measure, require_scored
+from advisor.confidence import confidence_of
+from advisor.lost_updates import epsilon_vanishes, lost_of
+from advisor.metrics import Metrics, PooledMetrics, has_tiles, measure, require_scored
 from probes.casts import Cast
 from probes.measurable import why_not_measurable
+from probes.parameter_records import MASTER, WEIGHT_GRADIENT
 from probes.records import GRADIENT, Evidence, Slot
+from probes.step_table import data_frame
 from probes.tiles import Axis, axes_of, tiling_for
 from probes.window import Window
 
@@ -42,6 +46,11 @@ class Scores:
     damage_from                "directional" (measured at the scored steps) or "sketch" (estimated)
     noise_ratio                noise energy that the cast adds to gradients, over the minibatch's own
     lost_batch_share           1 − 1/(1 + noise_ratio)
+    lost_updates               of a parameter's master weight: share of the updates that it would not take
+                               (`lost_updates.py`); None for other slots, and where nothing can be said
+    epsilon_vanishes           of an optimizer's state: whether its epsilon is zero in the cast's format; or None
+    confidence                 the chance that the next window gives this damage, or this noise, within a factor of two
+                               (`confidence.py`); None with fewer than four steps
     bias                       Σx·δ/Σx²: what clipping and flushing to zero take off systematically
     flags                      why the metrics may be less exact than they look
     axis                       for scales by row, column or block: the dimensions that they run along, which are those
@@ -54,6 +63,10 @@ class Scores:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def to_pandas(self) -> Any:
+        """The rows as a pandas.DataFrame. Raises MissingPackage without pandas."""
+        return data_frame(self.rows)
 
     def of(self, site: str, role: str | None = None) -> list[dict[str, Any]]:
         """The rows of one site, or of one slot."""
@@ -83,20 +96,25 @@ def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[s
     axes, dimensions = _axes(window, slot)
     casts = [cast for cast in casts if is_product or not has_tiles(cast)]
 
-    def pooled(cast: Cast, which: int = 0) -> PooledMetrics:
+    def measured_along(cast: Cast, which: int = 0) -> Metrics:
         tiling = tiling_for(cast, axes[which], axes, dimensions) if has_tiles(cast) else None
-        return measure(history, cast, dtype, tiling).pooled()
+        return measure(history, cast, dtype, tiling)
 
     def by_axis(cast: Cast) -> dict[str, Any]:
         if not has_tiles(cast):
             return {"axis": None, "other_axes": []}
-        others = [{"axis": str(axis), **_pick(pooled(cast, which))} for which, axis in enumerate(axes) if which]
+        others = [
+            {"axis": str(axis), **_pick(measured_along(cast, which).pooled())}
+            for which, axis in enumerate(axes)
+            if which
+        ]
         return {"axis": str(axes[0]), "other_axes": others}
 
     measured = map(Cast.parse, {*evidence.directional, *evidence.relative_noise})
     known = {str(cast): cast for cast in measured if why_not_measurable(cast) is None}
     known |= {str(cast): cast for cast in casts}
-    metrics = {name: pooled(cast) for name, cast in known.items()}
+    steps = {name: measured_along(cast) for name, cast in known.items()}
+    metrics = {name: found.pooled() for name, found in steps.items()}
     forward = is_product and slot.role != GRADIENT
     damage = _Estimate(
         evidence.directional if forward else {},
@@ -106,7 +124,31 @@ def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[s
         evidence.relative_noise,
         {name: _ratio(found.error_energy, found.signal_energy) for name, found in metrics.items()},
     )
-    return [_row(slot, str(cast), metrics[str(cast)], evidence, damage, noise) | by_axis(cast) for cast in casts]
+    is_gradient = slot.role == WEIGHT_GRADIENT and not is_product
+    rows = [_row(slot, str(cast), metrics[str(cast)], evidence, damage, noise, is_gradient) for cast in casts]
+    for row, cast in zip(rows, casts, strict=True):
+        row |= by_axis(cast)
+        row["confidence"] = _confidence(row, steps[row["cast"]], forward)
+    if not is_product:
+        _add_parameter(rows, window, slot, casts)
+    return rows
+
+
+def _add_parameter(rows: Sequence[dict[str, Any]], window: Window, slot: Slot, casts: Sequence[Cast]) -> None:
+    """What only slots of parameters have."""
+    record = window.parameter_record(slot.site)
+    if record is None:
+        return
+    lost = lost_of(window, slot.site, casts) if slot.role == MASTER else {}
+    for row, cast in zip(rows, casts, strict=True):
+        row["lost_updates"] = lost.get(str(cast))
+        if slot.role in record.states:
+            row["epsilon_vanishes"] = epsilon_vanishes(record, cast.format)
+
+
+def _confidence(row: dict[str, Any], steps: Metrics, forward: bool) -> float | None:
+    known = row["damage"] and row["damage_se"] is not None
+    return confidence_of(steps, forward, row["damage_se"] / row["damage"] if known else None)
 
 
 def _axes(window: Window, slot: Slot) -> tuple[tuple[Axis, ...], int]:
@@ -147,10 +189,17 @@ class _Estimate:
 
 
 def _row(
-    slot: Slot, cast: str, metrics: PooledMetrics, evidence: Evidence, damage: _Estimate, noise: _Estimate
+    slot: Slot,
+    cast: str,
+    metrics: PooledMetrics,
+    evidence: Evidence,
+    damage: _Estimate,
+    noise: _Estimate,
+    is_weight_gradient: bool,
 ) -> dict[str, Any]:
     predicted, source = damage.of(cast)
-    relative = noise.of(cast)[0] if evidence.relative_noise else None
+    # A weight's gradient that is itself cast has the cast's own error in it; other gradients were measured.
+    relative = noise.of(cast)[0] if evidence.relative_noise or is_weight_gradient else None
     ratio = None if relative is None or not evidence.batch_noise else relative / evidence.batch_noise
     return {
         "site": slot.site,
@@ -170,6 +219,8 @@ def _row(
         "coherence": damage.coherence,
         "noise_ratio": ratio,
         "lost_batch_share": None if ratio is None else ratio / (1 + ratio),
+        "lost_updates": None,
+        "epsilon_vanishes": None,
         "bias": _ratio(metrics.bias_energy, metrics.signal_energy),
         "whole_batch": evidence.whole_batch,
         "flags": list(metrics.flags),

@@ -81,7 +81,7 @@ def differs(add: Callable[..., None], x: Tensor) -> str | None:
     graph.replay()
     expected_sums, expected_extremes = np.zeros(SUMS), np.array(EMPTY_EXTREMES, dtype=np.float32)
     for _ in range(2):
-        kernels.add(expected_sums, expected_extremes, x.cpu())
+        kernels.add(expected_sums.ctypes.data, expected_extremes.ctypes.data, x.cpu())
     found_sums, found_extremes = sums.cpu().numpy(), extremes.cpu().numpy()
     if not np.array_equal(found_sums[:SUM_OF_SQUARES], expected_sums[:SUM_OF_SQUARES]):
         return f"{int((found_sums != expected_sums)[:SUM_OF_SQUARES].sum())} counts"

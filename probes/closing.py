@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from probes.history import SlotHistory
+from probes.parameter_records import sampled_parameters
 from probes.parameters import ParameterWatch
 from probes.recorder import Recorder, SiteTally
 from probes.records import GRADIENT, Product, Site, Slot
@@ -35,7 +36,9 @@ def contents_of(
         )
     scales = tuple(scale.value for scale in recorder.loss_scales)
     losses = (math.nan if loss is None else float(loss) for loss in recorder.losses)
-    noise = {site.name: parameters.batch_noise(site.parameter) for site in sites}
+    noise = {record.name: record.gradient_noise for record in records}
+    noise |= {site.name: parameters.batch_noise(site.parameter) for site in sites}
+    sampled = sampled_parameters(records)
     return Contents(
         model_name=type(model).__name__,
         optimizer_name=type(optimizer).__name__,
@@ -49,6 +52,7 @@ def contents_of(
         notes=tuple(recorder.notes),
         loss_scales=scales,
         parameter_records=records,
+        sampled=() if sampled is None else (sampled,),
         backward_errors=recorder.scoring.backward_errors,
         curvature_from=recorder.scoring.curvature_from,
     )

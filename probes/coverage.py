@@ -13,6 +13,7 @@ one, and then an operator of the backward may be laid to the wrong place.
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -22,13 +23,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from probes.functions import in_custom_forward
 from probes.names import Frame, in_backward
 from probes.records import Coverage, Site
-from probes.recurrent import HIDDEN
+from probes.recurrent import INSIDE
 
 OUTSIDE = "(outside)"
 
@@ -86,7 +87,7 @@ class FlopsBeneath(TorchDispatchMode):
         super().__init__()
         self.found: Counter[tuple[str, str]] = Counter()
         self._frame = frame
-        self._entered = 0
+        self._local = threading.local()
         self._inside = 0
         self._made: list[_Made] = []  # in ascending order
         self._forward: set[tuple[str, str]] = set()
@@ -97,12 +98,13 @@ class FlopsBeneath(TorchDispatchMode):
         return True
 
     def __enter__(self) -> Any:
-        self._entered += 1
-        return super().__enter__() if self._entered == 1 else self
+        """Again is harmless: the mode is entered once a thread, and autograd's threads inherit it."""
+        entered = not any(mode is self for mode in _get_current_dispatch_mode_stack())
+        self._local.__dict__.setdefault("entered", []).append(entered)
+        return super().__enter__() if entered else self
 
     def __exit__(self, *error: Any) -> None:
-        self._entered -= 1
-        if not self._entered:
+        if self._local.entered.pop():
             super().__exit__(*error)
 
     @contextmanager
@@ -147,7 +149,7 @@ class FlopsBeneath(TorchDispatchMode):
             if flops
         ]
         for site in sites:
-            hidden = sum(product.flops for product in site.products if HIDDEN in product.operands)
+            hidden = sum(product.flops for product in site.products if INSIDE & {*product.operands})
             if hidden:
                 entries.append({"where": site.name, "op": f"aten.{site.op}", "flops": hidden, "site": site.name})
         return Coverage(seen_flops / total if total else float("nan"), tuple(entries))

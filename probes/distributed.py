@@ -27,6 +27,7 @@ from torch import nn
 from probes.errors import WindowError
 from probes.history import SlotHistory, SparseRow, history_of
 from probes.joining import joined_coverage, joined_evidence, joined_losses, joined_sites
+from probes.parameter_records import joined_records
 from probes.records import Slot
 from probes.window import Contents
 
@@ -101,6 +102,7 @@ def merged(contents: Contents, group: Group, sharded: bool) -> Contents:
         histories=histories,
         evidence={slot: joined_evidence([rank.evidence.get(slot) for rank in ranks]) for slot in histories},
         notes=tuple(dict.fromkeys(note for rank in ranks for note in rank.notes)),
+        parameter_records=joined_records([rank.parameter_records for rank in ranks], sharded),
         world_size=len(ranks),
     )
 

@@ -19,10 +19,11 @@ def gradient_edge(result: Tensor) -> GradientEdge:
     return get_gradient_edge(_behind(result))
 
 
-def await_gradient(result: Tensor, received: Callable[[Tensor], None]) -> None:
-    """Call `received` with the gradient at this tensor, of its shape, when it arrives; the gradient is not changed.
+def await_gradient(result: Tensor, received: Callable[[Tensor], Tensor | None]) -> None:
+    """Call `received` with the gradient at this tensor, of its shape, when it arrives.
 
-    The tensor must require a gradient. Nothing of it is kept.
+    What it returns goes on in the gradient's place; None leaves it as it is. The tensor must require a gradient, and
+    nothing of it is kept.
     """
     behind = _behind(result)
     if behind is result or behind.grad_fn is None:
@@ -30,10 +31,12 @@ def await_gradient(result: Tensor, received: Callable[[Tensor], None]) -> None:
         return
     shape, place = result.shape, behind.output_nr
 
-    def arrived(gradients: tuple[Tensor | None, ...]) -> None:
+    def arrived(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
         gradient = gradients[place]
-        if gradient is not None:
-            received(gradient.reshape(shape))
+        changed = None if gradient is None else received(gradient.reshape(shape))
+        if gradient is None or changed is None:
+            return None
+        return (*gradients[:place], changed.reshape(gradient.shape), *gradients[place + 1 :])
 
     behind.grad_fn.register_prehook(arrived)
 

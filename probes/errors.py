@@ -6,6 +6,7 @@ ProbeError
 ├── InvalidCast           a cast string, or a combination of its parts, that means nothing
 ├── UnsupportedTensor     a tensor of a dtype that has no place in a sketch or a cast
 ├── MissingTriton         what runs on a CUDA device was asked for, and Triton is not installed
+├── MissingPackage        an export asks for a package that is no dependency and is not installed
 └── WindowError           a window that was opened, used or asked in a way it cannot serve
     └── MalformedWindow   a window file, or a packed history, that does not hold what it must
 """
@@ -35,6 +36,10 @@ class UnsupportedTensor(ProbeError, TypeError):
 
 class MissingTriton(ProbeError, ImportError):
     """Triton, in which the kernels for CUDA devices are written, cannot be imported."""
+
+
+class MissingPackage(ProbeError, ImportError):
+    """An export needs a package that is not installed."""
 
 
 class WindowError(ProbeError, ValueError):

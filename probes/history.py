@@ -51,7 +51,7 @@ class SlotHistory:
     sum_of_squares    float64 [S], over the finite elements
     amax, amin        float32 [S]: largest and smallest non-zero finite magnitude; 0 where there is none
     significant_bits  uint8 [S]: the most mantissa bits that any element uses
-    distinct          int32 [S]: estimated distinct magnitudes in a strided sample of 8,192 elements; up to 4,096
+    distinct          int32 [S]: estimated distinct magnitudes in a strided sample of at most 4,096 elements
     gain              float64 [S]: what the recorded values were multiplied by (a loss scale); scores take it out
     finer             tiling → sketches relative to the largest value of each tile, for scales by row or block
     """

@@ -11,5 +11,5 @@ SUMS = BINS + 8  # a round 2048: sixteen kilobytes a slot
 AMAX, MINUS_AMIN, SIGNIFICANT_BITS, DISTINCT = range(4)
 EXTREMES = 4
 
-SAMPLE = 8192  # elements looked at for the count of distinct magnitudes
+SAMPLE = 4096  # elements looked at for the count of distinct magnitudes
 HASH_CELLS = 4096  # linear counting: cells hit by the hashes of the sample

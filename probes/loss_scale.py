@@ -60,7 +60,7 @@ class LossScale:
 
     def scaled_by(self, scaler: GradScaler) -> None:
         """A GradScaler has scaled something."""
-        if scaler._scale is not None:
+        if scaler.is_enabled() and scaler._scale is not None:
             self._scaler = scaler._scale.detach().clone()
 
     def updated_by(self, _: GradScaler) -> None:

@@ -36,13 +36,17 @@ _DROPOUT = {"flash_attention": 3, "flash_attention_for_cpu": 3, "efficient_atten
 def operation_of(function: Callable[..., Any]) -> Operation | None:
     """The row of a torch function, one of its operators or one of another library's; None for any other function."""
     found = OPERATIONS.get(function)
-    if found is not None or torch.compiler.is_compiling():
+    if found is not None or not isinstance(function, _OPERATORS) or torch.compiler.is_compiling():
         return found
     if isinstance(function, torch._ops.OpOverload):
         function = function.overloadpacket
     if isinstance(function, torch._ops.OpOverloadPacket):
         return _BY_NAME.get(function._qualified_op_name)
-    return _BY_NAME.get(function.name()) if isinstance(function, torch._ops.HigherOrderOperator) else None
+    assert isinstance(function, torch._ops.HigherOrderOperator), "the third kind of operator"
+    return _BY_NAME.get(function.name())
+
+
+_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)
 
 
 def _table() -> dict[Callable[..., Any], Operation]:

@@ -1,47 +1,55 @@
-"""What the optimizer's steps show of each parameter: its gradient and how noisy that is."""
+"""What the optimizer's steps show of each parameter: master weight, gradient, state, update, and how noisy it is.
+
+At a few recorded steps of the window (*followed* ones: it changes slowly) each trainable parameter is read before the
+optimizer's step and after it:
+
+    master        the parameter before the step
+    weight_grad   its gradient as the optimizer takes it: unscaled and clipped. A fused optimizer under a GradScaler
+                  unscales by itself; here the same division is made. Of a sparse gradient, the coalesced values alone.
+                  Where `step` was given a closure, which computes gradients within, the last that it left behind
+    update        the parameter after the step less before it, in its own dtype
+    exp_avg, …    each floating tensor of the optimizer's state after the step, by its own name
+
+each into its slot's sketch, and weight and update together into a joint one (`lost_updates.py`). For this a followed
+step keeps a copy of the parameters while the optimizer runs. Gradient noise (`gradient_noise.py`) comes from the
+moments at these steps, or from a sample of the gradients at every recorded step. Nothing waits for a device: what was
+found stays there until the window is closed. (Coalescing a sparse gradient on an accelerator does wait.)
+
+A DTensor (FSDP2) is read as this process holds it; shards add up over ranks.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from probes.records import list_of, text
+from probes.gradient_noise import DIFFERENCES, MOMENTS, Differences, Moments, noise_from_moments
+from probes.gradient_noise import SAMPLE as NOISE_SAMPLE
+from probes.lost_updates import SAMPLE, UpdateSketch, cells_of
+from probes.optimizer_states import Held, epsilon_of, held_parameters, is_floating, kind_of, local, states_of
+from probes.parameter_records import MASTER, UPDATE, WEIGHT_GRADIENT, ParameterRecord
+from probes.records import Slot
 from probes.rows import SlotRows
-
-NOISE_SAMPLE = 4096  # elements of each weight gradient that are followed from step to step
-
-
-@dataclass(frozen=True)
-class ParameterRecord:
-    """One parameter as the optimizer sees it. `roles`: which of its tensors have sketches, under its dotted name."""
-
-    name: str
-    dtype: str
-    roles: tuple[str, ...]
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ParameterRecord:
-        return cls(text(data["name"]), text(data["dtype"]), tuple(map(text, list_of(data["roles"]))))
+from probes.strided import strided
 
 
 @dataclass
-class GradientNoise:
-    """Minibatch noise of one parameter's gradient, from successive differences, which a slow drift hardly moves."""
+class _Seen:
+    """What has been found of one parameter."""
 
-    last: Tensor | None = None
-    differences: float = 0.0
-    energy: float = 0.0
-
-    def add(self, sample: Tensor) -> None:
-        if self.last is not None:
-            self.differences += float((sample - self.last).square().sum()) / 2
-            self.energy += float(sample.square().sum() + self.last.square().sum()) / 2
-        self.last = sample
+    held: tuple[tuple[int, ...], str, int]  # shape, dtype, elements of this process
+    roles: dict[str, None] = field(default_factory=dict)
+    states: dict[str, str] = field(default_factory=dict)
+    epsilon: float | None = None
+    sparse: bool = False
+    cells: dict[int, Tensor] = field(default_factory=dict)  # step → cell of each sampled element
+    moments: list[Moments] = field(default_factory=list)
 
 
 class ParameterWatch:
@@ -51,35 +59,189 @@ class ParameterWatch:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, rows: SlotRows, note: Callable[[str], None]
     ) -> None:
         self._model, self._optimizer, self._rows, self._note = model, optimizer, rows, note
-        self._noise: dict[str, GradientNoise] = defaultdict(GradientNoise)
+        self._seen: dict[str, _Seen] = {}
+        self._before: dict[str, Tensor] = {}
+        self._energy: dict[str, Tensor] = {}
+        self._differences = Differences()
+        self._divisor: Tensor | None = None
+        self._closure = False
         self.steps: list[int] = []
 
-    def before_step(self, step: int, recorded: bool, followed: bool) -> None:
-        """The optimizer is about to step: gradients are as it will use them."""
-        for name, parameter in self._model.named_parameters():
-            gradient = parameter.grad
-            if gradient is None or gradient.layout != torch.strided or parameter.dim() < 2:
-                continue
-            flat = gradient.detach().reshape(-1)
-            stride = max(1, -(-flat.numel() // NOISE_SAMPLE))
-            self._noise[name].add(flat[::stride].float().clone())
+    def before_step(self, step: int, recorded: bool, followed: bool, closure: bool = False) -> None:
+        """The optimizer is about to step: gradients are as it will use them, unless a closure will compute them."""
+        if not recorded:
+            return
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            # Set by a GradScaler on an optimizer that unscales by itself; torch 2.9 to 2.13.
+            scale = getattr(self._optimizer, "grad_scale", None)
+            self._divisor = scale.detach().clone() if isinstance(scale, Tensor) else None
+            self._closure = closure
+            held = self._held()
+            if not closure:
+                self._read_gradients(held, followed)
+            if followed:
+                for one in held:
+                    self._read_master(one)
 
     def after_step(self, step: int, recorded: bool, followed: bool) -> None:
         """The optimizer has stepped."""
-        if followed:
-            self.steps.append(step)
+        if not recorded:
+            return
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            held = self._held()
+            if self._closure:
+                self._read_gradients(held, followed)
+            if followed:
+                self.steps.append(step)
+                for one in held:
+                    if one.group is not None:
+                        self._guarded(one.name, self._read_update, one, step)
+                        self._guarded(one.name, self._read_states, one)
+        self._before, self._energy = {}, {}
 
     def forget(self) -> None:
-        """Let go of every tensor."""
-        for noise in self._noise.values():
-            noise.last = None
+        """Let go of every tensor of the training, and of what a step that is under way needed."""
+        self._before, self._energy, self._divisor = {}, {}, None
+        self._differences.forget()
 
     def records(self) -> tuple[ParameterRecord, ...]:
-        """What was found, one record a parameter."""
-        return ()
+        """What was found, one record a parameter; waits for the device. Asked when the window is closed."""
+        return tuple(self._found[0].values())
 
     def batch_noise(self, parameter: str | None) -> float | None:
         """Minibatch noise over gradient energy: of this parameter, or of all together where it is unknown or None."""
-        followed = [self._noise[parameter]] if parameter in self._noise else list(self._noise.values())
-        energy = sum(noise.energy for noise in followed)
-        return sum(noise.differences for noise in followed) / energy if energy else None
+        records, energies = self._found
+        if parameter in records and records[parameter].gradient_noise is not None:
+            return records[parameter].gradient_noise
+        weighed = [(record.gradient_noise, energies.get(name, 0.0)) for name, record in records.items()]
+        known = [(noise, energy) for noise, energy in weighed if noise is not None]
+        energy = sum(energy for _, energy in known)
+        return sum(noise * energy for noise, energy in known) / energy if energy else None
+
+    # What is read.
+
+    def _held(self) -> list[Held]:
+        return list(held_parameters(self._model, self._optimizer))
+
+    def _guarded(self, name: str, read: Callable[..., None], *args: Any) -> None:
+        try:
+            read(*args)
+        except Exception as error:  # a kind of tensor nobody thought of: the training goes on, and the window says so
+            self._note(f"parameter {name} could not be followed: {type(error).__name__}: {error}")
+
+    def _of(self, one: Held) -> _Seen:
+        seen = self._seen.get(one.name)
+        if seen is None:
+            dtype = str(one.parameter.dtype).removeprefix("torch.")
+            shape = (tuple(one.parameter.shape), dtype, local(one.parameter).numel())
+            seen = self._seen[one.name] = _Seen(shape)
+        return seen
+
+    def _sketch(self, one: Held, role: str, values: Tensor) -> None:
+        self._rows.add(Slot(one.name, role), values)
+        self._of(one).roles[role] = None
+
+    def _read_gradients(self, held: Iterable[Held], followed: bool) -> None:
+        dense: dict[str, Tensor] = {}
+        for one in held:
+            gradient = one.parameter.grad
+            if gradient is None:
+                continue
+            if gradient.layout == torch.strided:
+                values = local(gradient)
+                if values.is_floating_point():
+                    dense[one.name] = values
+            if followed:
+                self._guarded(one.name, self._read_gradient, one, gradient)
+        try:
+            self._differences.add(dense, self._divisor)
+        except Exception as error:  # as in `_guarded`
+            self._note(f"no gradient noise from differences: {type(error).__name__}: {error}")
+
+    def _read_gradient(self, one: Held, gradient: Tensor) -> None:
+        seen = self._of(one)
+        if gradient.layout != torch.strided:
+            seen.sparse = True
+            gradient = gradient.detach().coalesce().values()
+        values = local(gradient)
+        if self._divisor is not None:
+            values = values / self._divisor.to(values.device, non_blocking=True)
+        self._sketch(one, WEIGHT_GRADIENT, values)
+        if not seen.sparse:
+            self._energy[one.name] = _sampled_squares(values)
+
+    def _read_master(self, one: Held) -> None:
+        def read() -> None:
+            values = local(one.parameter)
+            self._sketch(one, MASTER, values)
+            if one.group is not None:
+                self._before[one.name] = values.clone()
+
+        self._guarded(one.name, read)
+
+    def _read_update(self, one: Held, step: int) -> None:
+        before = self._before.pop(one.name, None)
+        if before is None:
+            return
+        update = local(one.parameter) - before
+        self._sketch(one, UPDATE, update)
+        if update.stride() != before.stride():
+            update, before = update.contiguous(), before.contiguous()
+        self._of(one).cells[step] = cells_of(before, update)
+
+    def _read_states(self, one: Held) -> None:
+        seen = self._of(one)
+        seen.epsilon = epsilon_of(one.group)
+        found: dict[str, list[Tensor]] = defaultdict(list)
+        for name, tensor in states_of(self._optimizer, one.parameter):
+            seen.states[name] = kind_of(tensor)
+            if is_floating(tensor):
+                found[name].append(local(tensor))
+        for name, tensors in found.items():
+            for tensor in tensors:
+                self._sketch(one, name, tensor)
+        state = self._optimizer.state.get(one.parameter, {})
+        if {"exp_avg", "exp_avg_sq"} <= found.keys() and "step" in state and one.name in self._energy:
+            (first,), (second,) = found["exp_avg"], found["exp_avg_sq"]
+            step, betas = state["step"], one.group.get("betas") if one.group else None
+            if isinstance(betas, (tuple, list)) and len(betas) == 2:
+                counted = step.detach().clone() if isinstance(step, Tensor) else float(step)
+                energy = self._energy[one.name]
+                pair = (float(betas[0]), float(betas[1]))
+                total = strided(second, SAMPLE).sum(dtype=torch.float64)
+                seen.moments.append(Moments(_sampled_squares(first), total, energy, counted, pair))
+
+    @cached_property
+    def _found(self) -> tuple[dict[str, ParameterRecord], dict[str, float]]:
+        """The records by name, and the energy of each gradient, summed over pairs of recorded steps."""
+        differences = self._differences.sums()
+        records = {name: self._record(name, seen, differences.get(name)) for name, seen in self._seen.items()}
+        energies = {
+            name: energy * max(1.0, records[name].elements / NOISE_SAMPLE)
+            for name, (_, energy) in differences.items()
+            if name in records
+        }
+        return records, energies
+
+    def _record(self, name: str, seen: _Seen, differences: tuple[float, float] | None) -> ParameterRecord:
+        shape, dtype, elements = seen.held
+        noise, source = noise_from_moments(seen.moments), MOMENTS
+        if noise is None and differences is not None and differences[1] > 0:
+            noise, source = differences[0] / differences[1], DIFFERENCES
+        return ParameterRecord(
+            name=name,
+            dtype=dtype,
+            roles=tuple(seen.roles),
+            shape=shape,
+            elements=elements,
+            states=dict(seen.states),
+            epsilon=seen.epsilon,
+            gradient_noise=noise,
+            noise_from=None if noise is None else source,
+            sparse=seen.sparse,
+            packed_updates={step: UpdateSketch.of(cells.cpu().numpy()).pack() for step, cells in seen.cells.items()},
+        )
+
+
+def _sampled_squares(values: Tensor) -> Tensor:
+    return strided(values, SAMPLE).to(torch.float64).square().sum()

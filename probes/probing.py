@@ -134,11 +134,14 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         # This object may outlive its block, in a traceback too: it keeps nothing of the training alive.
         del self._recorder, self._parameters, self._model, self._optimizer
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorder = self._recorder
         recorder.stop_counting()
         if not self.window.done:
-            self._parameters.before_step(recorder.step, recorder.depth.recorded, recorder.depth.followed)
+            # torch 2.9 to 2.13 pass the optimizer itself as the first of `args`.
+            closure = any(map(callable, (*args[1:], *kwargs.values())))
+            depth = recorder.depth
+            self._parameters.before_step(recorder.step, depth.recorded, depth.followed, closure)
 
     def _after_step(self, *_: Any) -> None:
         recorder = self._recorder

@@ -280,7 +280,7 @@ class Recorder(SiteHook):
 
     def _await_gradient(self, call: ProductCall, result: Any, products: Sequence[Product]) -> None:
         step, slot, met = self.step, Slot(call.site, GRADIENT), None
-        results = call.results(result)
+        results, leaves = call.results(result), call.leaves()
         tilings = self._tilings(call, GRADIENT, results[0].dim()) if results else ()
         if self.depth.scored and (results or call.opaque):
             if call.replayable:
@@ -297,7 +297,7 @@ class Recorder(SiteHook):
             with torch._C.DisableTorchFunction():
                 self._sketch(slot, self._at_joined_scale(contents(gradient)), tilings)
             if backward != (backward := torch._C._current_graph_task_id()):  # once, however many results it arrives at
-                self._count(slot.site, products)
+                self._count(slot.site, self.reached(products, leaves))
             if met is not None:
                 self.scoring.on_gradient(met, gradient)
 

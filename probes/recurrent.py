@@ -18,7 +18,8 @@ from torch import Tensor
 from probes.operation import Arguments, Operation
 from probes.records import Product
 
-HIDDEN = "hidden"
+HIDDEN, GATES = "hidden", "gates_grad"
+INSIDE = frozenset({HIDDEN, GATES})
 
 
 class Weight(NamedTuple):
@@ -84,9 +85,9 @@ class Recurrent(Operation):
             left = "input" if first else HIDDEN
             found.append(Product(f"{one.role}_forward", (left, one.role), flops))
             if trained and (not first or operands[0].requires_grad):
-                found.append(Product(f"{one.role}_{left}_grad", ("gates_grad", one.role), flops))
+                found.append(Product(f"{one.role}_{left}_grad", (GATES, one.role), flops))
             if weight.requires_grad:
-                found.append(Product(f"{one.role}_grad", (left, "gates_grad"), flops))
+                found.append(Product(f"{one.role}_grad", (left, GATES), flops))
         return found
 
     def _states(self, args: tuple[Any, ...]) -> list[Tensor]:
@@ -141,9 +142,9 @@ class Cell(Recurrent):
             flops = 2.0 * operands[left].numel() * operands[right].shape[0]
             found.append(Product(f"{roles[right]}_forward", (roles[left], roles[right]), flops))
             if operands[left].requires_grad:
-                found.append(Product(f"{roles[left]}_grad", ("gates_grad", roles[right]), flops))
+                found.append(Product(f"{roles[left]}_grad", (GATES, roles[right]), flops))
             if operands[right].requires_grad:
-                found.append(Product(f"{roles[right]}_grad", (roles[left], "gates_grad"), flops))
+                found.append(Product(f"{roles[right]}_grad", (roles[left], GATES), flops))
         return found
 
     def _states(self, args: tuple[Any, ...]) -> list[Tensor]:

@@ -21,7 +21,7 @@ makes it the weight, and the site is then named by its place in the module that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,7 +37,8 @@ from probes.contents import contents, copies, hookable, is_batch, is_readable, w
 from probes.coverage import FlopsBeneath
 from probes.functions import CustomFunctions, FunctionProduct, in_custom_forward
 from probes.names import ROOT, Frame, ModuleStack, Owned, ParameterOwners, in_backward
-from probes.ops import Operation, operation_of
+from probes.operation import Operation, argument
+from probes.ops import operation_of
 from probes.records import Product
 
 BACKWARD = frozenset({torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad})
@@ -84,6 +85,11 @@ class ProductCall:
         parts = (hookable(part) for part in self.operation.results(result))
         return [part for part in parts if part is not None]
 
+    def leaves(self) -> dict[str, int]:
+        """For the backward products that make the gradient of a leaf of the graph: the leaf's id."""
+        sources = [operand if operand._base is None else operand._base for operand in self.given]
+        return {f"{role}_grad": id(source) for role, source in zip(self.roles, sources, strict=True) if source.is_leaf}
+
     @property
     def replayable(self) -> bool:
         """Whether `plain` works and a gradient reaches the result, as the measurements of scored steps need."""
@@ -112,6 +118,7 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         self.stack = ModuleStack(model, self._entered)
         self.functions = CustomFunctions()
         self.beneath: FlopsBeneath | None = None  # counts what passes beneath the hook, while a subclass sets it
+        self.leaves: frozenset[int] | None = None  # ids of those that the backward pass goes to; None: all
         self._depth = 0
         self._nested = False
 
@@ -146,6 +153,11 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
 
     def on_forward(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The root module's forward is entered, outside the backward pass."""
+
+    def reached(self, products: Sequence[Product], leaves: Mapping[str, int]) -> list[Product]:
+        """Of a call's backward products those that the backward pass that is running makes; `leaves` are the call's."""
+        goal = self.leaves
+        return [one for one in products if goal is None or one.name not in leaves or leaves[one.name] in goal]
 
     # The mechanism.
 
@@ -182,7 +194,7 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
             if func in BACKWARD and func is not torch.autograd.grad and not self._nested:
                 self.on_backward(args[0] if args else kwargs.get("tensors"))
             counted = self.beneath if func in BACKWARD and self.beneath is not None else nullcontext()
-            with self, self._within(), counted:
+            with self, self._within(_leaves(func, args, kwargs)), counted:
                 return _seen_inside(func)(*args, **kwargs)
         if self.beneath is not None and not self.stack.frames and not in_backward():
             with self.beneath.outside() as outside:
@@ -208,13 +220,14 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         return True
 
     @contextmanager
-    def _within(self) -> Iterator[None]:
+    def _within(self, leaves: frozenset[int] | None) -> Iterator[None]:
         """`Tensor.backward` calls `torch.autograd.backward`: one backward pass, not two."""
-        before, self._nested = self._nested, True
+        before = self._nested, self.leaves
+        self._nested, self.leaves = True, leaves
         try:
             yield
         finally:
-            self._nested = before
+            self._nested, self.leaves = before
 
     def _product_call(
         self, func: Callable[..., Any], operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -235,7 +248,9 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
             operation=operation,
             roles=roles,
             operands=[contents(operand) for operand in given],
-            weights=frozenset(role for role, owner in zip(roles, owners, strict=True) if owner is not None),
+            weights=frozenset(
+                role for role, owner in zip(roles, owners, strict=True) if owner and role.startswith("weight")
+            ),
             parameter=None if owned is None else owned.dotted,
             recomputing=frame.recomputes,
             opaque=frame.trains and not torch.is_grad_enabled() and in_custom_forward(),
@@ -273,6 +288,19 @@ def _roles_and_owner(
         return ("lhs", "rhs") if rest == 1 else tuple(f"operand{i}" for i in range(len(owners))), None
     others = iter(("input",) if rest == 1 else ("lhs", "rhs") if rest == 2 else [f"operand{i}" for i in range(rest)])
     return tuple("weight" if i == places[0] else next(others) for i in range(len(owners))), owners[places[0]]
+
+
+def _leaves(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int] | None:
+    at = _INPUTS.get(func)
+    inputs = None if at is None else argument(args, kwargs, at, "inputs")
+    if inputs is None:
+        return None
+    if isinstance(inputs, dict):
+        inputs = inputs.values()
+    return frozenset(map(id, (inputs,) if isinstance(inputs, Tensor) else inputs))
+
+
+_INPUTS = {torch.autograd.grad: 1, torch.autograd.backward: 5, torch.Tensor.backward: 4}  # where `inputs` stands
 
 
 def _both(first: Callable[[], Any], second: Callable[[], Any] | None) -> Callable[[], None]:

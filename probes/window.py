@@ -7,6 +7,9 @@ that was loaded from a file holds the same.
 from __future__ import annotations
 
 import difflib
+import itertools
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +18,7 @@ from typing import Any
 from probes.errors import MalformedWindow, WindowError
 from probes.history import SlotHistory
 from probes.numbers import from_json, plain
-from probes.parameters import ParameterRecord
+from probes.parameter_records import ParameterRecord
 from probes.product_errors import ProductError
 from probes.records import Coverage, Evidence, Site, Slot, list_of, read_record, shape_of, text
 
@@ -103,6 +106,19 @@ class Window:
         return list(self._held.losses)
 
     @property
+    def loss_noise(self) -> float:
+        """How far the loss jumps from one recorded step to the next: the standard deviation of its noise, loss units.
+
+        Taken from the median of successive differences, which neither a trend nor a few outliers move much: 1.4826
+        times their median absolute value over √2. Steps without a loss, and non-finite ones, are left out together with
+        their differences; NaN where fewer than two neighbours are left.
+        """
+        losses = self.losses
+        apart = [abs(after - before) for before, after in itertools.pairwise(losses)]
+        finite = [difference for difference in apart if math.isfinite(difference)]
+        return 1.4826 * statistics.median(finite) / math.sqrt(2) if finite else math.nan
+
+    @property
     def loss_scales(self) -> tuple[float, ...]:
         """Factor that each recorded step's loss, and so its gradients, had when recorded; 1 without loss scaling."""
         return self._held.loss_scales or (1.0,) * len(self.steps)
@@ -116,6 +132,10 @@ class Window:
     def parameter_records(self) -> tuple[ParameterRecord, ...]:
         """What the optimizer's steps showed of each parameter: lost updates, gradient noise, epsilon."""
         return self._held.parameter_records
+
+    def parameter_record(self, name: str) -> ParameterRecord | None:
+        """That of one parameter by its dotted name, None where it was not followed."""
+        return self._records.get(name) if self._held else None
 
     @property
     def backward_errors(self) -> tuple[ProductError, ...]:
@@ -271,6 +291,24 @@ class Window:
         from probes.windowfile import write_window
 
         write_window(self, Path(path))
+
+    def to_pandas(self) -> Any:
+        """A pandas.DataFrame, one line a slot and step (`step_table.py` says which columns). Raises MissingPackage."""
+        from probes.step_table import data_frame, step_table
+
+        return data_frame(step_table(self))
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write the same table as a Parquet file, with the window's header in its metadata. Raises MissingPackage."""
+        from probes.step_table import write_parquet
+
+        write_parquet(self, Path(path))
+
+    def to_tensorboard(self, folder: str | Path) -> None:
+        """Write a TensorBoard event file into a folder: scalars and histograms of every slot. Raises MissingPackage."""
+        from probes.event_files import write_events
+
+        write_events(self, Path(folder))
 
     def __repr__(self) -> str:
         if self._contents is None:

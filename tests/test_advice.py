@@ -26,8 +26,9 @@ def window_of(build: Any = mlp, steps: int = 6) -> Window:
 @pytest.mark.parametrize("build", [mlp, convnet, encoder])
 def test_every_slot_is_scored_for_every_cast(build: Any) -> None:
     window = window_of(build)
-    rows = advisor.score(window).rows
-    assert len(rows) == 5 * len(window.slots)
+    assert len(advisor.score(window).rows) == 5 * len(window.slots)
+    rows = advisor.score(window, slots=window.product_slots).rows
+    assert len(rows) == 5 * len(window.product_slots)
     for row in rows:
         assert 0 <= row["underflow"] <= 1
         assert row["sqnr_db"] > 10
@@ -46,7 +47,7 @@ def test_a_cast_that_was_no_candidate_is_estimated_from_the_sketches() -> None:
     casts = ["e4m3fn", "int8", "e5m2"]
     _, _, told = train(mlp, 8, lambda model, optimizer: probe(model, optimizer, steps=8, casts=casts))
     _, _, untold = train(mlp, 8, lambda model, optimizer: probe(model, optimizer, steps=8, casts=["bf16", "int8"]))
-    for slot in told.slots:
+    for slot in told.product_slots:
         measured = advisor.score(told, ["e4m3fn"]).of(*slot)[0]
         estimated = advisor.score(untold, ["e4m3fn"]).of(*slot)[0]
         assert estimated["sqnr_db"] == measured["sqnr_db"]
@@ -191,8 +192,8 @@ def test_evidence_of_a_cast_that_cannot_be_scored_is_left_aside() -> None:
 def test_new_casts_are_measured_scored_and_planned_like_the_usual_ones() -> None:
     casts = ["e4m3fnuz", "e2m1", "int4", "e8m3", "tf32", "e3m4/tensor/delayed", "e4m3fn/tensor/current:pow2/zero"]
     _, _, window = train(mlp, 4, lambda model, optimizer: probe(model, optimizer, steps=4, casts=casts))
-    rows = advisor.score(window, [*casts, "fp64", "e3m2/tensor/static=0.1"]).rows
-    assert len(rows) == 9 * len(window.slots)
+    rows = advisor.score(window, [*casts, "fp64", "e3m2/tensor/static=0.1"], slots=window.product_slots).rows
+    assert len(rows) == 9 * len(window.product_slots)
     for row in rows:
         measured = row["cast"].split("/")[0] not in ("fp64", "e3m2")
         assert row["damage_from"] == (None if row["role"] == "grad_output" else "directional" if measured else "sketch")

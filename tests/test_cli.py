@@ -32,7 +32,7 @@ FLAGS = {
     "train": "what --steps --baseline --no-baseline --baseline-run --window --evaluate-batches --seed --detach "
     "--url --json",
     "history": "model site role --cast --metric --window --url --json",
-    "show": "what --url --json",
+    "show": "what --against --parquet --tensorboard --url --json",
 }
 
 MODEL = {"id": "mdl_1", "name": "m", "kind": "architecture", "family": "gpt", "parameters": 123_456}

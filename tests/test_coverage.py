@@ -19,18 +19,10 @@ from probes.probing import probe
 from probes.records import Coverage
 from probes.window import Window
 
-QUICK = {
-    "gpt2-sdpa",
-    "llama-eager",
-    "mixtral-grouped-sdpa",
-    "t5-sdpa",
-    "mamba2",
-    "unet",
-    "lstm",
-    "graph-sparse",
-    "dlrm",
-}
+QUICK = {"gpt2-sdpa", "llama-eager", "mixtral-grouped-sdpa", "unet", "lstm", "graph-sparse", "dlrm"}
 EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
+FAST = {"lstm", "graph-sparse", "dlrm"}
+BITS = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # transformers' own
 
@@ -50,7 +42,7 @@ def watched(model: nn.Module, step: Callable[[], Tensor], steps: int = 1, **opti
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_flop_is_counted_once(name: str) -> None:
-    model, step = build(name)
+    _, step = build(name)
     expected = torch_flops(lambda: step().backward())
     window, _ = watched(*build(name), curvature_steps=0)
     assert window.coverage.share >= 0.99
@@ -112,7 +104,7 @@ def _others(name: str) -> list[Any]:
             for one in _attention(f"model.{path}", eager)
         ],
         "mamba": [("backbone.layers.#.mixer/matmul.#", PAIR, 2 * 24)],  # one a position of the scan
-        "mamba2": [("backbone.layers.#.mixer/einsum.#", PAIR, 8)],
+        "mamba2": [("backbone.layers.#.mixer/einsum.#", PAIR, 10)],
         "unet": [("attention/einsum.#", PAIR, 2)],
         "lstm": [("lstm", ("input", "state", "cell", *weights, "grad_output"), 1)],
         "dlrm": [("(root)/bmm.#", PAIR, 1)],
@@ -131,7 +123,7 @@ def _multiplies(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or type(module).__name__ == "Conv1D"
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", BITS)
 def test_watching_changes_no_bit(name: str) -> None:
     model, step = build(name)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -143,7 +135,7 @@ def test_watching_changes_no_bit(name: str) -> None:
         optimizer.zero_grad()
         plain.append(loss.item())
     watched_model, watched_step = build(name)
-    _, losses = watched(watched_model, watched_step, steps=2, curvature_steps=1)
+    _, losses = watched(watched_model, watched_step, steps=2, curvature_steps=1, casts=["e4m3fn"])
     assert losses == plain
     for one, other in zip(model.parameters(), watched_model.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -275,12 +267,18 @@ def test_second_derivatives_are_listed() -> None:
         (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
         return slope.square().sum()
 
-    found = coverage(model, step)
-    assert set(unseen(found)) == {("0", "aten.mm"), ("2", "aten.mm")}
+    window, _ = watched(model, step)  # FlopCounterMode cannot follow torch.autograd.grad (2.13)
+    first, second = 2 * 8 * 4 * 6, 2 * 8 * 6
+    assert window.site("0").flops == 4 * first  # forward; towards x alone; then towards x and the weight
+    assert window.site("2").flops == 2 * second
+    assert window.coverage.unseen == (
+        {"where": "0", "op": "aten.mm", "flops": 2 * first},
+        {"where": "2", "op": "aten.mm", "flops": second},
+    )
 
 
 def test_a_scripted_module_is_listed_and_takes_no_hook() -> None:
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="script"):
         scripted = torch.jit.script(nn.Linear(4, 6))
     model = Functional(lambda m, x: m.head(m.inner(x)), inner=scripted, head=nn.Linear(6, 2))
     x = torch.randn(8, 4)
@@ -296,7 +294,7 @@ def test_what_is_inside_a_recurrent_call_is_its_sites_and_listed() -> None:
     assert (inside["where"], inside["op"], inside["site"]) == ("lstm", "aten.lstm", "lstm")
     first = 2 * 4 * 24 * 64 * 4 * 64  # batch, steps, width of the input, of the gates
     assert site.flops == 3 * 4 * first  # two layers of two matrices of the same size
-    assert inside["flops"] == site.flops - 3 * first  # all but the products of the first layer's input
+    assert inside["flops"] == site.flops - first  # all but the first layer's product with the input
     assert window.coverage.share == 1
     assert window.coverage.unseen_flops == 0
 
@@ -310,10 +308,10 @@ def test_coverage_goes_through_a_file() -> None:
 def test_counting_disturbs_no_counter_of_the_users() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    model, step = build("unet")
+    model, step = build("graph-dense")
     with FlopCounterMode(display=False) as alone:
         step().backward()
-    model, step = build("unet")
+    model, step = build("graph-dense")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with probe(model, optimizer, steps=1, curvature_steps=1), FlopCounterMode(display=False) as beside:
         step().backward()

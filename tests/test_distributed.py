@@ -96,6 +96,11 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(rank_function: Any, tmp
         assert merged.site(site.name).flops == site.flops
         assert merged.site(site.name).elements == site.elements
         assert merged.site(site.name).parameter == site.parameter
+    for record in joined.parameter_records:
+        found_record = merged.parameter_record(record.name)
+        assert found_record is not None
+        assert (found_record.shape, found_record.elements) == (record.shape, record.elements)
+        assert found_record.roles == record.roles
 
 
 def test_a_group_without_distributed_is_refused() -> None:

@@ -13,6 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from probes.sites import ProductCall, SiteHook
 
+# What torch says of its own functions when they are first called.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{text}")
+    for text in ("torch.chain_matmul", "Sparse CSR", "Sparse CSC", "LSTM with projections", "`isinstance.treespec")
+]
+
 
 class Lister(SiteHook):
     def __init__(self, model: nn.Module) -> None:
@@ -390,7 +396,7 @@ def test_an_exported_program_keeps_its_module_paths() -> None:
         (lambda m, x: torch.baddbmm(x[:, None], x[:, None], m.w.expand(3, 4, 4)), 2 * 3 * 4 * 4),
         (lambda m, x: torch.inner(x, m.w), 2 * 3 * 4 * 4),
         (lambda m, x: torch.tensordot(x, m.w, 1), 2 * 3 * 4 * 4),
-        (lambda m, x: torch.einsum("bij,jk->ik", x[None].expand(5, 3, 4), m.w), 2 * 5 * 3 * 4 * 4),
+        (lambda m, x: torch.einsum("bij,jk->ik", x[None].expand(5, 3, 4), m.w), 2 * 3 * 4 * 4),  # b goes first
         (lambda m, x: torch.einsum("ijb,jk->ik", x[..., None].expand(3, 4, 5), m.w), 2 * 3 * 4 * 4),  # b goes first
         (lambda m, x: torch.einsum("ij,ij->i", x, m.w[:3]), 2 * 3 * 4),
         (lambda m, x: F.conv_transpose1d(x.t()[None], m.w[:, :, None]), 2 * 3 * 4 * 4),

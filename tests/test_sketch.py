@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import math
+import multiprocessing
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.queues import SimpleQueue
+
 import numpy as np
 import pytest
 import torch
 
-from probes import sketch
+from probes import kernels, sketch
 from probes.errors import UnsupportedTensor
-from probes.layout import BINS, DISTINCT, NANS, SIGNIFICANT_BITS, SUM_OF_SQUARES, SUMS, ZEROS
+from probes.layout import BINS, DISTINCT, NANS, NEGATIVE_INFS, SAMPLE, SIGNIFICANT_BITS, SUM_OF_SQUARES, SUMS, ZEROS
 from probes.sketch import BIN_EDGES, SketchArray, add_reference
+from probes.threads import SMALLEST_SHARE
 from tests.tensors import AWKWARD, generator
+
+SIZES = (1, 2, 31, 1023, 1024, 1025, 9 * 1024, 9 * 1024 + 1, 40_000, SAMPLE + 1, 70 * 1024 + 511, 200_003)
+
+
+@pytest.fixture
+def shares(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Into how many shares the kernel divides its work; what torch and numba were started with may allow just one."""
+    return lambda number: monkeypatch.setattr(kernels, "threads_for", lambda _elements: number)
 
 
 def sketched(*values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,17 +37,233 @@ def sketched(*values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return array.sums[1], array.extremes[1]
 
 
-@pytest.mark.parametrize("name", AWKWARD)
-def test_kernel_equals_the_reference(name: str) -> None:
-    values = AWKWARD[name]
+def assert_equals_the_reference(values: torch.Tensor) -> None:
     sums, extremes = torch.zeros(SUMS, dtype=torch.float64), torch.tensor(sketch.EMPTY_EXTREMES)
-    if values.numel():
-        add_reference(sums, extremes, values)
+    add_reference(sums, extremes, values)
     got_sums, got_extremes = sketched(values)
     torch.testing.assert_close(got_sums[SUM_OF_SQUARES], sums[SUM_OF_SQUARES], rtol=1e-12, atol=0)
     got_sums[SUM_OF_SQUARES] = sums[SUM_OF_SQUARES]
     assert torch.equal(got_sums, sums)
     assert torch.equal(got_extremes, extremes)
+
+
+def of_bits(low: int, high: int, step: int = 1) -> torch.Tensor:
+    """float32 values of a range of bit patterns."""
+    return torch.arange(low, high, step, dtype=torch.int64).to(torch.int32).view(torch.float32)
+
+
+def normal(size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(size, generator=generator(seed))
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_kernel_equals_the_reference(name: str) -> None:
+    assert_equals_the_reference(AWKWARD[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_value(dtype: torch.dtype) -> None:
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    assert_equals_the_reference(values)
+    for part in values.chunk(64):
+        assert_equals_the_reference(part)
+    assert_equals_the_reference(values[torch.randperm(len(values), generator=generator())])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        of_bits(0, 4000),
+        of_bits(0x007FF000, 0x00801000),
+        of_bits(0x7F7FE000, 0x7F802000),
+        of_bits(0xFF7FE000, 0xFF802000),
+        of_bits(0x7F800001, 0x7FFFFFFF, 9973),
+        of_bits(0, 2**32, 65_537),
+        of_bits(0x3F7FE000, 0x3F802000),
+        torch.tensor([-0.0] * 3000),
+        torch.tensor([0.0] * 20_000 + [1e-45] * 3 + [0.0] * 20_000),
+    ],
+    ids=["subnormal", "least normal", "largest", "negative", "NaN payloads", "all", "a bin's edge", "-0", "one bin"],
+)
+def test_float32_at_its_edges(values: torch.Tensor) -> None:
+    assert_equals_the_reference(values)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_sizes_around_chunks(size: int, dtype: torch.dtype) -> None:
+    assert_equals_the_reference((normal(size) * 0.01).to(dtype))
+
+
+def kinds(size: int) -> dict[str, torch.Tensor]:
+    """What takes the kernel's different ways, and changes between them."""
+    normals = normal(size)
+    spans = torch.exp2(40 * torch.rand(size, generator=generator(2)) - 20)
+    outliers = normals.clone()
+    outliers[:: size // 97] *= 1e12
+    rising = torch.exp2(torch.linspace(-120, 120, size)) * normals
+    nonfinite = torch.relu(normals)
+    nonfinite[[size // 3, size // 2, -1]] = torch.tensor([math.inf, -math.inf, math.nan])
+    return {
+        "relu": torch.relu(normals),
+        "sparse": torch.relu(normals - 1.28),
+        "constant": torch.full((size,), -0.37),
+        "mask": (normals > 0).float(),
+        "wide": spans,
+        "outliers": outliers,
+        "rising": rising,
+        "heavy": normals / normal(size, 3).abs().clamp(min=1e-9),
+        "zeros first": torch.cat([torch.zeros(size // 2), normals[: size - size // 2]]),
+        "nonfinite": nonfinite,
+        "subnormal": torch.cat([normals[: size // 2], normals[size // 2 :] * 1e-39]),
+    }
+
+
+@pytest.mark.parametrize("name", kinds(400))
+@pytest.mark.parametrize("number", [1, 2])
+def test_ways_through_the_kernel(name: str, number: int, shares: Callable[[int], None]) -> None:
+    shares(number)
+    assert_equals_the_reference(kinds(3 * SMALLEST_SHARE + 77)[name])
+
+
+def test_more_pairs_than_a_place_of_the_table_holds() -> None:
+    values = torch.tensor([1.0, 1.0, 1.9]).repeat(100_000)
+    values[0] = 2.0
+    assert_equals_the_reference(values)
+
+
+@pytest.mark.parametrize("number", [2, 3, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shares_do_not_matter(number: int, dtype: torch.dtype, shares: Callable[[int], None]) -> None:
+    values = normal(5 * SMALLEST_SHARE + 1).to(dtype)
+    shares(1)
+    alone = sketched(values), sketched(values.view(-1, 3)[:, :2])
+    shares(number)
+    for (sums, extremes), expected in zip((sketched(values), sketched(values.view(-1, 3)[:, :2])), alone, strict=True):
+        assert torch.equal(sums[:SUM_OF_SQUARES], expected[0][:SUM_OF_SQUARES])
+        assert torch.equal(extremes, expected[1])
+
+
+def test_many_threads_at_once_have_tables_of_their_own() -> None:
+    tensors = [normal(50_000, seed) for seed in range(8)]
+    expected = [sketched(values) for values in tensors]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            for (sums, extremes), (one, other) in zip(pool.map(sketched, tensors), expected, strict=True):
+                assert torch.equal(sums[:SUM_OF_SQUARES], one[:SUM_OF_SQUARES])
+                assert torch.equal(extremes, other)
+
+
+def test_a_forked_child_sketches() -> None:
+    sketched(normal(2 * SMALLEST_SHARE))
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_in_the_child, args=(queue,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of any fork where there are threads
+        child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert queue.get() == 4 * SMALLEST_SHARE
+
+
+def _in_the_child(queue: SimpleQueue[float]) -> None:
+    torch.set_num_threads(1)
+    sums, _ = sketched(torch.ones(4 * SMALLEST_SHARE))
+    queue.put(float(sums[:BINS].sum()))
+
+
+big = torch.randn(96, 40, 64, generator=generator(12))
+LAYOUTS = {
+    "transposed": big.transpose(0, 2),
+    "every other column": big[:, :, ::2],
+    "every other row": big[:, ::2],
+    "a part of each row": big[:, :, 5:37],
+    "a head": big.view(96, 40, 4, 16).transpose(1, 2)[:, 1],
+    "a corner": big[3:90, 2:39, 1:63],
+    "expanded": big[:, :1].expand(96, 40, 64),
+    "expanded over all": big[0, 0, 0].expand(50, 60),
+    "expanded and sliced": big[:, None, :, ::3].expand(96, 3, 40, 22),
+    "windows": big.view(-1).unfold(0, 8, 3),
+    "one column": big[:, 0, 0],
+    "channels last": big[None].to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_layouts(name: str, dtype: torch.dtype) -> None:
+    values = LAYOUTS[name] if dtype == torch.float32 else None
+    if values is None:
+        source = big.to(dtype)
+        values = source.as_strided(LAYOUTS[name].shape, LAYOUTS[name].stride(), LAYOUTS[name].storage_offset())
+    assert_equals_the_reference(values)
+    sums, _ = sketched(values)
+    assert sums[:ZEROS].sum() == values.numel()
+
+
+def test_a_repeated_element_counts_as_often_as_it_is_repeated() -> None:
+    sums, extremes = sketched(torch.tensor([[3.0], [0.0]]).expand(2, 1000))
+    assert sums[ZEROS] == 1000
+    assert sums[SUM_OF_SQUARES] == 9000
+    assert sums[:BINS].sum() == 1000
+    assert extremes[DISTINCT] == 1
+
+
+def test_a_negated_view_is_read_as_it_reads() -> None:
+    infinite = torch.tensor([complex(0, math.inf), complex(0, -1)]).conj().imag
+    assert infinite.is_neg()
+    sums, _ = sketched(infinite)
+    assert sums[NEGATIVE_INFS] == 1
+
+
+def test_what_has_no_memory_is_refused() -> None:
+    with pytest.raises(UnsupportedTensor, match="strided"):
+        SketchArray(1).add(0, torch.eye(3).to_sparse())
+    with pytest.raises(UnsupportedTensor, match="meta"):
+        SketchArray(1).add(0, torch.empty(3, device="meta"))
+    with pytest.raises(UnsupportedTensor, match="storage"):
+        torch.func.vmap(lambda x: SketchArray(1).add(0, x))(torch.ones(3, 2))
+    with pytest.raises(UnsupportedTensor, match="no memory"):
+        SketchArray(1).add(0, torch._efficientzerotensor(3))
+
+
+@pytest.mark.parametrize("slot", [-1, 2])
+def test_a_slot_beyond_the_array_is_refused(slot: int) -> None:
+    with pytest.raises(IndexError, match="reserve"):
+        SketchArray(2).add(slot, torch.ones(3))
+
+
+def test_parameters_and_subclasses_are_read() -> None:
+    class Marked(torch.Tensor):
+        pass
+
+    for values in (torch.nn.Parameter(torch.ones(3)), torch.ones(3).as_subclass(Marked)):
+        assert sketched(values)[0][:BINS].sum() == 3
+
+
+def test_memory_is_bounded_while_an_array_grows() -> None:
+    for slots in (1, 64, 100):
+        array, most = SketchArray(slots), 0
+        while array.slots < 5000:
+            before = array.bytes
+            array.reserve(array.slots + 1)
+            most = max(most, array.bytes + (before if array.bytes != before else 0))
+        assert most <= 256 << 20, slots
+        assert array.bytes >= 5000 * (8 * SUMS + 16)
+
+
+def test_draining_hands_over_and_starts_anew() -> None:
+    array = SketchArray(2)
+    array.add(0, torch.ones(5))
+    sums, extremes = array.drain()
+    assert sums.shape == (2, SUMS)
+    assert sums[0].sum() == 10  # five elements in a bin, and the sum of their squares
+    assert not array.sums.any()
+    array.add(0, torch.full((3,), 2.0))
+    assert sums[0].sum() == 10
+    assert extremes[0, 0] == 1
+    assert array.extremes.tolist() == [[2, -2, 0, 1], list(sketch.EMPTY_EXTREMES)]
 
 
 @pytest.mark.parametrize("name", AWKWARD)
@@ -110,3 +342,11 @@ def test_the_tensor_is_left_alone() -> None:
     SketchArray(1).add(0, values)
     assert torch.equal(values, before)
     assert values._version == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_that_was_read_can_still_be_resized(dtype: torch.dtype) -> None:
+    values = torch.ones(6, 4, dtype=dtype)
+    for view in (values, values.t(), values[:, ::2], values[:, 1:3]):
+        SketchArray(1).add(0, view)
+    assert values.untyped_storage().resizable()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -25,16 +25,30 @@ def show(
             show_default=False,
         ),
     ],
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Another window file: show where the numerics of the two first differ.", show_default=False),
+    ] = None,
+    parquet: Annotated[
+        Path | None,
+        typer.Option(help="Also write a window file's statistics, a line a tensor and step.", show_default=False),
+    ] = None,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(help="Also write a TensorBoard event file of a window into this folder.", show_default=False),
+    ] = None,
     url: options.Url = options.DEFAULT_URL,
     as_json: options.Json = False,
 ) -> None:
     """Show a plan file, a window file, or a model, window, plan, run or job of the service."""
     console = output.console()
-    path = Path(what)
+    path, asked = Path(what), _Asked(against, parquet, tensorboard)
+    if path.suffix != ".safetensors" and asked != _Asked():
+        raise typer.BadParameter("--against, --parquet and --tensorboard are for window files (.safetensors)")
     if path.suffix == ".json":
         _show_plan(_plan_in(path), console, as_json)
     elif path.suffix == ".safetensors":
-        _show_window_file(path, console, as_json)
+        _show_window_file(path, asked, console, as_json)
     else:
         from advisor.client import connect
 
@@ -44,6 +58,14 @@ def show(
                 output.print_json(found)
                 return
             _show_found(client, kind, found, console)
+
+
+class _Asked(NamedTuple):
+    """What a window file is to be compared with and written to."""
+
+    against: Path | None = None
+    parquet: Path | None = None
+    tensorboard: Path | None = None
 
 
 def _plan_in(path: Path) -> dict[str, Any]:
@@ -63,32 +85,33 @@ def _show_plan(plan: dict[str, Any], console: Console, as_json: bool) -> None:
         console.print(f"note: {note}")
 
 
-def _show_window_file(path: Path, console: Console, as_json: bool) -> None:
+def _show_window_file(path: Path, asked: _Asked, console: Console, as_json: bool) -> None:
+    from advisor.cli.window_report import WindowReport, comparison_json, print_comparison
     from probes import load_window
 
     window = load_window(path)
-    if as_json:
-        output.print_json(window.header())
+    if asked.parquet is not None:
+        window.to_parquet(asked.parquet)
+    if asked.tensorboard is not None:
+        window.to_tensorboard(asked.tensorboard)
+    if asked.against is not None:
+        from advisor.comparing import compare
+
+        comparison = compare(window, load_window(asked.against))
+        if as_json:
+            output.print_json(comparison_json(comparison))
+        else:
+            console.print(f"{path} against {asked.against}, {len(comparison.steps)} common steps")
+            print_comparison(console, comparison)
         return
-    console.print(f"{path}: {window.model_name}, {len(window.steps)} steps, {len(window.slots)} tensors")
-    console.print(f"matrix FLOPs seen: {numbers_text.share(window.coverage.share)}")
-    for unseen in window.coverage.unseen:
-        console.print(f"not seen: {', '.join(f'{name} {value}' for name, value in unseen.items())}")
-    for note in window.notes:
-        console.print(f"note: {note}")
-    total = sum(site.flops for site in window.sites) or 1.0
-    console.print(
-        tables.sites_table(
-            {
-                "site": site.name,
-                "op": site.op,
-                "roles": site.roles,
-                "shapes": site.shapes,
-                "share_of_flops": site.flops / total,
-            }
-            for site in window.sites
-        )
-    )
+    report = WindowReport(window)
+    if as_json:
+        output.print_json(report.to_json())
+    else:
+        report.print_on(console, str(path))
+    for written in (asked.parquet, asked.tensorboard):
+        if written is not None and not as_json:
+            console.print(f"\nwritten: {written}")
 
 
 def _find(client: Client, what: str) -> tuple[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ MUCH_UNDERFLOW = 0.01
 LITTLE_SQNR_DB = 20.0
 
 
-def _table(*columns: str, right: int = 0, **options: Any) -> Table:
+def plain_table(*columns: str, right: int = 0, **options: Any) -> Table:
     """A plain table; the last `right` columns are numbers."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -35,7 +35,7 @@ def _table(*columns: str, right: int = 0, **options: Any) -> Table:
 def layers_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Score rows as one line a tensor under its site, one column a cast: underflow and SQNR over the window."""
     casts = list(dict.fromkeys(row["cast"] for row in rows))
-    table = _table("tensor", *(short_cast(cast) for cast in casts), right=len(casts))
+    table = plain_table("tensor", *(short_cast(cast) for cast in casts), right=len(casts))
     by_site: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for row in rows:
         by_site.setdefault(row["site"], {}).setdefault(row["role"], {})[row["cast"]] = row
@@ -48,7 +48,7 @@ def layers_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def worst_table(rows: Sequence[dict[str, Any]]) -> Table:
     """For each role and cast, the largest underflow and the smallest SQNR of all sites, and where they are."""
-    table = _table("role", "cast", "underflow", "at", "SQNR, dB", "at ")
+    table = plain_table("role", "cast", "underflow", "at", "SQNR, dB", "at ")
     table.columns[2].justify = table.columns[4].justify = "right"
     by_role: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
@@ -139,7 +139,7 @@ def cast_counts(plan: dict[str, Any]) -> Table:
         of_role = counts.setdefault(one["role"], {})
         of_role[short_cast(one["cast"])] = of_role.get(short_cast(one["cast"]), 0) + 1
     casts = sorted({cast for of_role in counts.values() for cast in of_role})
-    table = _table("role", *casts, right=len(casts))
+    table = plain_table("role", *casts, right=len(casts))
     for role, of_role in counts.items():
         table.add_row(role, *(str(of_role.get(cast, "")) for cast in casts))
     return table
@@ -147,7 +147,7 @@ def cast_counts(plan: dict[str, Any]) -> Table:
 
 def sites_table(sites: Iterable[dict[str, Any]]) -> Table:
     """Sites with the shapes of their tensors and their share of all matrix FLOPs."""
-    table = _table("site", "op", "role", "shape", "of FLOPs")
+    table = plain_table("site", "op", "role", "shape", "of FLOPs")
     table.columns[4].justify = "right"
     for site in sites:
         for index, role in enumerate(site["roles"]):
@@ -161,7 +161,7 @@ def history_table(history: dict[str, Any], metrics: Sequence[str]) -> Table:
     """A line a step; each metric as a number with a bar over its own range."""
     from advisor.cli.curves import bar
 
-    table = _table("step", *metrics)
+    table = plain_table("step", *metrics)
     columns = [history["metrics"][metric] for metric in metrics]
     ranges = [_bar_range(metric, values) for metric, values in zip(metrics, columns, strict=True)]
     width = max(6, 60 // max(len(metrics), 1) - 10)
@@ -223,7 +223,7 @@ def curves_table(curves: Sequence[Curve]) -> Table:
     steps = [step for curve in curves for step, _ in curve.points]
     first, last = min(steps, default=0), max(steps, default=0)
     reach = max(last // 20, 1)
-    table = _table("loss at steps", *(curve.title for curve in curves), right=len(curves))
+    table = plain_table("loss at steps", *(curve.title for curve in curves), right=len(curves))
     for quarter in range(5):
         middle = first + (last - first) * quarter // 4
         lower, upper = (first, first) if quarter == 0 else (max(middle - reach, first), min(middle + reach, last))
@@ -237,7 +237,7 @@ def curves_table(curves: Sequence[Curve]) -> Table:
 
 def gaps_table(runs: Sequence[tuple[str, dict[str, Any]]]) -> Table:
     """The verdicts of several runs on one baseline, a row each."""
-    table = _table("", "held-out loss", "gap to fp32", "95% interval", "8-bit share of FLOPs", right=4)
+    table = plain_table("", "held-out loss", "gap to fp32", "95% interval", "8-bit share of FLOPs", right=4)
     first = runs[0][1]["verdict"]
     table.add_row("fp32 baseline", loss(first["baseline_loss"]), "", "", "0")
     for name, run in runs:

@@ -1,0 +1,130 @@
+"""The share of updates that a master format loses: round(r + Δw) = r, r = round(w), Δw ≠ 0.
+
+Arithmetic on the joint sketch of `probes/lost_updates.py`, for any cast with one scale or none and rounding to nearest.
+In each class of weights some magnitudes are taken, evenly spread; r and its neighbours follow exactly, and an update is
+lost if it is at most half the way to the neighbour on its side. Within a bin updates are taken to be spread evenly.
+
+Against casting the tensors themselves (`tests/test_lost_updates.py`; weights and updates of small trainings with Adam
+and SGD): without a scale, or with a power of two, within 0.0003 for bf16, fp16, tf32 and six formats of 8 bits and
+less. With a current fp32 scale e4m3fn, e5m2, e3m4, int8 and e2m1 are within 0.005 for parameters of a thousand elements
+and more; for shorter ones, whose updates are all but alike in Adam's first steps, we saw up to 0.11.
+
+Under stochastic rounding an update is never lost in the mean, and toward zero the rule is another one: both are None,
+as are formats without a sign. What overflows and is saturated stays what it is for any update outward, so that is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advisor.metrics import scales
+from probes.casts import Cast
+from probes.formats import Format
+from probes.lost_updates import UpdateSketch, update_edges, weight_edges
+from probes.measurable import why_not_measurable
+from probes.parameter_records import MASTER, UPDATE, ParameterRecord
+from probes.records import Slot
+from probes.window import Window
+
+Array = NDArray[np.float64]
+
+_POINTS = 16  # magnitudes taken in a class of weights
+
+
+def lost_updates(
+    updates: UpdateSketch, cast: Cast, amax: float = inf, update_range: tuple[float, float] = (0.0, inf)
+) -> float | None:
+    """Share of one step's non-zero updates that the weights, held in this cast's format, would not take; 0 to 1.
+
+    amax          the weights' largest magnitude, which a current or delayed scale is made for
+    update_range  smallest and largest magnitude of the updates, where known: sharpens what a scale's threshold cuts
+
+    None where there is no non-zero update, or the cast does not round to nearest with one scale or none.
+    """
+    if cast.rounding != "nearest" or why_not_measurable(cast) is not None or not len(updates.cells):
+        return None
+    (scale,) = scales(np.array([amax]), cast)
+    return _lost(updates, cast, float(scale), amax, update_range)
+
+
+def lost_by_step(window: Window, parameter: str, casts: Sequence[Cast]) -> dict[str, dict[int, tuple[float, int]]]:
+    """The same of one of a window's parameters: cast → followed step → share, and updates that it is of.
+
+    Casts are named by their canonical strings. Those and steps of which nothing can be said are left out.
+    """
+    record = window.parameter_record(parameter)
+    found: dict[str, dict[int, tuple[float, int]]] = {str(cast): {} for cast in casts}
+    if record is None or not {Slot(parameter, role) for role in (MASTER, UPDATE)} <= set(window.slots):
+        return found
+    master, update = window.history(parameter, MASTER), window.history(parameter, UPDATE)
+    largest = dict(zip(master.steps.tolist(), master.amax.tolist(), strict=True))
+    ranges = zip(update.amin.tolist(), update.amax.tolist(), strict=True)
+    known = dict(zip(update.steps.tolist(), ranges, strict=True))
+    for step, updates in record.updates.items():
+        for cast in casts if step in largest and step in known else ():
+            share = lost_updates(updates, cast, largest[step], known[step])
+            if share is not None:
+                found[str(cast)][step] = share, updates.total
+    return found
+
+
+def lost_of(window: Window, parameter: str, casts: Sequence[Cast]) -> dict[str, float]:
+    """Share of the lost updates of all followed steps together, by cast; casts of which nothing can be said are left
+    out."""
+    by_step = lost_by_step(window, parameter, casts)
+    return {
+        cast: sum(share * count for share, count in steps.values()) / sum(count for _, count in steps.values())
+        for cast, steps in by_step.items()
+        if steps
+    }
+
+
+def epsilon_vanishes(record: ParameterRecord, target: Format) -> bool | None:
+    """Whether the optimizer's epsilon is zero in a format, as Adam's 1e-8 is in fp16; None where it has none."""
+    if record.epsilon is None:
+        return None
+    return record.epsilon <= target.smallest_subnormal / 2
+
+
+def _lost(updates: UpdateSketch, cast: Cast, scale: float, amax: float, update_range: tuple[float, float]) -> float:
+    classes, place = np.unique(updates.weight, return_inverse=True)
+    down, up = _room(_points(classes, amax) / scale, cast)
+    edges = update_edges()
+    low, high = edges[updates.update], edges[updates.update + 1]
+    low = np.maximum(np.where(updates.update == 0, 0.0, low), min(update_range[0], edges[-1]))
+    high = np.maximum(np.minimum(high, update_range[1]), low)
+    low, width = np.nextafter(low, 0.0) / scale, (high - low) / scale
+    room = np.where(updates.outward[:, None], up[place], down[place])
+    beyond = np.maximum(room - low[:, None], 0.0)
+    within = np.divide(beyond, width[:, None], out=np.sign(beyond), where=width[:, None] > 0)
+    return float((np.minimum(within, 1.0).mean(axis=1) * updates.counts).sum() / updates.total)
+
+
+def _points(classes: NDArray[np.int64], amax: float) -> Array:
+    """Magnitudes in each class of weights, [classes, _POINTS], none above the largest weight."""
+    low, high = weight_edges()[classes].T
+    high = np.maximum(np.minimum(high, amax), low)
+    return low[:, None] + (high - low)[:, None] * (np.arange(_POINTS) + 0.5) / _POINTS
+
+
+def _room(magnitude: Array, cast: Cast) -> tuple[Array, Array]:
+    """Half the distance from the value to which each magnitude rounds to its neighbours below and above, in units of
+    the scale. Zero has its neighbours on either side at the same distance."""
+    target = cast.format
+    held = np.rint(magnitude / _spacing(magnitude, target)) * _spacing(magnitude, target)
+    held = np.minimum(held, target.largest)
+    above = _spacing(held, target)
+    mantissa, _ = np.frexp(held)
+    at_power = (mantissa == 0.5) & (held > 2.0**target.emin) & (not target.is_integer)
+    below = np.where(at_power, above / 2, above)
+    return below / 2, np.where((held >= target.largest) & cast.saturate, np.inf, above / 2)
+
+
+def _spacing(magnitude: Array, target: Format) -> Array:
+    """Distance to the next larger value of the grid."""
+    _, exponent = np.frexp(np.maximum(magnitude, 2.0**target.emin))
+    return np.exp2(np.asarray(exponent - 1 - target.mantissa_bits, dtype=np.float64))
