@@ -32,7 +32,7 @@ FLAGS = {
     "train": "what --steps --baseline --no-baseline --baseline-run --window --evaluate-batches --seed --detach "
     "--url --json",
     "history": "model site role --cast --metric --window --url --json",
-    "show": "what --against --parquet --tensorboard --url --json",
+    "show": "what --against --parquet --tensorboard --self-check --url --json",
 }
 
 MODEL = {"id": "mdl_1", "name": "m", "kind": "architecture", "family": "gpt", "parameters": 123_456}
@@ -527,3 +527,16 @@ def test_a_short_training_is_drawn_without_holes() -> None:
 def test_losses_of_any_size_fit() -> None:
     assert [numbers_text.loss(value) for value in (2.5, 3e10, float("nan"))] == ["2.5000", "3e+10", "NaN"]
     assert numbers_text.loss(0.01, signed=True) == "+0.0100"
+
+
+def test_show_of_nothing_says_what_can_be_shown(run: Run) -> None:
+    status, _, err = run("show")
+    assert status == 2
+    assert "--self-check" in err
+
+
+@pytest.mark.slow
+def test_the_self_check_agrees_with_what_is_known(run: Run) -> None:
+    status, out, _ = run("show", "--self-check", "--json")
+    assert status == 0
+    assert json.loads(out)["disagreements"] == []

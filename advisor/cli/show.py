@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 def show(
     what: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help="A plan file (.json), a window file (.safetensors), a model's name, or an id: mdl_… win_… pln_… "
             "run_… job_…",
             show_default=False,
         ),
-    ],
+    ] = None,
     against: Annotated[
         Path | None,
         typer.Option(help="Another window file: show where the numerics of the two first differ.", show_default=False),
@@ -37,11 +37,23 @@ def show(
         Path | None,
         typer.Option(help="Also write a TensorBoard event file of a window into this folder.", show_default=False),
     ] = None,
+    self_check: Annotated[
+        bool,
+        typer.Option(
+            "--self-check",
+            help="Check the backward error on matrices of which it is known: int8 against e4m3fn, Student-t values.",
+        ),
+    ] = False,
     url: options.Url = options.DEFAULT_URL,
     as_json: options.Json = False,
 ) -> None:
     """Show a plan file, a window file, or a model, window, plan, run or job of the service."""
     console = output.console()
+    if self_check:
+        _check_itself(console, as_json)
+        return
+    if what is None:
+        raise typer.BadParameter("name what to show: a file, a model or an id; or give --self-check")
     path, asked = Path(what), _Asked(against, parquet, tensorboard)
     if path.suffix != ".safetensors" and asked != _Asked():
         raise typer.BadParameter("--against, --parquet and --tensorboard are for window files (.safetensors)")
@@ -58,6 +70,25 @@ def show(
                 output.print_json(found)
                 return
             _show_found(client, kind, found, console)
+
+
+def _check_itself(console: Console, as_json: bool) -> None:
+    """Exit status 1 where the measured errors are not those that are known."""
+    import dataclasses
+
+    from probes import self_check
+
+    with console.status("multiplying matrices of Student-t values"):
+        records = self_check.self_check()
+    wrong = self_check.disagreements(records)
+    if as_json:
+        output.print_json({"records": [dataclasses.asdict(record) for record in records], "disagreements": wrong})
+    else:
+        for line in (*self_check.lines(records), *wrong):
+            console.print(line, highlight=False)
+        console.print("It disagrees with what is known." if wrong else "It agrees with what is known.")
+    if wrong:
+        raise typer.Exit(1)
 
 
 class _Asked(NamedTuple):
