@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from advisor.castnames import require_plannable
 from advisor.errors import InvalidPlan
 from advisor.hardware import Hardware, hardware_named
 from advisor.plan import Plan
@@ -68,9 +69,11 @@ def recommend(
         notes.append(f"made from {len(windows)} windows; each cast counts with the worst that any of them saw")
     if not casts:
         notes += _left_out(target)
+    candidates = [Cast.parse(cast) if isinstance(cast, str) else cast for cast in casts or DEFAULT_CASTS]
+    require_plannable(candidates)
     return plan_from_rows(
         last.sites,
-        _worst([score(each, casts or DEFAULT_CASTS, slots=each.product_slots).rows for each in windows]),
+        _worst([score(each, candidates, slots=each.product_slots).rows for each in windows]),
         hardware=target,
         tolerance=tolerance,
         max_lost_batch=max_lost_batch,

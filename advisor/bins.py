@@ -10,6 +10,9 @@ lowest beginning at the smallest. Two things are known better, and used:
   not much finer than the target's grid (bf16 values to fp16, e4m3fn values to e5m2), or an outcome changes, perhaps
   right on a lattice point, each of a bin's lattice points is scored. Where it is no finer and the scale is a power of
   two, there is no error at all.
+
+The bins of a sketch relative to tiles (`relative.py`) are the same but for their unit, which is R in place of 1: a
+scale is then a multiple of R, and energies are sums over R².
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from probes.sketch import BIN_EDGES
 BIN_BITS = 3  # eight bins an octave: a lattice of up to three mantissa bits has one point a bin, its lower edge
 _ALWAYS_BITS = 5  # up to here (4 points a bin) lattice points are scored one by one
 _LATTICE_BITS = 10  # up to here (fp16, 128 points a bin) they are where the lattice shows
-_FINER = 8  # times as fine a lattice is as good as continuous: δ² is 1 + 2/8² times that of an even spread, 0.13 dB
+LATTICE_FINER = 8  # times as fine a lattice is as good as continuous: δ² is 1 + 2/8² times as large, 0.13 dB
 _FINER_TOWARD_ZERO = 64  # there it is 1 - 3/(2·64) times that: 0.10 dB
 _CHUNK = 2048  # bins whose points are held in memory at once
 _SAME = 2.0**-23  # so near to the format's largest value does current scaling bring the largest element
@@ -39,44 +42,57 @@ _SMALLEST_OF_DTYPE = {"float16": FORMATS["fp16"].smallest_subnormal}  # bfloat16
 
 @dataclass(frozen=True, eq=False)
 class Bins:
-    """N occupied bins, steps one after another, without each step's largest element.
+    """N occupied bins, steps one after another; of a whole tensor without each step's largest element.
 
     step       int64 [N]: index of the step
-    bin        int64 [N]: rising within a step
-    low, high  float64 [N]: where the bin's elements lie, low ≤ high
+    line       int64 [N]: what bins must share to be neighbours: the step, or a step's class of tiles
+    place      int64 [N]: rising within a line; of neighbours, by 1
+    bin        int64 [N]: of `BIN_EDGES`, in which the bin's elements lie
+    low, high  float64 [N]: where the bin's elements lie, low ≤ high, in units of R
     count      float64 [N], positive
+    square     float64 [N]: the sum of R² over the bin's elements
+    fourth     float64 [N]: that of R⁴
     bits       int64 [N]: mantissa bits that the tensor uses at that step
     """
 
     step: NDArray[np.int64]
+    line: NDArray[np.int64]
+    place: NDArray[np.int64]
     bin: NDArray[np.int64]
     low: Array
     high: Array
     count: Array
+    square: Array
+    fourth: Array
     bits: NDArray[np.int64]
 
     @classmethod
     def of(cls, history: SlotHistory) -> Bins:
-        """The bins of a history."""
+        """The bins of a history: R is 1."""
         step = np.repeat(np.arange(len(history.steps)), np.diff(history.offsets))
         bins = history.bins.astype(np.int64)
         amax, amin = history.amax.astype(np.float64)[step], history.amin.astype(np.float64)[step]
         low, high = BIN_EDGES[bins], BIN_EDGES[bins + 1]
         count = history.counts - (high > amax)  # of a step's bins, the highest alone ends beyond its largest element
         kept = count > 0
+        counted = count[kept].astype(np.float64)
         return cls(
             step=step[kept],
+            line=step[kept],
+            place=bins[kept],
             bin=bins[kept],
             low=np.maximum(low, amin)[kept],
             high=np.minimum(high, amax)[kept],
-            count=count[kept].astype(np.float64),
+            count=counted,
+            square=counted,
+            fourth=counted,
             bits=history.significant_bits.astype(np.int64)[step][kept],
         )
 
     def outcomes(self, cast: Cast, scale: Array, dtype: str | None) -> Expected:
         """Mean outcomes of each bin's elements, [N]; errors in units of the scale.
 
-        scale  float64 [N]
+        scale  float64 [N], in units of R
         dtype  the tensor's own, where known: fp16's subnormals are a lattice that `bits` does not tell of
         """
         finest = _SMALLEST_OF_DTYPE.get(dtype or "", _SMALLEST)
@@ -84,7 +100,7 @@ class Bins:
         spacing = Grid(cast).spacing(low)
         lattice = self._lattice(finest) / scale
         on_grid = (np.frexp(scale)[0] == 0.5) & (lattice >= spacing) & (high <= cast.format.largest)
-        finer = _FINER_TOWARD_ZERO if cast.rounding == "zero" else _FINER
+        finer = _FINER_TOWARD_ZERO if cast.rounding == "zero" else LATTICE_FINER
         coarse = (self.bits <= _ALWAYS_BITS) | (lattice * finer > spacing) | Grid(cast).is_cut(low, high)
         one_by_one = ~on_grid & (coarse & (self.bits <= _LATTICE_BITS) | (self.high <= self.low))
         found = Expected(*(np.zeros(len(self.low)) for _ in Expected._fields))
@@ -100,6 +116,15 @@ class Bins:
         """Sum over the elements of each step, float64 [steps], of a quantity that is given per bin and element."""
         return np.bincount(self.step, weights=self.count * quantity, minlength=steps).astype(np.float64)
 
+    def energy(self, moment: Array, scale: Array, steps: int) -> Array:
+        """The same of a second moment in units of the scale: an energy in the tensor's own units."""
+        return np.bincount(self.step, weights=self.square * moment * scale**2, minlength=steps).astype(np.float64)
+
+    def energy_variance(self, variance: Array, scale: Array, steps: int) -> Array:
+        """Variance of that energy, from the variance of each element's part, float64 [steps]."""
+        each_bin = self.fourth * variance * (scale**2) ** 2
+        return np.bincount(self.step, weights=each_bin, minlength=steps).astype(np.float64)
+
     def unevenness(self) -> Array:
         """How many of each bin's elements may well lie elsewhere in it than an even spread has them, [N].
 
@@ -109,7 +134,7 @@ class Bins:
         """
         width = self.high - self.low
         density = np.divide(self.count, width, out=np.zeros_like(width), where=width > 0)
-        adjoining = (np.diff(self.bin) == 1) & (np.diff(self.step) == 0)
+        adjoining = (np.diff(self.place) == 1) & (np.diff(self.line) == 0)
         before, after = np.zeros_like(width), np.zeros_like(width)
         before[1:] = np.where(adjoining, density[:-1], 0.0)
         after[:-1] = np.where(adjoining, density[1:], 0.0)
@@ -145,7 +170,7 @@ class Bins:
         values[none, 0], weight[none, 0] = self.low[none], 1.0
         weight /= weight.sum(axis=1, keepdims=True)
         outcomes = Grid(cast).at(_in_units(values, cast, scale[:, None]))
-        return Expected(*(np.where(weight > 0, weight * outcome, 0.0).sum(axis=1) for outcome in outcomes))
+        return Expected(*((weight * np.where(weight > 0, outcome, 0.0)).sum(axis=1) for outcome in outcomes))
 
 
 def at_largest(amax: Array, cast: Cast, scale: Array) -> Expected:

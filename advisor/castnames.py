@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
+from advisor.errors import InvalidPlan
 from probes.casts import Cast
 
 KEEP = "fp32/none/nearest"
@@ -19,6 +21,17 @@ def parse_cast(text: str) -> Cast:
 def keeps(cast: Cast) -> bool:
     """Whether a cast leaves a tensor as it is."""
     return cast.format.name == "fp32" and cast.granularity == "none"
+
+
+def require_plannable(casts: Iterable[Cast]) -> None:
+    """Raises InvalidPlan for the first cast that no plan can be made with: it has scales by row, column or block."""
+    for cast in casts:
+        if not cast.has_one_scale:
+            raise InvalidPlan(
+                f"{cast} has a scale for every {cast.granularity}. What it does can be scored (advisor.score, from a "
+                "window opened with `finer`), but a plan cannot carry it out: such scales run along another axis in "
+                "each product that a tensor enters. Granularity 'none' and 'tensor' can be planned with"
+            )
 
 
 def short_cast(cast: Cast) -> str:

@@ -29,7 +29,8 @@ class PlanMismatch(InvalidPlan):
 
 
 class CastNotScored(AdvisorError, ValueError):
-    """A cast of which a window's sketches do not tell enough: with scales by row, column or block, or in e8m0."""
+    """A cast of which a window's sketches do not tell enough: in e8m0, or with scales by row, column or block
+    that the window was not opened for."""
 
 
 class UnknownHardware(AdvisorError, ValueError):

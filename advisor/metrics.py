@@ -9,6 +9,9 @@ tensors themselves (`tests/test_metrics.py`) rates are within 0.005 and SQNR wit
     few_elements  so few elements carry the error, or decide a rate, that chance within their bins is noticeable
     no_signs      the format's lowest value lies further out than its largest (int4's -8 and 7), and elements go there:
                   a sketch has no signs, so they all count as beyond the largest value
+    other_scales  of a cast by row or block: scales may be others than the sketch takes them to be, because tiles are so
+                  small or large that limits of scales apply, or because a power-of-two scale was sketched under a loss
+                  scale that is no power of two
 
 What is counted: rates are shares of the finite non-zero elements; overflow means rounding beyond the largest value,
 whether that saturates or not. NaN and Inf are in `nonfinite` and nowhere else. int8 has no subnormal results. Without
@@ -18,8 +21,8 @@ rounding is expected over its draws.
 A slot that met several tensors in a step is scored as if they had been one, with one scale. A delayed scale follows
 the recorded steps, whatever lay between them.
 
-A sketch holds one largest magnitude a tensor, so a cast with scales by row, column or block cannot be scored from it,
-and is refused; so is e8m0, in which no tensor is written.
+A cast with scales by row, column or block is scored from the sketch relative to these tiles (`relative.py`), over the
+steps at which the window has one. Without such a sketch it is refused, as is e8m0, in which no tensor is written.
 """
 
 from __future__ import annotations
@@ -29,14 +32,19 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from advisor.bins import BIN_BITS, Bins, at_largest
+from advisor.bins import BIN_BITS, LATTICE_FINER, Bins, at_largest
 from advisor.errors import CastNotScored
 from advisor.grid import Array, Expected, Grid
+from advisor.relative import kind_of, references_alike, relative_bins, toward_zero
 from probes import scaling
 from probes.casts import Cast
 from probes.history import SlotHistory
-from probes.measurable import why_not_measurable
+from probes.measurable import why_not_sketched
+from probes.relative_history import RelativeHistory
+from probes.sketch import BIN_EDGES
+from probes.tiles import Tiling, tiling_name
 
 
 @dataclass(frozen=True)
@@ -53,9 +61,17 @@ class Thresholds:
     distinct: float = 525
     """Distinct magnitudes in the sample. Each is one draw of δ², whose standard deviation is 0.89 times its mean where
     δ is spread evenly: with 525 draws, 0.039, which is `error_spread`."""
+    lattice_share: float = 0.05
+    """Share of the error energy that is made where a 16-bit tensor's lattice is coarse."""
+    mantissas: float = 16
+    """Mantissas of scales, effectively, that blur such a lattice."""
+    subnormal_share: float = 0.1
+    """Share of an fp16 tensor's elements that are so few steps above zero that their lattice decides rates."""
 
 
 THRESHOLDS = Thresholds()
+
+_COARSE_IN_FP16 = 2.0**-19  # 32 of its smallest steps
 
 Number = TypeVar("Number", float, Array)
 
@@ -72,7 +88,7 @@ class Measured(Generic[Number]):
     bias_energy            Σx·δ, which is -Σx² if all is flushed to zero
     error_spread           standard deviation of error_energy, as elements may be anywhere in their bins
     amax, amin             largest and smallest non-zero finite magnitude; 0 where there is none
-    flags                  for all steps together: "few_values", "few_elements", "no_signs"
+    flags                  for all steps together: "few_values", "few_elements", "no_signs", "other_scales"
     """
 
     nonzero: Number
@@ -166,11 +182,12 @@ _ADDED = (
 )
 
 
-def measure(history: SlotHistory, cast: Cast, dtype: str | None = None) -> Metrics:
-    """Metrics of a cast on one slot, for every recorded step; arithmetic on the sketches, no tensor needed.
+def measure(history: SlotHistory, cast: Cast, dtype: str | None = None, tiling: Tiling | None = None) -> Metrics:
+    """Metrics of a cast on one slot, for every step that was sketched; arithmetic on the sketches, no tensor needed.
 
-    dtype  the tensor's own ("float16", "bfloat16", "float32"), where known: fp16's subnormals are a coarse lattice
-           that the sketch does not tell of
+    dtype   the tensor's own ("float16", "bfloat16", "float32"), where known: fp16's subnormals are a coarse lattice
+            that the sketch does not tell of
+    tiling  for scales by row, column or block: which axis they run along; otherwise the first that was sketched
 
     Gradients that were recorded with a loss scale (the history's `gain`) are scored without it: a scale of s on x is
     one of s·gain on the x·gain that was recorded.
@@ -178,15 +195,14 @@ def measure(history: SlotHistory, cast: Cast, dtype: str | None = None) -> Metri
     Raises CastNotScored.
     """
     require_scored(cast)
+    if has_tiles(cast):
+        return _measure_tiles(history, cast, dtype, tiling)
     steps, amax, gain = len(history.steps), history.amax.astype(np.float64), history.gain
     step_scale = scales(amax / gain, cast) * gain
     bins = Bins.of(history)
     scale = step_scale[bins.step]
     expected = bins.outcomes(cast, scale, dtype)
     largest = at_largest(amax, cast, step_scale)
-
-    def energy(moment: Array, of_largest: Array) -> Array:
-        return bins.total(moment * scale**2, steps) + of_largest * step_scale**2
 
     metrics = Metrics(
         nonzero=history.nonzero.astype(np.float64),
@@ -196,23 +212,131 @@ def measure(history: SlotHistory, cast: Cast, dtype: str | None = None) -> Metri
         subnormals=bins.total(expected.subnormal, steps) + largest.subnormal,
         overflows=bins.total(expected.overflow, steps) + largest.overflow,
         signal_energy=history.sum_of_squares.astype(np.float64),
-        error_energy=energy(expected.squared, largest.squared),
-        bias_energy=energy(expected.product, largest.product),
+        error_energy=bins.energy(expected.squared, scale, steps) + largest.squared * step_scale**2,
+        bias_energy=bins.energy(expected.product, scale, steps) + largest.product * step_scale**2,
         error_spread=np.sqrt(
-            bins.total(_variance(expected) * (scale**2) ** 2, steps) + _variance(largest) * (step_scale**2) ** 2
+            bins.energy_variance(_variance(expected), scale, steps) + _variance(largest) * (step_scale**2) ** 2
         ),
         amax=amax,
         amin=history.amin.astype(np.float64),
         flags=(),
     )
-    flagged = replace(metrics, flags=_flags(history, bins, expected, scale, metrics.pooled(), cast))
+    few = _rounds_few_values(history, metrics.pooled())
+    flagged = replace(metrics, flags=_flags(few, bins, expected, scale, metrics.pooled(), cast))
     return flagged.divided(gain)
+
+
+def _measure_tiles(history: SlotHistory, cast: Cast, dtype: str | None, tiling: Tiling | None) -> Metrics:
+    """The same from a sketch relative to tiles, over its own steps."""
+    relative = _sketch_for(history, cast, tiling)
+    at = np.searchsorted(history.steps, relative.steps)
+    steps, bits = len(relative.steps), history.significant_bits.astype(np.int64)[at]
+    bins, scale = relative_bins(relative, cast, bits)
+    expected = bins.outcomes(cast, scale, dtype=None)
+    if cast.rounding == "zero" and kind_of(cast) == "current":
+        is_top, outcomes = toward_zero(relative, cast, bits)
+        for part, of_top in zip(expected, outcomes, strict=True):
+            part[is_top] = of_top
+    nonzero = bins.total(np.ones_like(bins.count), steps)
+    mean_square = (bins.low**2 + bins.low * bins.high + bins.high**2) / 3
+    whole = nonzero == history.nonzero[at]  # a sample of the tensor may have been all that the other sketch saw
+    metrics = Metrics(
+        nonzero=nonzero,
+        elements=history.elements[at].astype(np.float64),
+        nonfinite=history.nonfinite[at].astype(np.float64),
+        underflows=bins.total(expected.underflow, steps),
+        subnormals=bins.total(expected.subnormal, steps),
+        overflows=bins.total(expected.overflow, steps),
+        signal_energy=np.where(whole, history.sum_of_squares[at], bins.energy(mean_square, np.ones_like(scale), steps)),
+        error_energy=bins.energy(expected.squared, scale, steps),
+        bias_energy=bins.energy(expected.product, scale, steps),
+        error_spread=np.sqrt(
+            bins.energy_variance(_variance(expected), scale, steps) + _variance_of_amax(cast, history.amax[at])
+        ),
+        amax=history.amax[at].astype(np.float64),
+        amin=history.amin[at].astype(np.float64),
+        flags=(),
+    )
+    pooled, gain = metrics.pooled(), history.gain[at]
+    few = (
+        _rounds_few_values(history, pooled, at)
+        or _keeps_a_lattice(relative, bins, expected, scale, bits, cast)
+        or (dtype == "float16" and _share_below(history, _COARSE_IN_FP16) > THRESHOLDS.subnormal_share)
+    )
+    flags = _flags(few, bins, expected, scale, pooled, cast)
+    if _has_other_scales(relative, cast, gain):
+        flags += ("other_scales",)
+    return replace(metrics, flags=flags).divided(gain)
+
+
+def _variance_of_amax(cast: Cast, amax: NDArray[np.float32]) -> Array:
+    """Under nvfp4 a step's largest element falls on the format's largest value, or just below: toward zero, that is a
+    whole step of the grid. The variance of its error energy, [S]."""
+    if cast.rounding != "zero" or kind_of(cast) != "nvfp4":
+        return np.zeros(len(amax))
+    step = cast.format.largest_spacing * amax.astype(np.float64) / cast.format.largest
+    return (step**2 / 2) ** 2
+
+
+def _sketch_for(history: SlotHistory, cast: Cast, tiling: Tiling | None) -> RelativeHistory:
+    """The relative sketch that tells of a cast. Raises CastNotScored where there is none."""
+    name = tiling_name(cast)
+    if tiling is not None:
+        key = tiling.key
+    elif cast.granularity == "column":
+        raise CastNotScored(f"{cast}: the columns of a tensor are the rows of another axis; say which tiling is meant")
+    else:
+        key = next((key for key in history.finer if key.split(" ")[0] == name), name)
+    if key not in history.finer or not np.isin(history.finer[key].steps, history.steps).all():
+        there, asked = ", ".join(history.finer) or "none", f"{cast.granularity}/{kind_of(cast)}"
+        raise CastNotScored(
+            f"{cast} has a scale for every {cast.granularity}, and the window has no sketch {key!r} (it has {there}). "
+            f"Open it with advisor.probe(..., finer=[{asked!r}]), with other names beside it as needed"
+        )
+    return history.finer[key]
+
+
+def _keeps_a_lattice(
+    relative: RelativeHistory, bins: Bins, expected: Expected, scale: Array, bits: NDArray[np.int64], cast: Cast
+) -> bool:
+    """Whether a 16-bit tensor's own lattice shows: much of the error is made where it is not fine beside the grid, and
+    the scales are too much alike to blur it."""
+    octave = np.ldexp(1.0, np.frexp(bins.low)[1] - 1)
+    lattice = octave * 2.0 ** -bits[bins.step].astype(np.float64)
+    finer = LATTICE_FINER if cast.rounding == "zero" else 2  # half a step is nearly as good as none, but toward zero
+    coarse = lattice * finer > Grid(cast).spacing(bins.low / scale) * scale
+    error = np.where(np.isfinite(expected.squared), bins.square * expected.squared * scale**2, 0.0)
+    shows = error[coarse].sum() > THRESHOLDS.lattice_share * error.sum()
+    return bool(shows) and references_alike(relative, kind_of(cast)) < THRESHOLDS.mantissas
+
+
+def _share_below(history: SlotHistory, magnitude: float) -> float:
+    """Share of the non-zero elements, over all steps, in bins below a magnitude."""
+    below = history.counts[BIN_EDGES[history.bins] < magnitude].sum()
+    return float(below / max(history.counts.sum(), 1))
+
+
+def _has_other_scales(relative: RelativeHistory, cast: Cast, gain: Array) -> bool:
+    """Whether tiles enough to matter may be scaled otherwise than the sketch has it."""
+    if relative.extreme.sum() > THRESHOLDS.rate_shift * relative.counts.sum():
+        return True
+    return kind_of(cast) == "e8m0" and bool((np.frexp(gain)[0] != 0.5).any())
+
+
+def has_tiles(cast: Cast) -> bool:
+    """Whether a cast has scales by row, column or block."""
+    return not (cast.has_one_scale or cast.needs_no_scale)
+
+
+def scored_steps(history: SlotHistory, cast: Cast, tiling: Tiling | None = None) -> NDArray[np.int64]:
+    """The steps that `measure` has metrics of, int64 [S]: those at which that cast's sketch was taken."""
+    return _sketch_for(history, cast, tiling).steps if has_tiles(cast) else history.steps
 
 
 def require_scored(*casts: Cast) -> None:
     """Raises CastNotScored, which says why, for the first of these casts that sketches do not tell enough of."""
     for cast in casts:
-        if reason := why_not_measurable(cast):
+        if reason := why_not_sketched(cast):
             raise CastNotScored(reason)
 
 
@@ -242,18 +366,18 @@ def _largest_before(amax: Array, length: int) -> Array:
 
 
 def _flags(
-    history: SlotHistory, bins: Bins, expected: Expected, scale: Array, pooled: PooledMetrics, cast: Cast
+    rounds_few_values: bool, bins: Bins, expected: Expected, scale: Array, pooled: PooledMetrics, cast: Cast
 ) -> tuple[str, ...]:
     if not pooled.nonzero:
         return ()
     rates = (expected.underflow, expected.subnormal, expected.overflow)
     uneven = bins.unevenness()
     few_values = (
-        _rounds_few_values(history, pooled)
+        rounds_few_values
         or _rate_shift(rates, bins, uneven, scale, cast) > THRESHOLDS.rate_shift * pooled.nonzero
         or _energy_shift(expected, bins, uneven, scale, cast) > THRESHOLDS.error_spread * pooled.error_energy
     )
-    rate_spread = max(float(np.sqrt((bins.count * rate * (1 - rate)).sum())) for rate in rates)
+    rate_spread = max(float(np.sqrt((bins.count * rate * np.maximum(1 - rate, 0)).sum())) for rate in rates)
     few_elements = (
         pooled.error_spread > THRESHOLDS.error_spread * pooled.error_energy
         or rate_spread > THRESHOLDS.rate_spread * pooled.nonzero
@@ -277,7 +401,7 @@ def _energy_shift(expected: Expected, bins: Bins, uneven: Array, scale: Array, c
         spacing = Grid(cast).spacing(bins.low / scale)
         by_place = spacing**2 * np.minimum(_cells(bins, scale, cast) / 12**0.5, 1 / 180**0.5)
         deviation = np.where(expected.overflow > 0, deviation, np.minimum(deviation, by_place))
-    each_bin = (uneven * deviation * scale**2) ** 2
+    each_bin = (uneven * deviation * scale**2 * bins.square / bins.count) ** 2
     return float(np.sqrt(np.bincount(bins.step, weights=each_bin)).sum())
 
 
@@ -286,15 +410,15 @@ def _cells(bins: Bins, scale: Array, cast: Cast) -> Array:
     return (bins.high - bins.low) / scale / Grid(cast).spacing(bins.low / scale)
 
 
-def _rounds_few_values(history: SlotHistory, pooled: PooledMetrics) -> bool:
+def _rounds_few_values(history: SlotHistory, pooled: PooledMetrics, at: Any = slice(None)) -> bool:
     """Whether error is made on too few distinct magnitudes, by the median step of those where they are uncertain.
 
-    They are certain where all magnitudes are one, and where a bin has a single lattice point.
+    They are certain where all magnitudes are one, and where a bin has a single lattice point. `at`: which steps.
     """
-    uncertain = (history.amin < history.amax) & (history.significant_bits > BIN_BITS)
+    uncertain = ((history.amin < history.amax) & (history.significant_bits > BIN_BITS))[at]
     if not uncertain.any() or pooled.error_energy == 0:
         return False
-    return bool(np.median(history.distinct[uncertain]) < THRESHOLDS.distinct)
+    return bool(np.median(history.distinct[at][uncertain]) < THRESHOLDS.distinct)
 
 
 def _variance(expected: Expected) -> Array:

@@ -22,12 +22,13 @@ from typing import Any
 
 from advisor.confidence import confidence_of
 from advisor.lost_updates import epsilon_vanishes, lost_of
-from advisor.metrics import Metrics, PooledMetrics, measure, require_scored
+from advisor.metrics import Metrics, PooledMetrics, has_tiles, measure, require_scored
 from probes.casts import Cast
 from probes.measurable import why_not_measurable
 from probes.parameter_records import MASTER, WEIGHT_GRADIENT
 from probes.records import GRADIENT, Evidence, Slot
 from probes.step_table import data_frame
+from probes.tiles import Axis, axes_of, tiling_for
 from probes.window import Window
 
 DEFAULT_CASTS = tuple(map(Cast.parse, ("e4m3fn", "e5m2", "int8", "bf16", "fp16")))
@@ -52,6 +53,10 @@ class Scores:
                                (`confidence.py`); None with fewer than four steps
     bias                       Σx·δ/Σx²: what clipping and flushing to zero take off systematically
     flags                      why the metrics may be less exact than they look
+    axis                       for scales by row, column or block: the dimensions that they run along, which are those
+                               of the forward product (of a gradient: of the product that gives the input's), as
+                               `along -1`; None for any other cast
+    other_axes                 dicts of axis, underflow, subnormal, overflow, sqnr_db, flags: the other products
     """
 
     rows: list[dict[str, Any]]
@@ -71,10 +76,12 @@ class Scores:
 def score(window: Window, casts: Sequence[str | Cast] | None = None, *, slots: Sequence[Slot] | None = None) -> Scores:
     """Score casts (default: the usual 8-bit and 16-bit ones) on every slot of a window; no training, no tensors.
 
+    Scales by row, column and block are for tensors of products: a parameter's own slots get no rows for them.
+
     `slots`: score these alone, as `window.product_slots` for what a plan can choose from.
 
     Raises UnknownFormat or InvalidCast for a cast that is none, CastNotScored for one of which sketches do not tell
-    enough (scales by row, column or block), WindowError for a window that is still open.
+    enough (scales by row, column or block, where it was not opened with `finer`), WindowError for one still open.
     """
     chosen = [Cast.parse(cast) if isinstance(cast, str) else cast for cast in casts or DEFAULT_CASTS]
     require_scored(*chosen)
@@ -86,11 +93,27 @@ def score(window: Window, casts: Sequence[str | Cast] | None = None, *, slots: S
 def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[str, Any]]:
     history, evidence = window.history(*slot), window.evidence(*slot)
     dtype, is_product = window.dtype(slot), window.is_product(slot)
+    axes, dimensions = _axes(window, slot)
+    casts = [cast for cast in casts if is_product or not has_tiles(cast)]
+
+    def measured_along(cast: Cast, which: int = 0) -> Metrics:
+        tiling = tiling_for(cast, axes[which], axes, dimensions) if has_tiles(cast) else None
+        return measure(history, cast, dtype, tiling)
+
+    def by_axis(cast: Cast) -> dict[str, Any]:
+        if not has_tiles(cast):
+            return {"axis": None, "other_axes": []}
+        others = [
+            {"axis": str(axis), **_pick(measured_along(cast, which).pooled())}
+            for which, axis in enumerate(axes)
+            if which
+        ]
+        return {"axis": str(axes[0]), "other_axes": others}
 
     measured = map(Cast.parse, {*evidence.directional, *evidence.relative_noise})
     known = {str(cast): cast for cast in measured if why_not_measurable(cast) is None}
     known |= {str(cast): cast for cast in casts}
-    steps = {name: measure(history, cast, dtype) for name, cast in known.items()}
+    steps = {name: measured_along(cast) for name, cast in known.items()}
     metrics = {name: found.pooled() for name, found in steps.items()}
     forward = is_product and slot.role != GRADIENT
     damage = _Estimate(
@@ -103,7 +126,8 @@ def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[s
     )
     is_gradient = slot.role == WEIGHT_GRADIENT and not is_product
     rows = [_row(slot, str(cast), metrics[str(cast)], evidence, damage, noise, is_gradient) for cast in casts]
-    for row in rows:
+    for row, cast in zip(rows, casts, strict=True):
+        row |= by_axis(cast)
         row["confidence"] = _confidence(row, steps[row["cast"]], forward)
     if not is_product:
         _add_parameter(rows, window, slot, casts)
@@ -125,6 +149,21 @@ def _add_parameter(rows: Sequence[dict[str, Any]], window: Window, slot: Slot, c
 def _confidence(row: dict[str, Any], steps: Metrics, forward: bool) -> float | None:
     known = row["damage"] and row["damage_se"] is not None
     return confidence_of(steps, forward, row["damage_se"] / row["damage"] if known else None)
+
+
+def _axes(window: Window, slot: Slot) -> tuple[tuple[Axis, ...], int]:
+    """The axes of a slot's tensor in its products, and its number of dimensions; none for what is no operand."""
+    if not window.is_product(slot):
+        return (), 0
+    site = window.site(slot.site)
+    dimensions = len(site.shapes[slot.role])
+    return axes_of(site.op, site.roles, slot.role, dimensions), dimensions
+
+
+def _pick(metrics: PooledMetrics) -> dict[str, Any]:
+    """What a row says of an axis that is not its own."""
+    rates = {name: float(getattr(metrics, name)) for name in ("underflow", "subnormal", "overflow", "sqnr_db")}
+    return {**rates, "flags": list(metrics.flags)}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from probes.errors import MalformedWindow
 from probes.layout import BIN_SHIFT, BINS
-from probes.relative import RelativeHistory
+from probes.relative_history import RelativeHistory
 
 _FIRST = struct.Struct("<4sIQ")  # magic, steps, occupied bins; the arrays follow
 _HEADER = struct.Struct("<4sIQQI")  # magic, steps, occupied bins, bytes of the arrays, finer sketches

@@ -28,6 +28,7 @@ from probes.measurable import why_not_measurable
 from probes.pace import Clock, spread
 from probes.parameters import ParameterWatch
 from probes.recorder import Depth, Recorder
+from probes.tiles import checked_names
 from probes.window import Window
 
 USUAL_CASTS = ("e4m3fn", "e5m2", "int8", "bf16", "fp16")  # the candidates of the directional products
@@ -80,7 +81,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
             self._model,
             model,
             candidates(casts or USUAL_CASTS),
-            finer,
+            checked_names(finer),
             adaptive=not isinstance(optimizer, torch.optim.SGD),
             loss_scale=LossScale(loss_scale),
         )

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from probes.history import SlotHistory, SparseRow, history_of, sparse_row
 from probes.records import Slot
-from probes.relative import RelativeArray, RelativeHistory, RelativeRow
+from probes.relative import RelativeArray
+from probes.relative_history import RelativeHistory, RelativeRow
 from probes.sketch import SketchArray
 from probes.tiles import Tiling
 
@@ -42,8 +43,7 @@ class SlotRows:
         self.finished: dict[Slot, list[SparseRow]] = defaultdict(list)
         self._arrays: dict[torch.device, SketchArray] = {}
         self._slots: dict[torch.device, dict[Slot, int]] = defaultdict(dict)
-        self._relative: dict[torch.device, RelativeArray] = {}
-        self._relative_rows: dict[tuple[Slot, str], list[RelativeRow]] = defaultdict(list)
+        self._relative: dict[torch.device, RelativeArray[tuple[Slot, str]]] = {}
         self._arriving: list[_Finished] = []
 
     def add(self, slot: Slot, values: Tensor) -> None:
@@ -86,8 +86,7 @@ class SlotRows:
                 arrived.record(torch.cuda.current_stream(device))
             self._arriving.append(_Finished(step, dict(self._slots[device]), sums, extremes, gain, arrived))
         for relative in self._relative.values():
-            for key, row in relative.drain(step).items():
-                self._relative_rows[key].append(row)
+            relative.end_step(step)
 
     def settle(self) -> None:
         """Read what has been handed over; waits for copies that are still under way."""
@@ -105,6 +104,10 @@ class SlotRows:
         """Every slot's finished steps, in the order in which slots were first met."""
         self.settle()
         finer: dict[Slot, dict[str, RelativeHistory]] = defaultdict(dict)
-        for (slot, tiling), rows in self._relative_rows.items():
-            finer[slot][tiling] = RelativeHistory.of(rows)
+        met: dict[tuple[Slot, str], list[RelativeRow]] = defaultdict(list)
+        for relative in self._relative.values():
+            for key, found in relative.rows().items():
+                met[key] += found
+        for (slot, tiling), found in met.items():
+            finer[slot][tiling] = RelativeHistory.of(found)
         return {slot: history_of(rows, finer.get(slot)) for slot, rows in self.finished.items() if rows}

@@ -161,7 +161,7 @@ def test_a_window_without_a_loss_asks_for_a_tolerance() -> None:
         ({"max_lost_batch": 1.0}, InvalidPlan, "max_lost_batch"),
         ({"casts": ["fp8"]}, UnknownFormat, "e4m3fn"),
         ({"casts": ["e4m3fn/diagonal"]}, InvalidCast, "diagonal"),
-        ({"casts": ["e4m3fn", "e4m3fn/block32"]}, CastNotScored, "block32/e8m0/nearest has a scale for every block32"),
+        ({"casts": ["e4m3fn", "e4m3fn/block32"]}, InvalidPlan, "block32/e8m0/nearest has a scale for every block32"),
         ({"casts": ["e8m0"]}, CastNotScored, "e8m0 is a format for scales"),
     ],
 )

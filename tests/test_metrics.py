@@ -498,10 +498,10 @@ def test_overflow_without_saturation_is_an_infinite_error() -> None:
 @pytest.mark.parametrize(
     ("cast", "says"),
     [
-        ("e4m3fn/row", "a scale for every row, and a window knows the largest magnitude of a whole tensor alone"),
-        ("int8/column", "a scale for every column"),
-        ("e4m3fn/block32/e8m0/nearest", "e4m3fn/block32/e8m0/nearest has a scale for every block32"),
-        ("e2m1/block16/nvfp4", "Granularity 'none' and 'tensor' can be measured"),
+        ("e4m3fn/row", "a scale for every row, and the window has no sketch 'row/current'"),
+        ("int8/column", "the columns of a tensor are the rows of another axis"),
+        ("e4m3fn/block32", r"Open it with advisor.probe\(..., finer=\['block32/e8m0'\]\)"),
+        ("bf16/row", "needs no scale finer than a tensor's: score bf16/none"),
         ("e8m0/none", "e8m0 is a format for scales, without a sign and without zero"),
     ],
 )

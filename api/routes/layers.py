@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from advisor import Cast
-from advisor.metrics import measure
+from advisor.metrics import measure, scored_steps
 from api.context import ServicesDep
 from api.problems import Refusal
 from api.routes.selection import WindowQuery, no_slot, recorded_window
@@ -78,7 +78,7 @@ def history(
         role=role,
         cast=str(chosen_cast),
         window=window.id,
-        steps=[int(step) for step in slot.steps],
+        steps=[int(step) for step in scored_steps(slot, chosen_cast)],
         metrics={name: [float(value) for value in getattr(measured, name)] for name in wanted},
         flags=list(measured.flags),
     )
