@@ -19,6 +19,7 @@ from probes import cast_kernels, rounding, scaling
 from probes.errors import UnsupportedTensor
 from probes.formats import FORMATS, Format
 from probes.kernels import in_memory_order
+from probes.memory import memory_of
 
 if TYPE_CHECKING:
     from probes.casts import Cast
@@ -256,4 +257,4 @@ def _is_dense(x: Tensor) -> bool:
 
 def _row(x: Tensor) -> NDArray[np.float32]:
     """The memory of a dense tensor."""
-    return (x.view(-1) if x.is_contiguous() else in_memory_order(x)).numpy()
+    return memory_of(x if x.is_contiguous() else in_memory_order(x))

@@ -14,9 +14,10 @@ window by an exception takes no part, and the others wait for it as they do in a
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +28,28 @@ from torch import nn
 from probes.errors import WindowError
 from probes.history import SlotHistory, SparseRow, history_of
 from probes.joining import joined_coverage, joined_evidence, joined_losses, joined_sites
+from probes.layout import EXTREMES
 from probes.parameter_records import joined_records
+from probes.product_errors import pooled
 from probes.records import Slot
+from probes.relative_history import RelativeHistory, RelativeRow
+from probes.relative_layout import TAIL
 from probes.window import Contents
 
 Group = Any  # a torch.distributed.ProcessGroup, which a build without torch.distributed does not have
-Key = tuple[Slot, int]  # a slot at a step
+WHOLE = ""  # in a tiling's place: the tensor-wide sketch
+
+
+class Key(NamedTuple):
+    """A sketch of a slot, tensor-wide or by a tiling's name, at a step."""
+
+    slot: Slot
+    tiling: str
+    step: int
+
+
+Occupied = Mapping[Key, NDArray[np.uint16]]
+_MORE = {True: 6, False: TAIL}  # numbers that a sketch has beside its places: zeros to sum of squares, and the gain
 
 
 def group_of(model: nn.Module, given: Group | None = None) -> Group | None:
@@ -80,20 +97,29 @@ def agreed(decision: bool, group: Group | None) -> bool:
     return bool(told.item())
 
 
+class Piece(NamedTuple):
+    """What one rank has of one sketch of one step: numbers beside the places that they belong to, and some more."""
+
+    places: NDArray[np.uint16]  # rising
+    numbers: NDArray[np.float64]  # [places, ..]
+    more: NDArray[np.float64]
+
+
 def merged(contents: Contents, group: Group, sharded: bool) -> Contents:
     """The window of all ranks, the same on every rank. `sharded`: parameters' own tensors are parts, not copies.
 
-    Every rank of the group must call it. Raises WindowError if the ranks recorded different steps.
+    Every rank of the group must call it. If ranks recorded different steps, each keeps its own part, and says so.
     """
-    own = {(slot, row.step): row for slot, history in contents.histories.items() for row in history.rows()}
+    own, extremes = _pieces(contents.histories)
     told: list[Any] = [None] * dist.get_world_size(group)
-    bins = {key: row.bins for key, row in own.items()}
-    dist.all_gather_object(told, (bins, replace(contents, histories={})), group=group)
+    places = {key: piece.places for key, piece in own.items()}
+    dist.all_gather_object(told, (places, replace(contents, histories={})), group=group)
     occupied, ranks = [each for each, _ in told], [each for _, each in told]
     if len({rank.steps for rank in ranks}) > 1:
-        raise WindowError(f"the ranks recorded different steps: {sorted({rank.steps for rank in ranks})}")
+        note = f"the ranks recorded different steps ({sorted({rank.steps for rank in ranks})}): this is one rank's part"
+        return replace(contents, notes=(*contents.notes, note))
     once = _same_on_every_rank(ranks, occupied, sharded)
-    histories = _added(own, occupied, once, group)
+    histories = _histories(*_added(own, extremes, occupied, once, group))
     return replace(
         contents,
         losses=joined_losses([rank.losses for rank in ranks]),
@@ -102,53 +128,89 @@ def merged(contents: Contents, group: Group, sharded: bool) -> Contents:
         histories=histories,
         evidence={slot: joined_evidence([rank.evidence.get(slot) for rank in ranks]) for slot in histories},
         notes=tuple(dict.fromkeys(note for rank in ranks for note in rank.notes)),
+        sampled=tuple(dict.fromkeys(sentence for rank in ranks for sentence in rank.sampled)),
         parameter_records=joined_records([rank.parameter_records for rank in ranks], sharded),
+        backward_errors=tuple(pooled([error for rank in ranks for error in rank.backward_errors])),
         world_size=len(ranks),
     )
 
 
-def _same_on_every_rank(
-    ranks: Sequence[Contents], occupied: Sequence[Mapping[Key, NDArray[np.uint16]]], sharded: bool
-) -> frozenset[Slot]:
+def _pieces(histories: Mapping[Slot, SlotHistory]) -> tuple[dict[Key, Piece], dict[Key, NDArray[np.float32]]]:
+    """Every sketch of every step, and the extremes that tensor-wide ones have."""
+    pieces, extremes = {}, {}
+    for slot, history in histories.items():
+        for row in history.rows():
+            key = Key(slot, WHOLE, row.step)
+            pieces[key] = Piece(row.bins, row.counts.astype(np.float64)[:, None], np.append(row.tail, row.gain))
+            extremes[key] = row.extremes
+        for tiling, finer in history.finer.items():
+            for part in finer.rows():
+                numbers = np.stack([part.counts, part.squares], axis=1)
+                pieces[Key(slot, tiling, part.step)] = Piece(part.cells, numbers, part.tail)
+    return pieces, extremes
+
+
+def _same_on_every_rank(ranks: Sequence[Contents], occupied: Sequence[Occupied], sharded: bool) -> frozenset[Slot]:
     """Slots whose tensor each rank has whole."""
     sites = [site for rank in ranks for site in rank.sites]
     weights = {Slot(site.name, role) for site in sites if site.parameter for role in site.roles if "weight" in role}
     products = {Slot(site.name, role) for site in sites for role in site.roles}
-    parameters = {slot for keys in occupied for slot, _ in keys if slot not in products}
+    parameters = {key.slot for keys in occupied for key in keys if key.slot not in products}
     return frozenset(weights if sharded else weights | parameters)
 
 
 def _added(
-    own: Mapping[Key, SparseRow],
-    occupied: Sequence[Mapping[Key, NDArray[np.uint16]]],
+    own: Mapping[Key, Piece],
+    extremes: Mapping[Key, NDArray[np.float32]],
+    occupied: Sequence[Occupied],
     once: frozenset[Slot],
     group: Group,
-) -> dict[Slot, SlotHistory]:
-    """One SUM and one MAX over all ranks, of rows that every rank lays out alike."""
-    keys = sorted(dict.fromkeys(key for keys in occupied for key in keys), key=lambda key: key[1])
-    order = dict.fromkeys(slot for keys in occupied for slot, _ in keys)
-    bins = [np.unique(np.concatenate([each[key] for each in occupied if key in each])) for key in keys]
-    starts = np.cumsum([0, *map(len, bins)])
-    counts, tails, gains = np.zeros(starts[-1]), np.zeros((len(keys), 5)), np.zeros(len(keys))
-    extremes = np.full((len(keys), 4), -np.inf, dtype=np.float32)
+) -> tuple[dict[Key, Piece], dict[Key, NDArray[np.float32]]]:
+    """One SUM and one MAX over all ranks, of pieces that every rank lays out alike."""
+    keys = list(dict.fromkeys(key for keys in occupied for key in keys))
     me = dist.get_rank(group)
-    for place, key in enumerate(keys):
-        first = next(rank for rank, each in enumerate(occupied) if key in each)
-        if key in own and (me == first or key[0] not in once):
-            row = own[key]
-            counts[starts[place] + np.searchsorted(bins[place], row.bins)] = row.counts
-            tails[place], extremes[place] = row.tail, row.extremes
-            gains[place] = row.gain if me == first else 0.0
-    summed = _reduced(np.concatenate([counts, tails.ravel(), gains]), dist.ReduceOp.SUM, group)
-    extremes = _reduced(extremes, dist.ReduceOp.MAX, group)
-    counts, tails, gains = np.split(summed, [len(counts), len(counts) + tails.size])
-    rows: dict[Slot, list[SparseRow]] = {slot: [] for slot in order}
-    for place, (slot, step) in enumerate(keys):
-        held = counts[starts[place] : starts[place + 1]]
-        tail = tails.reshape(-1, 5)[place]
-        kept = bins[place][held > 0], held[held > 0].astype(np.int64)
-        rows[slot].append(SparseRow(step, *kept, tail, extremes[place], float(gains[place])))
-    return {slot: history_of(found) for slot, found in rows.items()}
+    laid, largest = [], []
+    for key in keys:
+        holders = [rank for rank, each in enumerate(occupied) if key in each]
+        places = np.unique(np.concatenate([occupied[rank][key] for rank in holders]))
+        numbers, more = np.zeros((len(places), 1 if key.tiling == WHOLE else 2)), np.zeros(_MORE[key.tiling == WHOLE])
+        most = np.full(EXTREMES, -np.inf, dtype=np.float32)
+        if key in own and (me == holders[0] or key.slot not in once):
+            numbers[np.searchsorted(places, own[key].places)] = own[key].numbers
+            more[:] = own[key].more
+            if key.tiling == WHOLE:
+                most = extremes[key]
+                more[-1] *= me == holders[0]  # the gain, which is the same on all
+        laid.append(Piece(places, numbers, more))
+        largest.append(most)
+    flat = [part.ravel() for piece in laid for part in (piece.numbers, piece.more)]
+    summed = iter(np.split(_reduced(np.concatenate([np.zeros(0), *flat]), dist.ReduceOp.SUM, group), _ends(flat)))
+    found = {}
+    for key, piece in zip(keys, laid, strict=True):
+        total, rest = next(summed).reshape(piece.numbers.shape), next(summed)
+        held = total[:, 0] > 0
+        found[key] = Piece(piece.places[held], total[held], rest)
+    joined = _reduced(np.array(largest, dtype=np.float32).reshape(-1, EXTREMES), dist.ReduceOp.MAX, group)
+    return found, dict(zip(keys, joined, strict=True))
+
+
+def _ends(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
+    return np.cumsum([len(part) for part in parts])
+
+
+def _histories(pieces: Mapping[Key, Piece], extremes: Mapping[Key, NDArray[np.float32]]) -> dict[Slot, SlotHistory]:
+    whole: dict[Slot, list[SparseRow]] = defaultdict(list)
+    finer: dict[Slot, dict[str, list[RelativeRow]]] = defaultdict(lambda: defaultdict(list))
+    for key in sorted(pieces, key=lambda key: key.step):
+        places, numbers, more = pieces[key]
+        if key.tiling == WHOLE:
+            counts = numbers[:, 0].astype(np.int64)
+            whole[key.slot].append(SparseRow(key.step, places, counts, more[:-1], extremes[key], float(more[-1])))
+        else:
+            finer[key.slot][key.tiling].append(RelativeRow(key.step, places, numbers[:, 0], numbers[:, 1], more))
+    order = dict.fromkeys(key.slot for key in pieces)
+    tiled = {slot: {name: RelativeHistory.of(rows) for name, rows in held.items()} for slot, held in finer.items()}
+    return {slot: history_of(whole[slot], tiled.get(slot)) for slot in order if slot in whole}
 
 
 def _reduced(array: NDArray[Any], operation: Any, group: Group) -> NDArray[Any]:

@@ -28,7 +28,7 @@ from probes.measurable import why_not_measurable
 from probes.pace import Clock, spread
 from probes.parameters import ParameterWatch
 from probes.recorder import Depth, Recorder
-from probes.tiles import checked_names
+from probes.tiles import DEFAULT, checked_names
 from probes.window import Window
 
 USUAL_CASTS = ("e4m3fn", "e5m2", "int8", "bf16", "fp16")  # the candidates of the directional products
@@ -48,7 +48,8 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
     curvature_steps    recorded steps on which damage and gradient noise are measured by extra backward passes; 0: none
     casts              candidates for those measurements, as strings or Casts, each with one scale a tensor or none; a
                        delayed one is measured with its own tensor's scale
-    finer              scales finer than a tensor's to sketch for as well (`tiles.py` names them)
+    finer              scales finer than a tensor's to sketch for as well, as `"row"` or `"block32/e8m0"`, at every
+                       recorded step; None: by row and block of 32 at the scored steps alone, which cost more anyway
     group              the torch.distributed group whose ranks have different parts of the batch; by itself that of
                        DistributedDataParallel or FSDP2. Their sketches are added up when the block is left
     loss_scale         the factor on the loss, where it has a constant one; None finds it, a GradScaler's too
@@ -68,7 +69,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         overhead: float | None = None,
         curvature_steps: int = 2,
         casts: Sequence[str | Cast] | None = None,
-        finer: Sequence[str] = (),
+        finer: Sequence[str] | None = None,
         loss_scale: float | None = None,
         group: Group | None = None,
     ) -> None:
@@ -76,12 +77,12 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         self._group = group_of(model, group)
         self._model = unwrapped(model)
         self._optimizer = optimizer
-        self._total, self._every = steps, every
+        self._total, self._every, self._tiled_where_scored = steps, every, finer is None
         self._recorder = Recorder(
             self._model,
             model,
             candidates(casts or USUAL_CASTS),
-            checked_names(finer),
+            checked_names(DEFAULT if finer is None else finer),
             adaptive=not isinstance(optimizer, torch.optim.SGD),
             loss_scale=LossScale(loss_scale),
         )
@@ -177,11 +178,12 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
     def _plan_step(self, allowed: bool) -> None:
         recorder = self._recorder
         recorded = allowed and recorder.step % self._every == 0
+        scored = recorded and len(recorder.scoring.steps) < self._due(self._scored)
         recorder.depth = Depth(
             recorded=recorded,
-            scored=recorded and len(recorder.scoring.steps) < self._due(self._scored),
+            scored=scored,
             followed=recorded and len(self._parameters.steps) < self._due(self._followed),
-            tiled=recorded,
+            tiled=scored if self._tiled_where_scored else recorded,
         )
         if recorded:
             recorder.count_beneath()

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from probes.layout import BIN_SHIFT
+from probes.memory import memory_of
 from probes.relative_layout import (
     BINS,
     EXTREME,
@@ -43,7 +44,8 @@ _CODES = {"current": 0, "e8m0": 1, "nvfp4": 2}
 def add(sums: NDArray[np.float64] | Tensor, values: Tensor, tiling: Tiling) -> None:
     """Add a CPU tensor to one piece `sums` [size_of(classes)], as laid out in `relative_layout.py`."""
     batches, rows, columns = tiling.in_memory(values)
-    source = batches.float().view(torch.int32).numpy()
+    single = batches.float().contiguous()
+    source = memory_of(single.view(torch.int32)).reshape(single.shape)
     flat = sums.numpy() if isinstance(sums, Tensor) else sums
     half = tiling.classes * BINS
     cells = flat[: 2 * half].reshape(2, tiling.classes, BINS)

@@ -325,10 +325,17 @@ def _of_this_version(header: Any) -> Mapping[str, Any]:
         missing["loss_scales"] = [1.0] * len(header.get("steps", ()))
         measured = any(entry["evidence"]["curvature"] is not None for entry in header["slots"])
         missing["curvature_from"] = "loss" if measured else None
-        return {**missing, **header}
+        missing["coverage"] = _of_both_passes(header["coverage"])
+        return {**header, **missing}
     if schema != SCHEMA:
         raise MalformedWindow(f"this is no window of a known version: schema {schema!r}, expected {SCHEMA!r}")
     return dict(header)
+
+
+def _of_both_passes(coverage: Any) -> Any:
+    """The first version counted the forward pass alone; the gradients of what it did not see are twice as much."""
+    unseen = [{**entry, "flops": 3 * entry["flops"]} for entry in coverage["unseen"]]
+    return {**coverage, "unseen": unseen}
 
 
 def _require_agreement(contents: Contents, slots: Sequence[Slot], histories: Sequence[SlotHistory]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from probes.history import SlotHistory
+from probes.relative_history import RelativeHistory
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -24,6 +25,12 @@ def with_nonfinite() -> Tensor:
 
 
 def same_history(a: SlotHistory, b: SlotHistory) -> bool:
+    """Equal in every number, those of the finer sketches included."""
+    whole = all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.name != "finer")
+    return whole and a.finer.keys() == b.finer.keys() and all(same_finer(a.finer[k], b.finer[k]) for k in a.finer)
+
+
+def same_finer(a: RelativeHistory, b: RelativeHistory) -> bool:
     return all(np.array_equal(getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
 
 

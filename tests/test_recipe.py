@@ -46,7 +46,7 @@ def test_only_the_roles_named_are_cast(window: Window) -> None:
 
 def test_its_cost_is_the_sum_of_the_scores(window: Window) -> None:
     plan = advisor.uniform(window, input="e4m3fn", weight=advisor.Cast.parse("e4m3fn"), grad_output="e5m2")
-    rows = advisor.score(window, casts=["e4m3fn", "e5m2"]).rows
+    rows = advisor.score(window, casts=["e4m3fn", "e5m2"], slots=window.product_slots).rows
     chosen = [row for row in rows if row["cast"].startswith("e5m2") == (row["role"] == "grad_output")]
     damages = [row["damage"] for row in chosen if row["role"] != "grad_output"]
     assert plan.predicted.damage == pytest.approx(math.fsum(damages))
