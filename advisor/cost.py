@@ -148,7 +148,7 @@ def shares(sites: Iterable[Site], casts: Mapping[tuple[str, str], Cast], hardwar
 
 def has_backward(site: Site) -> bool:
     """Whether the site has products in the backward pass."""
-    return any(_is_backward(product) for product in site.products)
+    return any(product.backward for product in site.products)
 
 
 def enters_gradient(site: Site, role: str) -> bool:
@@ -156,7 +156,7 @@ def enters_gradient(site: Site, role: str) -> bool:
 
     The weight of a first layer is in none: nobody needs the gradient of the data.
     """
-    return any(_is_backward(product) and role in product.operands for product in site.products)
+    return any(product.backward and role in product.operands for product in site.products)
 
 
 def role_bytes(site: Site, role: str, cast: Cast) -> float:
@@ -192,11 +192,6 @@ def memory(sites: Iterable[Site], casts: Mapping[tuple[str, str], Cast]) -> Memo
         copies_bytes=round(math.fsum(copies.values())),
         activations_bytes=round(math.fsum(activations)),
     )
-
-
-def _is_backward(product: Product) -> bool:
-    """Whether an operand is a gradient: of the site's result, or of something inside it ("scores_grad")."""
-    return any(name == GRADIENT or name.endswith("_grad") for name in product.operands)
 
 
 def _weight_elements(site: Site) -> int:

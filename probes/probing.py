@@ -28,6 +28,8 @@ from probes.measurable import why_not_measurable
 from probes.pace import Clock, spread
 from probes.parameters import ParameterWatch
 from probes.recorder import Depth, Recorder
+from probes.relative import bytes_a_slot
+from probes.sketch import BYTES_A_SLOT
 from probes.tiles import DEFAULT, checked_names
 from probes.window import Window
 
@@ -78,11 +80,12 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         self._model = unwrapped(model)
         self._optimizer = optimizer
         self._total, self._every, self._tiled_where_scored = steps, every, finer is None
+        self._finer = checked_names(DEFAULT if finer is None else finer)
         self._recorder = Recorder(
             self._model,
             model,
             candidates(casts or USUAL_CASTS),
-            checked_names(DEFAULT if finer is None else finer),
+            self._finer,
             adaptive=not isinstance(optimizer, torch.optim.SGD),
             loss_scale=LossScale(loss_scale),
         )
@@ -94,6 +97,18 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         self._open, self._hooks = ExitStack(), ExitStack()
         self._entered = self._stepped = False
         self.window = Window()
+
+    @property
+    def bytes_a_slot(self) -> int:
+        """What one slot's sketches take on its device while the window is open, however many steps it has.
+
+        16 KiB and a little for the tensor-wide one; finer ones add most. Known before the window opens.
+        """
+        return BYTES_A_SLOT + bytes_a_slot(self._finer)
+
+    def __repr__(self) -> str:
+        size = f"{self.bytes_a_slot / 1024:.0f} KiB a slot, {BYTES_A_SLOT / 1024:.0f} of them for tensor-wide sketches"
+        return f"<probe of {self._total} steps: {size}>"
 
     def __enter__(self) -> Window:
         if self._entered:

@@ -60,6 +60,10 @@ BIN_EDGES = _bin_edges()
 """float64 [BINS + 1]: bin b holds magnitudes in [BIN_EDGES[b], BIN_EDGES[b + 1])."""
 
 
+BYTES_A_SLOT = 8 * SUMS + 4 * EXTREMES
+"""What one slot's sketch takes while it is being made."""
+
+
 class SketchArray:
     """The sketches of one device: `sums` float64 [capacity, SUMS] and `extremes` float32 [capacity, EXTREMES].
 

@@ -294,6 +294,21 @@ def test_bad_arguments_say_what_to_do(arguments: dict[str, Any], says: str) -> N
         probe(**given)
 
 
+def test_memory_is_known_before_the_window_opens() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plain, usual = probe(model, optimizer, finer=()), probe(model, optimizer)
+    assert plain.bytes_a_slot * 5_000 < 256 * 2**20
+    assert usual.bytes_a_slot > plain.bytes_a_slot
+    assert "16 KiB a slot" in repr(plain)
+    with probe(model, optimizer, steps=1000, finer=()) as window:
+        for _ in range(3):
+            model(torch.randn(4, 16)).sum().backward()
+            optimizer.step()
+    assert probe(model, optimizer, steps=1, finer=()).bytes_a_slot == plain.bytes_a_slot
+    assert window.steps == (0, 1, 2)
+
+
 def test_an_unknown_loss_is_said() -> None:
     model = nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
