@@ -27,6 +27,7 @@ _HOME = {
     "apply": "advisor.emulation",
     "compare": "advisor.comparing",
     "connect": "advisor.client",
+    "curvature_of": "probes.losses",
     "drift": "advisor.drifting",
     "load_plan": "advisor.plan",
     "load_window": "probes.windowfile",

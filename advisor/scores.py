@@ -42,7 +42,7 @@ class Scores:
     underflow, subnormal, overflow  shares of the non-zero elements, pooled over the window
     sqnr_db, dynamic_range_bits, exponent_bits, amax, rms
     damage, damage_se          predicted rise of the loss and its standard error; None for gradients, and where no
-                               known loss was met
+                               known loss was met (`window.curvature_from` is not "loss")
     damage_from                "directional" (measured at the scored steps) or "sketch" (estimated)
     noise_ratio                noise energy that the cast adds to gradients, over the minibatch's own
     lost_batch_share           1 − 1/(1 + noise_ratio)
@@ -115,7 +115,9 @@ def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[s
     known |= {str(cast): cast for cast in casts}
     steps = {name: measured_along(cast) for name, cast in known.items()}
     metrics = {name: found.pooled() for name, found in steps.items()}
-    forward = is_product and slot.role != GRADIENT
+    # Where the loss's curvature was not known, the training gradient stands in its place: off by up to 100 times, it
+    # is no prediction, and stays in the window's evidence.
+    forward = is_product and slot.role != GRADIENT and window.curvature_from != "gradient"
     damage = _Estimate(
         evidence.directional if forward else {},
         {name: _damage_from_sketch(found, evidence) for name, found in metrics.items()} if forward else {},

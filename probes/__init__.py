@@ -21,6 +21,7 @@ _HOME = {
     "Site": "records",
     "SlotHistory": "history",
     "Window": "window",
+    "curvature_of": "losses",
     "format_named": "format_names",
     "load_window": "windowfile",
     "probe": "probing",

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from probes.history import SlotHistory
+from probes.losses import KNOWN_NAMES
 from probes.parameter_records import sampled_parameters
 from probes.parameters import ParameterWatch
 from probes.recorder import Recorder, SiteTally
@@ -32,7 +33,8 @@ def contents_of(
         recorder.note("no matrix product was met: the hook sees torch's own functions")
     elif recorder.scoring.tried and not recorder.scoring.knew_the_loss:
         recorder.note(
-            "no loss function with a known curvature was met (F.cross_entropy, F.mse_loss), so damage is not predicted"
+            f"no loss function with a known curvature was met ({', '.join(KNOWN_NAMES)}): the training gradient is "
+            "kept in its place, and damage is not predicted; curvature_of(loss, outputs, factor) tells a loss's own"
         )
     scales = tuple(scale.value for scale in recorder.loss_scales)
     losses = (math.nan if loss is None else float(loss) for loss in recorder.losses)

@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode, _pop_mode_temporarily
 
 from probes.autocast import multiplied_dtype
-from probes.curvature import unchanged
 from probes.layout import SUMS
 from probes.names import written
 from probes.ops import OPERATIONS
 from probes.records import GRADIENT, Product, Slot
 from probes.sites import ProductCall
 from probes.sketch import add, empty_extremes
+from probes.undisturbed import unchanged
 
 if TYPE_CHECKING:
     from probes.recorder import Recorder

@@ -1,49 +1,49 @@
-"""What a few scored steps measure beside the sketches: curvature, the directional products, and gradient noise.
+"""The curvature backward: one more backward pass from a random vector whose covariance is the loss's Hessian.
 
-Curvature. When the loss function is called, the graph from its input back to every product stands. From there one
-more backward pass is run from a random vector whose covariance is the loss's Hessian (`losses.py`); what arrives at a
-product's result is a draw of the Gauss-Newton gradient there. The gradient at each operand follows by the product's
-own vector-Jacobian product, so that first layers are included and several consumers of a tensor never mix. Two sums
-are kept a slot: Σg², from which any cast is estimated later, and for each candidate cast ½·Σ_samples (g·δ)² with the
-cast's real error δ on that step's tensor. The square is taken after summing within a sample, because neighbouring
-rounding errors are alike; for a weight a sample's sum is ⟨grad_output_s, input_s·δᵀ⟩. Where samples mix (BatchNorm
-downstream) the whole batch is one sample: unbiased still, with a larger spread, so more draws are taken.
-
-Gradient noise. In the training backward of the same steps, each candidate cast's error is put into the products that
-make the gradients, and its energy is compared with theirs: over the whole gradient where the optimizer takes it as it
-is (SGD), and channel by channel, then averaged, where it divides each element by its own size (Adam and its kin),
-because there a channel whose small gradients are flushed to zero loses as much as any other.
+When the training's own backward pass reaches the result of a known loss function, the graph below it still stands, and
+what the loss counts in the total (c: divided sums, masks, accumulation, auxiliary factors, loss scale) is the gradient
+that arrives there. From the loss's input the pass is run to every product; what arrives at a product's result is a
+draw of the Gauss-Newton gradient there, in the total's own units. The gradient at each operand follows by the
+product's own vector-Jacobian product, so that first layers are included and several consumers of a tensor never mix.
+Two sums are kept a slot: Σg², from which any cast is estimated later, and for each candidate cast ½·Σ_samples (g·δ)²
+with the cast's real error δ on that step's tensor. The square is taken after summing within a sample, because
+neighbouring rounding errors are alike; for a weight a sample's sum is ⟨grad_outputₛᵀ·inputₛ, δ⟩. `samples.py` says what
+a sample is; where samples mix the whole batch is one: unbiased still, with a larger spread, so more draws are taken.
 
 A candidate has one scale a tensor or none: scales by row or block would have to run along the inner dimension of each
 product, forward and backward, and here a tensor is cast once for all of them. It is called without a state, so a
 delayed cast takes its scale from the tensor at hand (times its margin) and not from the steps before: what it loses by
 being late is in the sketches' metrics alone.
 
-All draws come from generators of our own, and `torch.autograd.grad` towards the products' results touches no `.grad`
-and no parameter's hooks. A tensor hook that the user has put on an activation does run once more.
+All draws come from generators of our own, and `torch.autograd.grad` towards the products' results touches no `.grad`,
+no parameter's hooks and no bucket of DistributedDataParallel. A tensor hook that the user has put on an activation
+does run once more. Nothing is read from the device: sums stay tensors until the window closes.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._python_dispatch import _disable_current_modes
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from probes.casts import Cast
-from probes.losses import LossCall
-from probes.records import GRADIENT, Slot
+from probes.edges import gradient_edge
+from probes.losscall import LossCall
+from probes.records import Slot
+from probes.samples import by_sample, is_an_experts, sample_dimension
 from probes.sites import ProductCall
+from probes.vjp import matrix_weight, vjp
 
 DRAWS = 2  # a scored step; with 32 samples and 2 scored steps the spread is about 13%
 DRAWS_AT_ONCE = 2  # held in memory together: this many times the products' results
 DRAWS_WHOLE_BATCH = 8  # a whole-batch draw is a chi-square of one degree of freedom: the spread of 16 is 35%
+FEWEST_ROWS = 4  # a sample, from which on its own weight gradient is cheaper than one more product for each cast
+SAMPLE_GRADIENTS = 2**24  # numbers: how large samples' weight gradients that are held together may be, 64 MiB
 
 
 @dataclass
@@ -52,23 +52,38 @@ class Met:
 
     call: ProductCall
     edge: GradientEdge
+    shape: torch.Size  # of the result
     keys: list[Key]
     versions: list[int]
     batch: int | None
     whole_batch: bool = False
 
     @classmethod
-    def of(cls, call: ProductCall, result: Tensor, batch: int | None) -> Met:
+    def of(cls, call: ProductCall, result: Tensor, batch: int | None, copies: bool = False) -> Met:
+        """`copies`: of the weights, where their memory is given up before the backward pass (FSDP2)."""
         keys = [
             Key(Slot(call.site, role), view_of(operand) if role == "weight" else object())
             for role, operand in zip(call.roles, call.operands, strict=True)
         ]
-        return cls(call, get_gradient_edge(result), keys, [operand._version for operand in call.operands], batch)
+        if copies:
+            call = replace(call, operands=[_kept(o, role) for o, role in zip(call.operands, call.roles, strict=True)])
+        versions = [operand._version for operand in call.operands]
+        whole = is_an_experts(call) or not _has_samples(call, batch)
+        return cls(call, gradient_edge(result), result.shape, keys, versions, batch, whole)
 
     @property
     def intact(self) -> bool:
         """No operand has been changed in place since."""
         return self.versions == [operand._version for operand in self.call.operands]
+
+
+def _kept(operand: Tensor, role: str) -> Tensor:
+    return operand.detach().clone().requires_grad_(operand.requires_grad) if role == "weight" else operand
+
+
+def _has_samples(call: ProductCall, batch: int | None) -> bool:
+    activations = [o for o, role in zip(call.operands, call.roles, strict=True) if role != "weight"]
+    return all(sample_dimension(o, batch, o) is not None for o in activations)
 
 
 def view_of(tensor: Tensor) -> object:
@@ -84,238 +99,184 @@ class Key(NamedTuple):
 
 
 @dataclass
-class Part:
-    """One tensor's gradients [draws, *shape] and, per cast, the samples' inner products with its error [draws, B]."""
+class Sums:
+    """Per slot, float64: Σg², and for each cast (in their order) ½·Σ(g·δ)², with the sum of its terms' squares.
 
-    gradients: Tensor
-    terms: dict[str, Tensor]
+    The squares tell the mean's spread. Each is a mean over draws.
+    """
 
-    def plus(self, other: Part) -> Part:
-        """The same tensor in two products: gradients and inner products add up."""
-        terms = {}
-        for cast, one in self.terms.items():
-            another = other.terms[cast]
-            if one.shape != another.shape:  # one product could be split into samples and the other not
-                one, another = (values.sum(1, keepdim=True) for values in (one, another))
-            terms[cast] = one + another
-        return Part(self.gradients + other.gradients, terms)
+    curvature: Tensor
+    directional: Tensor
+    squares: Tensor
 
-    def sums(self) -> Sums:
-        """What the slot's sums grow by."""
-        found = Sums(curvature=_energy(self.gradients))
-        for cast, terms in self.terms.items():
-            halves = 0.5 * terms.square()
-            found.directional[cast] = float(halves.sum())
-            found.squares[cast] = float(halves.square().sum())
-        return found
+    def plus(self, other: Sums) -> Sums:
+        """Both together."""
+        return Sums(
+            self.curvature + other.curvature, self.directional + other.directional, self.squares + other.squares
+        )
+
+    def times(self, factor: float) -> Sums:
+        """Of a loss that is `factor` times as large."""
+        return Sums(factor * self.curvature, factor * self.directional, factor**2 * self.squares)
+
+    def numbers(self) -> Tensor:
+        """All in one, [1 + 2·casts]."""
+        return torch.cat([self.curvature[None], self.directional, self.squares])
 
 
 @dataclass
-class Sums:
-    """Per slot: Σg², and per cast ½·Σ(g·δ)² with the sum of its terms' squares, for its spread."""
+class Part:
+    """One tensor's gradients [draws, *shape], and the samples' inner products with the casts' errors [draws, casts, B].
 
-    curvature: float = 0.0
-    directional: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    squares: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    Where the products were needed sample by sample the gradients' sum is one over samples, all the same.
+    """
 
-    def add(self, other: Sums, scale: float) -> None:
-        self.curvature += scale * other.curvature
-        for cast, value in other.directional.items():
-            self.directional[cast] += scale * value
-            self.squares[cast] += scale**2 * other.squares[cast]
+    gradients: Tensor
+    terms: Tensor
+
+    def plus(self, other: Part) -> Part:
+        """The same tensor in two products: gradients and inner products add up."""
+        one, another = self.terms, other.terms
+        if one.shape != another.shape:  # one product could be split into samples and the other not
+            one, another = (terms.sum(-1, keepdim=True) for terms in (one, another))
+        return Part(self.gradients + other.gradients, one + another)
+
+    def sums(self, draws: int) -> Sums:
+        """What the slot's sums grow by; `draws` is how many there are in all."""
+        halves = 0.5 * self.terms.double().square()
+        return Sums(
+            torch.linalg.vector_norm(self.gradients).double().square() / draws,
+            halves.sum((0, 2)) / draws,
+            halves.square().sum((0, 2)) / draws**2,
+        )
 
 
-def curvature_sums(loss: LossCall, met: Sequence[Met], casts: Sequence[Cast], seed: int) -> dict[Slot, Sums]:
-    """Sums over the products behind one loss call, mean a draw, for the summed loss (still to be scaled by c).
+def curvature_sums(
+    loss: LossCall, counts: Tensor, met: Sequence[Met], casts: Sequence[Cast], seed: int
+) -> dict[Slot, Sums]:
+    """Sums over the products behind one loss call, mean a draw; `counts` is what each of its items counts (≥ 0).
 
     A weight that enters several products of a slot has one error in all of them: their parts add up before the square.
+    Call it in `undisturbed()`.
     """
-    draws = DRAWS_WHOLE_BATCH if any(product.whole_batch for product in met) else DRAWS
-    generator = torch.Generator(loss.outputs.device).manual_seed(seed)
-    sums: dict[Slot, Sums] = defaultdict(Sums)
     reached = [product for product in met if product.intact]
     if not reached:
-        return sums
+        return {}
+    draws = DRAWS_WHOLE_BATCH if any(product.whole_batch for product in reached) else DRAWS
+    generator = torch.Generator(loss.outputs[0].device).manual_seed(seed)
+    sums: dict[Slot, Sums] = {}
     edges = [product.edge for product in reached]
     uses = Counter(key for product in reached for key in product.keys)
-    with undisturbed():
-        for start in range(0, draws, DRAWS_AT_ONCE):
-            count = min(DRAWS_AT_ONCE, draws - start)
-            # Each draw's gradients at the products' results, so that a cast's error is computed once for all of them.
-            drawn = [
-                torch.autograd.grad(loss.outputs, edges, loss.draw(generator), retain_graph=True, allow_unused=True)
-                for _ in range(count)
-            ]
-            parts: dict[Key, Part] = {}
-            left = uses.copy()
-            for product, *gradients in zip(reached, *drawn, strict=True):
-                found = [] if gradients[0] is None else _parts(product, gradients, casts)
-                for key, part in zip(product.keys, found, strict=False):
-                    parts[key] = part if key not in parts else parts[key].plus(part)
-                for key in product.keys:
-                    left[key] -= 1
-                    if not left[key] and key in parts:
-                        sums[key.slot].add(parts.pop(key).sums(), 1 / draws)
+    wanted = [i for i, output in enumerate(loss.outputs) if output.requires_grad]
+    for start in range(0, draws, DRAWS_AT_ONCE):
+        # Each draw's gradients at the products' results, so that a cast's error is computed once for all of them.
+        drawn = []
+        for _ in range(min(DRAWS_AT_ONCE, draws - start)):
+            vectors = loss.vectors(generator, counts)
+            outputs, starts = [loss.outputs[i] for i in wanted], [vectors[i] for i in wanted]
+            drawn.append(torch.autograd.grad(outputs, edges, starts, retain_graph=True, allow_unused=True))
+        parts: dict[Key, Part] = {}
+        left = uses.copy()
+        for product, *gradients in zip(reached, *drawn, strict=True):
+            found = [] if gradients[0] is None else parts_of(product, gradients, casts)
+            for key, part in zip(product.keys, found, strict=False):
+                parts[key] = part if key not in parts else parts[key].plus(part)
+            for key in product.keys:
+                left[key] -= 1
+                if not left[key] and key in parts:
+                    grown = parts.pop(key).sums(draws)
+                    sums[key.slot] = sums[key.slot].plus(grown) if key.slot in sums else grown
     return sums
 
 
-def _parts(product: Met, gradients: Sequence[Tensor], casts: Sequence[Cast]) -> list[Part]:
+def parts_of(product: Met, gradients: Sequence[Tensor], casts: Sequence[Cast]) -> list[Part]:
     """Each operand's part in one product, for some draws, given each draw's gradient at the product's result."""
-    call = product.call
+    call, batch = product.call, None if product.whole_batch else product.batch
     operands = [operand.detach().float() for operand in call.operands]
-    gradients = [gradient.float() for gradient in gradients]
-    at_operands = [vjp(call, operands, gradient, range(len(operands))) for gradient in gradients]
-    activation = next((o for o, role in zip(call.operands, call.roles, strict=True) if role != "weight"), None)
-    batch = None if product.whole_batch else product.batch
-    parts = []
-    for i, (role, operand) in enumerate(zip(call.roles, operands, strict=True)):
-        terms = {}
+    gradients = [gradient.float().reshape(product.shape) for gradient in gradients]
+    apart = [i for i, role in enumerate(call.roles) if role == "weight" and batch is not None]
+    together = [i for i in range(len(operands)) if i not in apart]
+    found: dict[int, Part] = {}
+    at_operands = [vjp(call, operands, gradient, together) for gradient in gradients]
+    for place, i in enumerate(together):
+        dimension = sample_dimension(operands[i], batch, call.operands[i])
+        drawn = torch.stack([at_operand[place] for at_operand in at_operands])
+        rows = torch.stack([by_sample(gradient, dimension, batch) for gradient in drawn], dim=1)  # [B, draws, n]
+        terms = []
         for cast in casts:
-            error = cast(operand) - operand
-            if role == "weight" and batch is not None:
-                moved = call.plain([error if j == i else other for j, other in enumerate(operands)])
-                dimension = sample_dimension(gradients[0], batch, activation)
-                pairs = [(gradient, moved) for gradient in gradients]
-            else:
-                dimension = sample_dimension(operand, batch, call.operands[i])
-                pairs = [(found[i], error) for found in at_operands]
-            terms[str(cast)] = torch.stack([sample_sums(g, e, dimension, batch) for g, e in pairs])
-        parts.append(Part(torch.stack([found[i] for found in at_operands]), terms))
-    return parts
+            error = by_sample(cast(operands[i]) - operands[i], dimension, batch)
+            terms.append((rows @ error.unsqueeze(-1)).squeeze(-1).T)  # [draws, B]
+        found[i] = Part(drawn, _stacked(terms, drawn))
+    for i in apart:
+        found[i] = _weight_part(call, operands, i, gradients, casts, batch)
+    return [found[i] for i in range(len(operands))]
 
 
-def sample_dimension(values: Tensor, batch: int | None, like: Tensor | None) -> int | None:
-    """The dimension of a tensor that holds the samples, alone or as the outer part of a flattened one; None: none does.
-
-    Of several that fit, the one that is outermost in the memory of `like`, a tensor with the same leading dimensions:
-    [T, B, D] that was transposed from [B, T, D] is told from a flattened [B·T, D] so.
-    """
-    if not batch or values.dim() == 0:
-        return None
-    fits = [d for d in range(values.dim()) if values.shape[d] == batch or (d == 0 and values.shape[0] % batch == 0)]
-    if like is None or like.dim() != values.dim():
-        return fits[0] if fits else None
-    return max(fits, key=lambda d: (like.stride(d), -d), default=None)
-
-
-def sample_sums(a: Tensor, b: Tensor, dimension: int | None, batch: int | None) -> Tensor:
-    """Inner products of two tensors of one shape within each sample, float64 [batch]; [1] without such a dimension."""
-    rows = 1
-    if dimension is not None and batch:
-        a, b = a.movedim(dimension, 0), b.movedim(dimension, 0)
-        rows = batch
-    return torch.bmm(a.reshape(rows, 1, -1), b.reshape(rows, -1, 1)).flatten().double()
-
-
-def noise_ratios(
-    call: ProductCall, gradient: Tensor, casts: Sequence[Cast], adaptive: bool
-) -> dict[Slot, dict[str, float]]:
-    """For each role and cast: the energy of the cast's error in the gradients it enters, over those gradients' energy.
-
-    `adaptive`: the optimizer divides each element by its own size. `grad_output` enters the weight gradient (both
-    gradients where neither operand is a parameter); an operand enters the other's gradient. Attention is not bilinear:
-    there the error is the difference of two backward passes.
-    """
-    operands = [operand.detach().float() for operand in call.operands]
-    gradient = gradient.detach().float()
-    trained = [i for i, operand in enumerate(call.operands) if operand.requires_grad]
-    ratios: dict[Slot, dict[str, float]] = defaultdict(dict)
-    with undisturbed():
-        exact = dict(zip(trained, vjp(call, operands, gradient, trained), strict=True))
-        for cast in casts:
-            for i, role in enumerate([*call.roles, GRADIENT]):
-                wanted = _enters(call, i, trained)
-                if not any(bool(exact[j].any()) for j in wanted):
-                    continue
-                if i == len(operands):
-                    errors = vjp(call, operands, cast(gradient) - gradient, wanted)
-                elif not call.operation.multilinear:
-                    changed = [cast(operand) if j == i else operand for j, operand in enumerate(operands)]
-                    errors = [
-                        new - exact[j] for j, new in zip(wanted, vjp(call, changed, gradient, wanted), strict=True)
-                    ]
-                else:
-                    changed = [cast(operand) - operand if j == i else operand for j, operand in enumerate(operands)]
-                    errors = vjp(call, changed, gradient, wanted)
-                pairs = [(error, exact[j]) for j, error in zip(wanted, errors, strict=True)]
-                ratios[Slot(call.site, role)][str(cast)] = _relative(pairs, adaptive and call.parameter is not None)
-    return ratios
-
-
-def _enters(call: ProductCall, i: int, trained: Sequence[int]) -> list[int]:
-    """The operands whose gradients the tensor in role i enters; i == len(operands) is grad_output."""
-    if i == len(call.operands):
-        weights = [j for j in trained if call.roles[j] == "weight"]
-        return weights or list(trained)
-    if not call.operation.multilinear:
-        return list(trained)
-    return [j for j in trained if j != i]
-
-
-def vjp(call: ProductCall, operands: Sequence[Tensor], gradient: Tensor, wanted: Sequence[int]) -> list[Tensor]:
-    """Gradients at the wanted operands of one product, given the gradient at its result. Float32 throughout."""
-    if call.operation.name == "linear":
-        x, weight = operands
-        found = []
-        for i in wanted:
-            if i == 0:
-                found.append(gradient @ weight)
-            else:
-                found.append(gradient.reshape(-1, gradient.shape[-1]).T @ x.reshape(-1, x.shape[-1]))
-        return found
-    if not wanted:
-        return []
-    with torch.enable_grad():
-        leaves = [operand.detach().requires_grad_(i in wanted) for i, operand in enumerate(operands)]
-        result = call.plain(leaves)
-        return list(torch.autograd.grad(result, [leaves[i] for i in wanted], gradient))
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Puts the model's buffers back: what checkpointing recomputes updates BatchNorm's running statistics again.
-
-    Through `.data`, whose version autograd does not watch, and only where something changed.
-    """
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if buffer.layout == torch.strided]
-    try:
-        yield
-    finally:
-        for buffer, kept in before:
-            if not torch.equal(buffer, kept):
-                buffer.data.copy_(kept)
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Work of our own inside the user's step: no modes, no autocast, no graph, and the random streams put back."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with (
-        torch.random.fork_rng(devices=list(devices)),
-        torch._C.DisableTorchFunction(),
-        _disable_current_modes(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-        torch.no_grad(),
-    ):
-        yield
-
-
-def _relative(pairs: Sequence[tuple[Tensor, Tensor]], by_channel: bool) -> float:
-    """Energy of errors over that of exact values; by channel, the larger mean over the first two dimensions."""
-    if not by_channel:
-        return sum(_energy(error) for error, _ in pairs) / sum(_energy(exact) for _, exact in pairs)
+def _weight_part(
+    call: ProductCall, operands: list[Tensor], i: int, gradients: list[Tensor], casts: Sequence[Cast], batch: int | None
+) -> Part:
+    """A weight's part, sample by sample: ⟨Gₛ, δ⟩, Gₛ the sample's own weight gradient, or ⟨gradientₛ, inputₛ·δᵀ⟩."""
+    assert batch is not None
+    activation = next(o for o, role in zip(call.operands, call.roles, strict=True) if role != "weight")
+    errors = (cast(operands[i]) - operands[i] for cast in casts)
+    kind = matrix_weight(call) if i == 1 else None
+    dimension = sample_dimension(activation, batch, activation)
+    if kind is not None and dimension is not None and dimension < activation.dim() - 1 and "alpha" not in call.kwargs:
+        x = _rows_by_sample(operands[0], dimension, batch)
+        if x.shape[1] >= FEWEST_ROWS:
+            flat = torch.stack([error.flatten() for error in errors], dim=1) if casts else None  # [n, casts]
+            drawn = [
+                _sample_gradients(_rows_by_sample(gradient, dimension, batch), x, flat, kind) for gradient in gradients
+            ]
+            terms = torch.stack([terms for _, terms in drawn])
+            return Part(torch.stack([gradient for gradient, _ in drawn]), terms)
+    dimension = sample_dimension(gradients[0], batch, activation)
     found = []
-    for error, exact in pairs:
-        for dimension in range(min(exact.dim(), 2)):
-            noise, signal = (_channel_energy(values, dimension) for values in (error, exact))
-            found.append(float((noise[signal > 0] / signal[signal > 0]).mean()) if bool((signal > 0).any()) else 0.0)
-    return max(found)
+    for error in errors:
+        moved = call.plain([error if j == i else other for j, other in enumerate(operands)])
+        moved = by_sample(moved, dimension, batch).unsqueeze(-1)
+        rows = torch.stack([by_sample(gradient, dimension, batch) for gradient in gradients], dim=1)
+        found.append((rows @ moved).squeeze(-1).T)
+    whole = torch.stack([vjp(call, operands, gradient, [i])[0] for gradient in gradients])
+    return Part(whole, _stacked(found, whole))
 
 
-def _channel_energy(values: Tensor, dimension: int) -> Tensor:
-    return torch.linalg.vector_norm(values.movedim(dimension, 0).flatten(1), dim=1).double().square()
+def _sample_gradients(g: Tensor, x: Tensor, errors: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    """The weight's gradient, and its samples' inner products with `errors` [n, casts]: [casts, B].
+
+    g [B, rows, O] and x [B, rows, I], a few samples at a time.
+    """
+    left, right = (g, x) if kind == "rows" else (x, g)
+    size = left.shape[-1] * right.shape[-1]
+    at_once = max(1, SAMPLE_GRADIENTS // max(size, 1))
+    total, terms = None, []
+    for a, b in zip(left.split(at_once), right.split(at_once), strict=True):
+        gradients = a.transpose(1, 2) @ b
+        total = gradients.sum(0) if total is None else total + gradients.sum(0)
+        terms.append(gradients.new_zeros(len(a), 0) if errors is None else gradients.flatten(1) @ errors)
+    assert total is not None
+    return total, torch.cat(terms).T
 
 
-def _energy(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values)) ** 2
+def _rows_by_sample(values: Tensor, dimension: int, batch: int) -> Tensor:
+    """[B, rows, features]."""
+    return values.movedim(dimension, 0).reshape(batch, -1, values.shape[-1])
+
+
+def _stacked(terms: Sequence[Tensor], like: Tensor) -> Tensor:
+    """[draws, casts, B] of each cast's [draws, B]."""
+    return torch.stack(list(terms), dim=1) if terms else like.new_zeros(len(like), 0, 1)
+
+
+def total_of(parts: Sequence[dict[Slot, Sums]]) -> dict[Slot, Sums]:
+    """The sums of several loss calls together."""
+    found: dict[Slot, Sums] = {}
+    by_slot: dict[Slot, list[Sums]] = defaultdict(list)
+    for part in parts:
+        for slot, sums in part.items():
+            by_slot[slot].append(sums)
+    for slot, several in by_slot.items():
+        found[slot] = several[0]
+        for sums in several[1:]:
+            found[slot] = found[slot].plus(sums)
+    return found

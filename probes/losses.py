@@ -1,100 +1,105 @@
-"""The loss functions whose curvature the window knows: a random vector with the loss's own Hessian as covariance.
-
-For a loss ℓ(z) with Hessian H in the model's outputs z, a vector v with E[v·vᵀ] = H, sent backward through the model,
-gives gradients whose expected squares are the diagonal of the Gauss-Newton matrix. The draw is made for the summed
-loss; `scale` says what the mean or a weighted mean divides by. Whatever the training code does to the loss afterwards
-(accumulation, an auxiliary factor) shows in the gradient that reaches the loss function's result, and multiplies it.
-"""
+"""The loss functions whose curvature the window knows: torch's own by what they are given, others by declaration."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import _reduction
+from torch.overrides import handle_torch_function, has_torch_function
+
+from probes.errors import WindowError
+from probes.likelihoods import LIKELIHOODS
+from probes.losscall import Given, LossCall, signs
+from probes.residuals import RESIDUALS
+
+Factor = Tensor | Callable[[torch.Generator], Tensor | Sequence[Tensor]]
+
+WITHOUT_CURVATURE: frozenset[Any] = frozenset({F.l1_loss})
+"""Losses whose second derivative is zero wherever there is one: a window that meets no other knows no damage."""
 
 
-@dataclass(frozen=True)
-class LossCall:
-    """One call of a known loss function.
+def curvature_of(loss: Tensor, outputs: Tensor | Sequence[Tensor], factor: Factor) -> Tensor:
+    """Tell an open window the curvature of a loss that it does not know by itself; without a window, nothing happens.
 
-    `outputs` is the model's output z as the loss took it; `draw(generator)` gives v, shaped as z, for the summed loss;
-    `scale` is d(result)/d(summed loss).
+        loss = advisor.curvature_of(my_loss(z, target), z, factor=lambda generator: ...)
+
+    loss       the loss as it came out of its function: one number, or one a sample (its shape leads that of outputs)
+    outputs    of the model, what the loss is a function of; any number of tensors
+    factor     F with F·Fᵀ = H, the Hessian of the loss in the outputs, never negative in any direction: a tensor of
+               the shape of the (single) output, the root of a diagonal H; or one with a last dimension more, [..., n,
+               k], whose H lies in blocks of n by n along the output's last dimension; or a function that is given a
+               torch.Generator on the loss's device and returns a random v with E[v·vᵀ] = H, one for each output
+
+    Returns `loss`, to be trained with as before. Known losses that take the same outputs inside count no more. Raises
+    WindowError for outputs that do not hang together with the loss or the factor; what `factor` itself raises, or a
+    v of another shape, becomes a note of the window.
     """
-
-    name: str
-    outputs: Tensor
-    draw: Callable[[torch.Generator], Tensor]
-    scale: float
+    if has_torch_function((loss,)):
+        told: Tensor = handle_torch_function(curvature_of, (loss,), loss, outputs, factor)
+        return told
+    return loss
 
 
 def loss_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossCall | None:
-    """What is known of a call of a loss function; None where it is no known loss or its reduction is "none"."""
+    """What is known of a call of a loss function; None where it is none, or its outputs need no gradient."""
+    if function is curvature_of:
+        return _declared(**inspect.signature(curvature_of).bind(*args, **kwargs).arguments)
     read = _KNOWN.get(function)
     if read is None:
         return None
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
-    given = bound.arguments
-    if given["reduction"] not in ("mean", "sum"):
-        return None
+    given = dict(bound.arguments)
+    if given.get("size_average") is not None or given.get("reduce") is not None:
+        given["reduction"] = _reduction.legacy_get_string(given["size_average"], given["reduce"], emit_warning=False)
     call = read(given)
-    return call if call is None or call.outputs.requires_grad else None
+    return call if call is not None and any(output.requires_grad for output in call.outputs) else None
 
 
-def _cross_entropy(given: dict[str, Any]) -> LossCall | None:
-    """v = √w·(p − e_ŷ) with ŷ drawn from the model's own distribution at each position, w the target's class weight.
+def _declared(loss: Tensor, outputs: Tensor | Sequence[Tensor], factor: Factor) -> LossCall | None:
+    taken = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    for output in taken:
+        if loss.shape != output.shape[: loss.dim()] and loss.numel() != 1:
+            raise WindowError(
+                f"curvature_of: a loss of shape {tuple(loss.shape)} does not lead outputs of {tuple(output.shape)}; "
+                "give one number, or one a sample"
+            )
+    if isinstance(factor, Tensor) and (len(taken) != 1 or factor.shape[: taken[0].dim()] != taken[0].shape):
+        raise WindowError(
+            f"curvature_of: a factor of shape {tuple(factor.shape)} for outputs of "
+            f"{[tuple(output.shape) for output in taken]}: give one of the output's shape, or with one dimension more"
+        )
 
-    The Hessian of the logarithm of the softmax does not depend on the target, so label smoothing changes nothing.
-    """
-    logits, target, weight = given["input"], given["target"], given["weight"]
-    classes = 1 if logits.dim() > 1 else 0
-    if target.is_floating_point():
-        if weight is not None:
-            return None
-        weights = torch.ones_like(logits.detach().select(classes, 0))
-        total = float(weights.numel())
-    else:
-        weights = (target != given["ignore_index"]).to(logits.dtype)
-        if weight is not None:
-            weights = weights * weight.detach()[target.clamp(min=0)]
-        total = float(weights.sum())
+    def draw(generator: torch.Generator, counts: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(factor, Tensor):
+            root = factor.detach().float()
+            if factor.dim() > taken[0].dim():  # a vector of k numbers for each block, the same in all its n rows
+                noise = torch.randn(
+                    *factor.shape[:-2], 1, factor.shape[-1], generator=generator, device=generator.device
+                )
+                vectors: Sequence[Tensor] = [(root * noise).sum(-1)]
+            else:
+                vectors = [root * signs(factor.shape, generator)]
+        else:
+            made = factor(generator)
+            vectors = [made] if isinstance(made, Tensor) else list(made)
+        found = []
+        for vector, output in zip(vectors, taken, strict=True):
+            if vector.shape != output.shape:
+                raise WindowError(f"the factor gave {tuple(vector.shape)} for an output of {tuple(output.shape)}")
+            lead = counts.sqrt()
+            lead = lead.reshape(()) if lead.numel() == 1 else lead
+            found.append(vector.detach().float() * lead.reshape(*lead.shape, *[1] * (output.dim() - lead.dim())))
+        return tuple(found)
 
-    def draw(generator: torch.Generator) -> Tensor:
-        probabilities = logits.detach().float().softmax(classes).movedim(classes, -1)
-        rows = probabilities.reshape(-1, probabilities.shape[-1])
-        drawn = torch.multinomial(rows, 1, generator=generator).reshape(probabilities.shape[:-1])
-        chosen = F.one_hot(drawn, rows.shape[-1])
-        vector = (probabilities - chosen) * weights.float().sqrt().unsqueeze(-1)
-        return vector.movedim(-1, classes).to(logits.dtype)
-
-    return LossCall("cross_entropy", logits, draw, _scale(given, total))
-
-
-def _mse(given: dict[str, Any]) -> LossCall | None:
-    """v = √2·normal noise: the Hessian of a squared error is 2, whatever the target."""
-    outputs, target = given["input"], given["target"]
-    if outputs.shape != target.shape or given.get("weight") is not None:
-        return None
-
-    def draw(generator: torch.Generator) -> Tensor:
-        noise = torch.randn(outputs.shape, generator=generator, device=outputs.device)
-        return (2**0.5 * noise).to(outputs.dtype)
-
-    return LossCall("mse_loss", outputs, draw, _scale(given, outputs.numel()))
+    return LossCall("declared", taken, draw) if any(output.requires_grad for output in taken) else None
 
 
-def _scale(given: dict[str, Any], total: float) -> float:
-    if given["reduction"] == "sum":
-        return 1.0
-    return 1.0 / total if total else 0.0
+_KNOWN: dict[Callable[..., Any], Callable[[Given], LossCall | None]] = {**LIKELIHOODS, **RESIDUALS}
 
-
-_KNOWN: dict[Callable[..., Any], Callable[[dict[str, Any]], LossCall | None]] = {
-    F.cross_entropy: _cross_entropy,
-    F.mse_loss: _mse,
-}
+KNOWN_NAMES = tuple(function.__name__ for function in _KNOWN)

@@ -24,6 +24,7 @@ class Frame:
     """One entry into a module's forward: its path, and how often each operation has been met in it.
 
     `trains`: gradients were enabled on entry. `recomputes`: it was entered in the backward pass.
+    `routed`: rows have been picked by index in it, so that they may be in another order than the batch's.
     """
 
     path: str
@@ -32,6 +33,7 @@ class Frame:
     recomputes: bool
     met: Counter[str] = field(default_factory=Counter)
     leave: Callable[[], None] | None = None
+    routed: bool = False
 
 
 @dataclass(frozen=True)

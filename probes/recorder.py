@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from probes.autocast import multiplied_dtype
@@ -30,6 +29,7 @@ from probes.losses import loss_call
 from probes.names import Frame, in_backward
 from probes.records import GRADIENT, Coverage, Product, Site, Slot
 from probes.rows import SlotRows
+from probes.samples import batch_size
 from probes.scoring import Scoring
 from probes.sites import ProductCall, SiteHook
 from probes.tiles import Tiling, tilings_of
@@ -149,8 +149,7 @@ class Recorder(SiteHook):
 
     def on_forward(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the batch size off the model's inputs."""
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
-        self._batch = tensors[0].shape[0] if tensors else None
+        self._batch = batch_size(*args, *kwargs.values())
         self.began = self.began or torch.is_grad_enabled()
 
     def on_product(self, call: ProductCall) -> Any:
@@ -182,11 +181,11 @@ class Recorder(SiteHook):
                 self._sketch(Slot(product.site, GRADIENT), self._at_joined_scale(gradient))
 
     def on_other(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Everything else: losses are recognised, and normalisation over the batch."""
+        """Everything else: losses are recognised, and what mixes samples."""
         if not self.depth.recorded or in_backward() or self._laying is not None:
             return function(*args, **kwargs)
-        if self.depth.scored and function is F.batch_norm and _mixes(args, kwargs):
-            self.scoring.mix_samples()
+        if self.depth.scored and torch.is_grad_enabled():
+            self.scoring.on_other(function, args, kwargs, self._batch, self.stack.frames)
         result = function(*args, **kwargs)
         if torch.is_grad_enabled():
             loss = loss_call(function, args, kwargs)
@@ -200,6 +199,8 @@ class Recorder(SiteHook):
         """The training loss is what backward starts from; several in a step add up."""
         if self.depth.recorded and isinstance(root, Tensor) and root.numel() == 1:
             self._loss.append(root.detach())
+            if self.depth.scored:
+                self.scoring.on_backward(root)
             self.loss_scale.backward_from(root)
 
     # Steps.
@@ -284,7 +285,7 @@ class Recorder(SiteHook):
         tilings = self._tilings(call, GRADIENT, results[0].dim()) if results else ()
         if self.depth.scored and (results or call.opaque):
             if call.replayable:
-                met = self.scoring.meet(call, results[0], self._batch)
+                met = self.scoring.meet(call, results[0], self._batch, self.stack.frames)
             else:
                 why = "in a custom autograd function " * call.opaque
                 self.note(f"{call.site}: {call.operation.name} {why}is recorded, and its damage is not predicted")
@@ -318,8 +319,3 @@ class Recorder(SiteHook):
     def stop_counting(self) -> None:
         """The optimizer's own products are not the model's."""
         self.beneath = None
-
-
-def _mixes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    training = args[5] if len(args) > 5 else kwargs.get("training", False)
-    return bool(training)

@@ -1,34 +1,39 @@
 """The scored steps of a window: curvature, gradient noise and backward errors, measured by work of our own.
 
-A scored step is one of the user's training steps in which, beside the sketches, every product is kept until the loss
-function is called. There the curvature backward runs (`curvature.py`); when the training's own gradients arrive, the
-candidate casts' noise in them and the products' backward errors are measured. Whatever fails becomes a note: the
-training goes on.
+A scored step is one of the user's training steps in which, beside the sketches, every product is kept until the
+training's backward pass reaches the loss function's result. There the curvature backward runs (`curvature.py`), inside
+a hook on that result: what the loss counts in the total is known then, number by number, and the graph below still
+stands, because nothing of it can run before. When the training's own gradients arrive at the products, the candidate
+casts' noise in them and the products' backward errors are measured. A backward pass in which no known loss is reached
+leaves the training gradient in the curvature's place, marked as such: the empirical Fisher matrix, as if the loss were
+a mean over the batch of the logarithms of probabilities. Whatever fails becomes a note: the training goes on.
 """
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from probes.casts import Cast
-from probes.curvature import Met, Sums, curvature_sums, noise_ratios, unchanged, undisturbed
-from probes.losses import LossCall
+from probes.curvature import Met, Sums, curvature_sums, parts_of, total_of
+from probes.distributed import is_sharded
+from probes.losscall import LossCall
+from probes.losses import WITHOUT_CURVATURE
+from probes.names import Frame, in_backward
+from probes.noise import noise_ratios
 from probes.product_errors import ProductError, pooled, site_backward_errors
 from probes.records import Evidence, Slot
+from probes.samples import crosses_samples, mixes_samples, picks_rows
 from probes.sites import ProductCall
+from probes.undisturbed import unchanged, undisturbed
 
-
-@dataclass
-class Pending:
-    """One loss call's sums, waiting for the gradient that reaches the loss: d(total)/d(result) times its scale."""
-
-    sums: dict[Slot, Sums]
-    scale: float = 0.0
+UNTOLD_SHARE = 0.01  # of the total that no known loss accounts for, from which on the window says so
 
 
 class Scoring:
@@ -42,84 +47,180 @@ class Scoring:
         self.knew_the_loss = False
         self.whole_batch: set[str] = set()
         self._model, self._adaptive, self._seed, self._note = model, adaptive, seed, note
-        self._curvature: dict[Slot, list[Sums]] = defaultdict(list)
+        self._sharded = is_sharded(model)
+        self._found: dict[str, dict[Slot, list[Tensor]]] = {"loss": defaultdict(list), "gradient": defaultdict(list)}
         self._noise: dict[Slot, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._errors: list[ProductError] = []
-        self._met: list[Met] = []
-        self._pending: list[Pending] = []
+        self._generation = 0
+        self._start_step()
 
-    def meet(self, call: ProductCall, result: Tensor, batch: int | None) -> Met:
+    def _start_step(self) -> None:
+        self._generation += 1  # a hook that outlives its step finds another
+        self._met: list[Met] = []
+        self._spent = False
+        self._declared: set[Any] = set()
+        self._drawn: list[dict[Slot, Sums]] = []
+        self._gradients: list[dict[Slot, Sums]] = []
+        self._ratios: list[tuple[Slot, str, Tensor]] = []
+        self._roots: list[Tensor] = []
+        self._told: list[Tensor] = []
+        self._reached_a_loss = False
+
+    # What the recorder meets.
+
+    def meet(self, call: ProductCall, result: Tensor, batch: int | None, frames: Sequence[Frame]) -> Met:
         """Keep a product of this step, for the curvature backward."""
-        met = Met.of(call, result, batch)
+        if self._spent and not in_backward():
+            self._met, self._spent = [], False  # those of a forward pass that has been gone back through
+        met = Met.of(call, result, batch, copies=self._sharded)
+        synchronized = any(isinstance(module, nn.SyncBatchNorm) and module.training for module in self._model.modules())
+        met.whole_batch = met.whole_batch or synchronized or any(frame.routed for frame in frames)
         self._met.append(met)
+        if crosses_samples(call.operation.name, call.operands):
+            self._mix()
         return met
 
-    def mix_samples(self) -> None:
-        """Samples mix from here on (BatchNorm): everything before it sees the whole batch as one."""
+    def on_other(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batch: int | None,
+        frames: Sequence[Frame],
+    ) -> None:
+        """Any other call: does it mix samples?"""
+        if function in WITHOUT_CURVATURE:
+            self._note(f"{function.__name__} has no curvature (its second derivative is zero): it adds to no damage")
+        if mixes_samples(function, args, kwargs):
+            self._mix()
+        elif frames and picks_rows(function, args, kwargs, batch):
+            frames[-1].routed = True
+            if len(frames) > 1:
+                self._mix()
+
+    def _mix(self) -> None:
         for met in self._met:
             met.whole_batch = True
-            self.whole_batch.add(met.call.site)
 
     def on_loss(self, loss: LossCall, result: Tensor, step: int) -> None:
-        """A loss function with a known curvature has returned: the graph to every product behind it stands now."""
+        """A loss function with a known curvature has returned: when its gradient comes, the curvature backward runs."""
         self.knew_the_loss = True
-        if not self._met:
-            return
-        self.drawing = True
-        try:
-            draw = self._seed + 1_000_003 * step + len(self._pending)
-            with unchanged(self._model):
-                sums = curvature_sums(loss, self._met, self.casts, seed=draw)
-        except Exception as error:  # whatever it was, the user's training goes on, and the window says so
-            self._note(f"no curvature: the extra backward pass failed with {type(error).__name__}: {error}")
-            return
-        finally:
-            self.drawing = False
-        pending = Pending(sums)
-        self._pending.append(pending)
+        outputs = {get_gradient_edge(output) for output in loss.outputs if output.requires_grad}
+        if loss.name == "declared":
+            self._declared |= outputs
+        generation, value = self._generation, result.detach()
 
         def reached(gradient: Tensor) -> None:
-            pending.scale += float(gradient) * loss.scale
-            self._met = []  # the graph is about to be freed, and the operands with it
+            if self.drawing or generation != self._generation:
+                return
+            self._spent = True
+            if loss.name != "declared" and outputs <= self._declared:
+                return
+            with undisturbed():
+                self._told.append((gradient.double() * value.double()).sum())
+                self._draw(loss, gradient, step)
 
         result.register_hook(reached)
 
+    def _draw(self, loss: LossCall, gradient: Tensor, step: int) -> None:
+        if not loss.intact:
+            self._note(f"no curvature of a {loss.name}: what it took was changed in place afterwards")
+            return
+        self.drawing = True
+        try:
+            counts = loss.counts(gradient)
+            largest, smallest = counts.max().item(), counts.min().item()
+            if not (math.isfinite(largest) and math.isfinite(smallest)):
+                return  # a loss scale that was too large: such a step is skipped
+            if smallest < 0:
+                self._note(f"some items of {loss.name} count negatively in the loss: their curvature is left out")
+            if largest > 0:
+                # Draws of the size of one, whatever the loss is divided by: nothing underflows in fp16.
+                counts = counts.clamp(min=0) / largest
+                seed = self._seed + 1_000_003 * step + len(self._drawn)
+                with unchanged(self._model):
+                    found = curvature_sums(loss, counts, self._met, self.casts, seed)
+                self._drawn.append({slot: sums.times(largest) for slot, sums in found.items()})
+                self.whole_batch |= {met.call.site for met in self._met if met.whole_batch}
+            self._reached_a_loss = True
+        except Exception as error:  # whatever it was, the user's training goes on, and the window says so
+            self._note(f"no curvature: the extra backward pass failed with {type(error).__name__}: {error}")
+        finally:
+            self.drawing = False
+
+    def on_backward(self, root: Tensor) -> None:
+        """A backward pass starts from this loss."""
+        self._roots.append(root.detach())
+        self._reached_a_loss = False
+
     def on_gradient(self, met: Met, gradient: Tensor) -> None:
         """The training's gradient has arrived at a product of this step."""
+        self._spent = True
         if not met.intact:
             return
         call = met.call
         try:
-            for slot, ratios in noise_ratios(call, gradient, self.casts, self._adaptive).items():
-                for cast, ratio in ratios.items():
-                    self._noise[slot][cast].append(ratio)
             with undisturbed():
+                for slot, ratios in noise_ratios(call, gradient, self.casts, self._adaptive).items():
+                    self._ratios += [(slot, cast, ratio) for cast, ratio in ratios.items()]
+                if not self._reached_a_loss:
+                    self._keep_gradient(met, gradient)
                 self._errors += site_backward_errors(call, gradient)
-        except Exception as error:  # as in `on_loss`
+        except Exception as error:  # as in `_draw`
             self._note(f"no gradient noise at {call.site}: {type(error).__name__}: {error}")
+
+    def _keep_gradient(self, met: Met, gradient: Tensor) -> None:
+        parts = parts_of(met, [gradient.detach()], self.casts)
+        sums = {key.slot: part.sums(1).times(met.batch or 1) for key, part in zip(met.keys, parts, strict=True)}
+        self._gradients.append(sums)
+
+    # Steps.
 
     def end_step(self, step: int, loss_scale: float) -> None:
         """Settle a scored step: curvature in units of the loss without its scale."""
         self.tried += 1
-        total: dict[Slot, Sums] = defaultdict(Sums)
-        for pending in self._pending:
-            if pending.scale > 0:
-                for slot, sums in pending.sums.items():
-                    total[slot].add(sums, pending.scale / loss_scale)
-        for slot, sums in total.items():
-            self._curvature[slot].append(sums)
-        if total:
+        drawn = self._settle("loss", total_of(self._drawn), loss_scale)
+        passes = max(len(self._roots), 1)
+        self._settle("gradient", total_of(self._gradients), loss_scale**2 / passes)
+        for (slot, cast, _), ratio in zip(self._ratios, _read([r[None] for *_, r in self._ratios]), strict=True):
+            if not ratio.isnan():
+                self._noise[slot][cast].append(float(ratio))
+        if drawn:
+            self.steps.append(step)
+            self._say_what_is_untold()
+        elif self._gradients:
             self.steps.append(step)
         self.forget()
 
+    def _settle(self, kind: str, sums: dict[Slot, Sums], divisor: float) -> bool:
+        """Keep a step's sums. They are read here, all at once."""
+        rows = _read([found.times(1 / divisor).numbers() for found in sums.values()])
+        if not rows or not all(bool(row.isfinite().all()) for row in rows):
+            return False
+        for slot, row in zip(sums, rows, strict=True):
+            self._found[kind][slot].append(row)
+        return True
+
+    def _say_what_is_untold(self) -> None:
+        if not self._roots:
+            return
+        total, told = (sum(float(part) for part in parts) for parts in (self._roots, self._told))
+        if abs(total - told) > UNTOLD_SHARE * max(abs(total), abs(told)):
+            self._note(
+                "the training loss is no weighted sum of losses with a known curvature: "
+                f"they account for {told:.4g} of {total:.4g}, and the rest is in no predicted damage"
+            )
+
     def forget(self) -> None:
         """Let go of every tensor of the step."""
-        self._met, self._pending = [], []
+        self._start_step()
+
+    # What was found.
 
     @property
     def curvature_from(self) -> str | None:
-        """ "loss" where its curvature was known and reached the products; None where nothing was."""
-        return "loss" if self._curvature else None
+        """ "loss" where its curvature was known and reached the products; "gradient" where the training's stands."""
+        return next((kind for kind, found in self._found.items() if found), None)
 
     @property
     def backward_errors(self) -> tuple[ProductError, ...]:
@@ -128,19 +229,32 @@ class Scoring:
 
     def evidence(self, slot: Slot, batch_noise: float | None) -> Evidence:
         """What was measured of a slot."""
-        sums = self._curvature.get(slot, [])
-        steps = len(sums)
-        directional: dict[str, float] = {}
-        spread: dict[str, float] = {}
-        for cast in sums[0].directional if sums else ():
-            directional[cast] = sum(part.directional[cast] for part in sums) / steps
-            # For a normal a, the variance of a² is two thirds of E[a⁴].
-            spread[cast] = (2 / 3 * sum(part.squares[cast] for part in sums)) ** 0.5 / steps
+        kind = self.curvature_from
+        rows = self._found[kind].get(slot, []) if kind is not None else []
+        noise = {cast: math.fsum(found) / len(found) for cast, found in self._noise.get(slot, {}).items()}
+        whole = slot.site in self.whole_batch
+        if not rows:
+            return Evidence(relative_noise=noise, batch_noise=batch_noise, whole_batch=whole)
+        names, total = [str(cast) for cast in self.casts], torch.stack(rows).sum(0)
+        curvature, directional, squares = total.split([1, len(names), len(names)])
+        # For a normal a, the variance of a² is two thirds of E[a⁴].
+        spread = (2 / 3 * squares).sqrt() / len(rows)
         return Evidence(
-            curvature=sum(part.curvature for part in sums) / steps if sums else None,
-            directional=directional,
-            directional_se=spread,
-            relative_noise={cast: statistics.fmean(found) for cast, found in self._noise.get(slot, {}).items()},
+            curvature=float(curvature) / len(rows),
+            directional=dict(zip(names, (directional / len(rows)).tolist(), strict=True)),
+            directional_se=dict(zip(names, spread.tolist(), strict=True)),
+            relative_noise=noise,
             batch_noise=batch_noise,
-            whole_batch=slot.site in self.whole_batch,
+            whole_batch=whole,
         )
+
+
+def _read(rows: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors on the CPU, by one transfer a device; each is one of a single dimension."""
+    found: list[Tensor | None] = [None] * len(rows)
+    for device in dict.fromkeys(row.device for row in rows):
+        places = [i for i, row in enumerate(rows) if row.device == device]
+        host = torch.cat([rows[i] for i in places]).cpu().split([len(rows[i]) for i in places])
+        for place, row in zip(places, host, strict=True):
+            found[place] = row
+    return [row for row in found if row is not None]

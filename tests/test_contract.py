@@ -26,6 +26,7 @@ PUBLIC = [
     "apply",
     "compare",
     "connect",
+    "curvature_of",
     "drift",
     "load_plan",
     "load_window",
