@@ -77,7 +77,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
     ) -> None:
         _check(model, optimizer, steps, every, overhead, curvature_steps)
         self._group = group_of(model, group)
-        self._model = unwrapped(model)
+        self._given, self._model = model, unwrapped(model)
         self._optimizer = optimizer
         self._total, self._every, self._tiled_where_scored = steps, every, finer is None
         self._finer = checked_names(DEFAULT if finer is None else finer)
@@ -148,7 +148,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
             contents = merged(contents, self._group, is_sharded(self._model))
         self.window.fill(contents)
         # This object may outlive its block, in a traceback too: it keeps nothing of the training alive.
-        del self._recorder, self._parameters, self._model, self._optimizer
+        del self._recorder, self._parameters, self._given, self._model, self._optimizer
 
     def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorder = self._recorder
@@ -193,7 +193,8 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
     def _plan_step(self, allowed: bool) -> None:
         recorder = self._recorder
         recorded = allowed and recorder.step % self._every == 0
-        scored = recorded and len(recorder.scoring.steps) < self._due(self._scored)
+        due = recorded and len(recorder.scoring.steps) < self._due(self._scored)
+        scored = due and not self._is_ddp_starting()
         recorder.depth = Depth(
             recorded=recorded,
             scored=scored,
@@ -202,6 +203,15 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         )
         if recorded:
             recorder.count_beneath()
+
+    def _is_ddp_starting(self) -> bool:
+        """Static-graph DDP counts, in its first iteration, on the first backward pass: ours must not be that one."""
+        starting = getattr(self._given, "static_graph", False) and not getattr(
+            self._given, "_static_graph_delay_allreduce_enqueued", True
+        )
+        if starting and self._total == 1:
+            self._recorder.note("no scored step: DistributedDataParallel's first one with static_graph is left alone")
+        return bool(starting)
 
     def _due(self, steps: Sequence[int]) -> int:
         """How many of these steps have come; one that was not recorded is made up for by a later one."""

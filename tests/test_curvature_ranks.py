@@ -118,12 +118,16 @@ def test_replicas_train_as_they_would_unwatched(replicas: dict[str, Any]) -> Non
     assert all(found > 0 for found in replicas["curvature"].values())
 
 
-@pytest.mark.parametrize("wrap", [static, sharded])
-def test_other_ways_to_join_processes_measure_the_same(
-    wrap: Callable[[nn.Module], nn.Module], replicas: dict[str, Any], tmp_path: Path
-) -> None:
-    """Also where a rank holds no weight whole but while it is used."""
-    found = on_ranks(2, both, tmp_path, wrap)[0]
+def test_a_static_graph_is_not_scored_before_it_is_known(tmp_path: Path) -> None:
+    found = on_ranks(2, both, tmp_path, static)[0]
+    assert found["same"]
+    assert found["notes"] == ()
+    assert found["from"] == "loss"
+
+
+def test_a_rank_that_holds_no_weight_whole_measures_the_same(replicas: dict[str, Any], tmp_path: Path) -> None:
+    """FSDP2: a weight is there while it is used, forward and backward."""
+    found = on_ranks(2, both, tmp_path, sharded)[0]
     assert found["same"]
     assert found["notes"] == ()
     for kind in ("directional", "noise"):
