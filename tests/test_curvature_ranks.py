@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,6 +89,10 @@ def sharded(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def every_way(rank: int) -> dict[str, dict[str, Any]]:
+    return {wrap.__name__: both(rank, wrap) for wrap in (replicated, static, sharded)}
+
+
 def both(rank: int, wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
     plain, _ = trained(wrap, rank, watched=False)
     seen, window = trained(wrap, rank, watched=True)
@@ -106,31 +109,24 @@ def both(rank: int, wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def replicas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    found: dict[str, Any] = on_ranks(2, both, tmp_path_factory.mktemp("replicated"), replicated)[0]
-    return found
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    first: dict[str, dict[str, Any]] = on_ranks(2, every_way, tmp_path_factory.mktemp("ranks"))[0]
+    return first
 
 
-def test_replicas_train_as_they_would_unwatched(replicas: dict[str, Any]) -> None:
-    assert replicas["same"]
-    assert replicas["notes"] == ()
-    assert replicas["from"] == "loss"
-    assert all(found > 0 for found in replicas["curvature"].values())
+@pytest.mark.parametrize("way", ["replicated", "static", "sharded"])
+def test_processes_train_as_they_would_unwatched(way: str, found: dict[str, dict[str, Any]]) -> None:
+    """A static graph is not scored before DistributedDataParallel knows it, but is afterwards."""
+    assert found[way]["same"]
+    assert found[way]["notes"] == ()
+    assert found[way]["from"] == "loss"
+    assert all(curvature > 0 for curvature in found[way]["curvature"].values())
 
 
-def test_a_static_graph_is_not_scored_before_it_is_known(tmp_path: Path) -> None:
-    found = on_ranks(2, both, tmp_path, static)[0]
-    assert found["same"]
-    assert found["notes"] == ()
-    assert found["from"] == "loss"
-
-
-def test_a_rank_that_holds_no_weight_whole_measures_the_same(replicas: dict[str, Any], tmp_path: Path) -> None:
+def test_a_rank_that_holds_no_weight_whole_measures_the_same(found: dict[str, dict[str, Any]]) -> None:
     """FSDP2: a weight is there while it is used, forward and backward."""
-    found = on_ranks(2, both, tmp_path, sharded)[0]
-    assert found["same"]
-    assert found["notes"] == ()
+    sharded, replicated = found["sharded"], found["replicated"]
     for kind in ("directional", "noise"):
         for site in SITES:
-            assert found[kind][site] == pytest.approx(replicas[kind][site], rel=1e-3)
-    assert found["curvature"] == pytest.approx(replicas["curvature"], rel=1e-3)
+            assert sharded[kind][site] == pytest.approx(replicated[kind][site], rel=1e-3)
+    assert sharded["curvature"] == pytest.approx(replicated["curvature"], rel=1e-3)
