@@ -56,6 +56,8 @@ class Scoring:
 
     def _start_step(self) -> None:
         self._generation += 1  # a hook that outlives its step finds another
+        # SyncBatchNorm calls no function that an override meets.
+        self._synchronized = any(isinstance(m, nn.SyncBatchNorm) and m.training for m in self._model.modules())
         self._met: list[Met] = []
         self._spent = False
         self._declared: set[Any] = set()
@@ -73,8 +75,7 @@ class Scoring:
         if self._spent and not in_backward():
             self._met, self._spent = [], False  # those of a forward pass that has been gone back through
         met = Met.of(call, result, batch, copies=self._sharded)
-        synchronized = any(isinstance(module, nn.SyncBatchNorm) and module.training for module in self._model.modules())
-        met.whole_batch = met.whole_batch or synchronized or any(frame.routed for frame in frames)
+        met.whole_batch = met.whole_batch or self._synchronized or any(frame.routed for frame in frames)
         self._met.append(met)
         if crosses_samples(call.operation.name, call.operands):
             self._mix()
@@ -129,7 +130,7 @@ class Scoring:
         self.drawing = True
         try:
             counts = loss.counts(gradient)
-            largest, smallest = counts.max().item(), counts.min().item()
+            largest, smallest = torch.stack([counts.max(), counts.min()]).tolist() if counts.numel() else (0.0, 0.0)
             if not (math.isfinite(largest) and math.isfinite(smallest)):
                 return  # a loss scale that was too large: such a step is skipped
             if smallest < 0:
