@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from probes.casts import Cast
-from probes.edges import gradient_edge
 from probes.losscall import LossCall
 from probes.records import Slot
 from probes.samples import by_sample, is_an_experts, sample_dimension
@@ -48,10 +47,13 @@ SAMPLE_GRADIENTS = 2**24  # numbers: how large samples' weight gradients that ar
 
 @dataclass
 class Met:
-    """A product met in a scored step, with what is needed to go back to it."""
+    """A product met in a scored step.
+
+    It holds nothing of the graph above its operands: hooks on the result's node hold it, and a node in it would close
+    a ring that keeps the step's tensors alive. Where to go back to stands beside it.
+    """
 
     call: ProductCall
-    edge: GradientEdge
     shape: torch.Size  # of the result
     keys: list[Key]
     versions: list[int]
@@ -69,7 +71,7 @@ class Met:
             call = replace(call, operands=[_kept(o, role) for o, role in zip(call.operands, call.roles, strict=True)])
         versions = [operand._version for operand in call.operands]
         whole = is_an_experts(call) or not _has_samples(call, batch)
-        return cls(call, gradient_edge(result), result.shape, keys, versions, batch, whole)
+        return cls(call, result.shape, keys, versions, batch, whole)
 
     @property
     def intact(self) -> bool:
@@ -152,20 +154,21 @@ class Part:
 
 
 def curvature_sums(
-    loss: LossCall, counts: Tensor, met: Sequence[Met], casts: Sequence[Cast], seed: int
+    loss: LossCall, counts: Tensor, met: Sequence[tuple[Met, GradientEdge]], casts: Sequence[Cast], seed: int
 ) -> dict[Slot, Sums]:
     """Sums over the products behind one loss call, mean a draw; `counts` is what each of its items counts (≥ 0).
 
+    `met`: products, each with the edge at which the gradient at its result arrives (`edges.gradient_edge`).
     A weight that enters several products of a slot has one error in all of them: their parts add up before the square.
     Call it in `undisturbed()`.
     """
-    reached = [product for product in met if product.intact]
-    if not reached:
+    intact = [(product, edge) for product, edge in met if product.intact]
+    if not intact:
         return {}
+    reached, edges = [product for product, _ in intact], [edge for _, edge in intact]
     draws = DRAWS_WHOLE_BATCH if any(product.whole_batch for product in reached) else DRAWS
     generator = torch.Generator(loss.outputs[0].device).manual_seed(seed)
     sums: dict[Slot, Sums] = {}
-    edges = [product.edge for product in reached]
     uses = Counter(key for product in reached for key in product.keys)
     wanted = [i for i, output in enumerate(loss.outputs) if output.requires_grad]
     for start in range(0, draws, DRAWS_AT_ONCE):

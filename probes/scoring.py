@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from probes.casts import Cast
 from probes.curvature import Met, Sums, curvature_sums, parts_of, total_of
 from probes.distributed import is_sharded
+from probes.edges import gradient_edge
 from probes.losscall import LossCall
 from probes.losses import WITHOUT_CURVATURE
 from probes.names import Frame, in_backward
@@ -58,7 +59,7 @@ class Scoring:
         self._generation += 1  # a hook that outlives its step finds another
         # SyncBatchNorm calls no function that an override meets.
         self._synchronized = any(isinstance(m, nn.SyncBatchNorm) and m.training for m in self._model.modules())
-        self._met: list[Met] = []
+        self._met: list[tuple[Met, GradientEdge]] = []
         self._spent = False
         self._declared: set[Any] = set()
         self._drawn: list[dict[Slot, Sums]] = []
@@ -76,7 +77,7 @@ class Scoring:
             self._met, self._spent = [], False  # those of a forward pass that has been gone back through
         met = Met.of(call, result, batch, copies=self._sharded)
         met.whole_batch = met.whole_batch or self._synchronized or any(frame.routed for frame in frames)
-        self._met.append(met)
+        self._met.append((met, gradient_edge(result)))
         if crosses_samples(call.operation.name, call.operands):
             self._mix()
         return met
@@ -100,7 +101,7 @@ class Scoring:
                 self._mix()
 
     def _mix(self) -> None:
-        for met in self._met:
+        for met, _ in self._met:
             met.whole_batch = True
 
     def on_loss(self, loss: LossCall, result: Tensor, step: int) -> None:
@@ -142,7 +143,7 @@ class Scoring:
                 with unchanged(self._model):
                     found = curvature_sums(loss, counts, self._met, self.casts, seed)
                 self._drawn.append({slot: sums.times(largest) for slot, sums in found.items()})
-                self.whole_batch |= {met.call.site for met in self._met if met.whole_batch}
+                self.whole_batch |= {met.call.site for met, _ in self._met if met.whole_batch}
             self._reached_a_loss = True
         except Exception as error:  # whatever it was, the user's training goes on, and the window says so
             self._note(f"no curvature: the extra backward pass failed with {type(error).__name__}: {error}")

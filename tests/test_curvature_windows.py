@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -171,6 +172,28 @@ def test_routed_rows_are_of_no_sample() -> None:
     close(window, "first", "weight", gauss_newton(model, x, "first.weight", cross_entropy))
 
 
+class Passing(nn.Module):
+    """Every row hears of the one before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        messages = self.first(x)
+        found: Tensor = self.last(torch.tanh(messages.index_add(0, torch.arange(1, len(x)), messages[:-1])))
+        return found
+
+
+def test_rows_that_hear_of_each_other_are_one_sample() -> None:
+    torch.manual_seed(0)
+    model, x = Passing(), torch.randn(BATCH, 4)
+    window = watched(model, lambda: cross_entropy(model(x)).backward())
+    assert window.evidence("first", "weight").whole_batch
+    assert not window.evidence("last", "weight").whole_batch
+    close(window, "first", "weight", gauss_newton(model, x, "first.weight", cross_entropy))
+
+
 class Compared(nn.Module):
     """Every entry of a batch against every other."""
 
@@ -210,9 +233,15 @@ def unknown(z: Tensor) -> Tensor:
 
 
 def test_an_unknown_loss_leaves_the_training_gradient_and_no_damage() -> None:
+    """The empirical Fisher matrix of the whole step, in the loss's own units: of two half batches, scaled, as well."""
     torch.manual_seed(0)
     model, x = nn.Linear(5, 4), torch.randn(BATCH, 5)
-    window = watched(model, lambda: unknown(model(x)).backward())
+
+    def step() -> None:
+        for half in x.chunk(2):
+            (1024 * unknown(model(half)) / 2).backward()
+
+    window = watched(model, step, loss_scale=1024.0)
     assert window.curvature_from == "gradient"
     assert "kept in its place" in window.notes[0]
     leaf = model.weight.detach().requires_grad_()
@@ -272,6 +301,22 @@ def test_what_is_left_out_is_said(loss: Callable[[Tensor], Tensor], says: str) -
     model, x = nn.Linear(5, 4), torch.randn(BATCH, 5)
     window = watched(model, lambda: loss(model(x)).backward())
     assert any(says in note for note in window.notes)
+
+
+def test_tensors_of_a_batch_are_let_go_when_the_next_is_begun() -> None:
+    """Under accumulation the operands of one part of the batch alone are held."""
+    model, alive = nn.Linear(5, 4), []
+
+    def step() -> None:
+        held: list[weakref.ref[Tensor]] = []
+        for _ in range(3):
+            x = torch.randn(BATCH, 5)
+            held.append(weakref.ref(x))
+            cross_entropy(model(x)).backward()
+            alive.append(sum(each() is not None for each in held))
+
+    watched(model, step)
+    assert alive == [1, 1, 1]
 
 
 def test_outputs_changed_in_place_are_said() -> None:
