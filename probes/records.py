@@ -91,12 +91,13 @@ class Site:
 class Evidence:
     """What the scored steps of a window measured of one slot; each part is None or empty where nothing could be.
 
-    curvature       Σ E[g²] over the slot's elements, g the gradient of a Gauss-Newton draw; loss units, mean a step
+    curvature       Σ E[g²] over the slot's elements, g the gradient of a Gauss-Newton draw; loss units, mean a step.
+                    Where the window's `curvature_from` is "gradient": of the training gradient, times the batch size
     directional     cast → ½·Σ_samples (g·δ)² with the cast's real error δ; loss units, mean over the draws
     directional_se  cast → standard error of that mean
     relative_noise  cast → energy of the error that the cast puts into the site's gradients, over those gradients'
     batch_noise     energy of the minibatch noise in the site's weight gradient, over that gradient's
-    whole_batch     samples mix behind this site (BatchNorm), so the batch was taken as one sample
+    whole_batch     samples mix behind this site (BatchNorm, MoE), so the batch was taken as one sample
     """
 
     curvature: float | None = None
