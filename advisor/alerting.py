@@ -5,7 +5,7 @@ non_finite        where the first NaN or Inf was met: by step, and within a step
 skipped_step      non-finite values in steps that a GradScaler skipped: it found them, and lowered its scale
 underflow_rising  more of a tensor underflows at the end of the window than at its start
 amax_doubles      a largest value leaves all earlier ones far below: what a delayed scale does not survive
-lost_updates      a parameter's master weight does not take enough of its updates
+lost_updates      a parameter's master weight does not take its updates
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from types import MappingProxyType
 
 import numpy as np
 
-from advisor.castnames import parse_cast, short_cast
-from advisor.execution import MASTER, Stepwise, execution_order
-from advisor.scores import DEFAULT_CASTS, score
+from advisor.castnames import short_cast
+from advisor.execution import Stepwise, execution_order
+from advisor.scores import DEFAULT_CASTS
 from probes.casts import Cast
 from probes.history import SlotHistory
+from probes.parameter_records import UPDATE, WEIGHT_GRADIENT
 from probes.records import Slot
 from probes.window import Window
 
@@ -42,13 +43,12 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         # Ours. The share of all non-zero elements is what the last third of the window has more than the first.
         "underflow_rising": Rule(0.01, "share of the non-zero elements"),
         "amax_doubles": Rule(2.0, "times the largest of all earlier steps"),
-        "lost_updates": Rule(0.1, "share of the updates"),
+        "lost_updates": Rule(0.1, "share of the weights that had a gradient"),
     }
 )
 EARLIER = 3  # ours: steps that must have been seen before a largest value can be called new
 SIGMAS = 4.0  # ours: standard deviations of a step's underflow, were it by chance, that a rise exceeds
 RISES_BY = 2.0  # ours: and the underflow at the end is this many times that at the start
-MASTERS = tuple(map(parse_cast, ("bf16", "fp16")))
 
 
 @dataclass(frozen=True)
@@ -192,13 +192,22 @@ def _doubling(window: Window) -> list[Alert]:
 
 
 def _lost_updates(window: Window) -> list[Alert]:
-    masters = [slot for slot in window.slots if slot.role == MASTER and not window.is_product(slot)]
-    worst: dict[Slot, Alert] = {}
-    for row in score(window, MASTERS, slots=masters).rows if masters else ():
-        lost, slot = row.get("lost_updates"), Slot(row["site"], row["role"])
-        if lost is None or lost < RULES["lost_updates"].threshold or (slot in worst and worst[slot].value >= lost):
+    """Weights that had a gradient and did not move: the update was less than half a step of their own format."""
+    found = []
+    for record in window.parameter_records:
+        if not {UPDATE, WEIGHT_GRADIENT} <= set(record.roles):
             continue
-        name = short_cast(parse_cast(row["cast"]))
-        told = f"{slot.site}: {lost:.1%} of its updates are lost if the master weight is kept in {name}"
-        worst[slot] = Alert("lost_updates", *slot, None, lost, told, row["cast"])
-    return list(worst.values())
+        updates, gradients = window.history(record.name, UPDATE), window.history(record.name, WEIGHT_GRADIENT)
+        common, of_updates, of_gradients = np.intersect1d(updates.steps, gradients.steps, return_indices=True)
+        pushed = gradients.nonzero[of_gradients]
+        still = updates.zeros[of_updates] - gradients.zeros[of_gradients]
+        lost = np.divide(still, pushed, out=np.zeros(len(common)), where=pushed > 0)
+        if not len(lost) or lost.max() < RULES["lost_updates"].threshold:
+            continue
+        worst = int(lost.argmax())
+        told = (
+            f"{record.name}: {lost[worst]:.1%} of its weights had a gradient at step {common[worst]} and did not move, "
+            f"because the update is less than half a step of {record.dtype}"
+        )
+        found.append(Alert("lost_updates", record.name, UPDATE, int(common[worst]), float(lost[worst]), told))
+    return found

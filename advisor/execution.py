@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from advisor.metrics import Metrics, measure
 from probes.casts import Cast
+from probes.parameter_records import MASTER, WEIGHT_GRADIENT
 from probes.records import GRADIENT, Slot
 from probes.window import Window
-
-MASTER, WEIGHT_GRADIENT = "master", "weight_grad"
 
 
 def execution_order(window: Window) -> list[Slot]:

@@ -161,8 +161,27 @@ def test_underflow_that_rises_is_told_with_its_cast(spread: float) -> None:
     assert of_rule(window_with(lambda step, x: between(3, x)), "underflow_rising") == []
 
 
+def test_weights_that_take_no_update_are_told() -> None:
+    def window_in(dtype: torch.dtype) -> Window:
+        torch.manual_seed(0)
+        model = nn.Linear(64, 64).to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        with probe(model, optimizer, steps=4, curvature_steps=0) as window:
+            for _ in range(4):
+                model(torch.randn(8, 64, dtype=dtype)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return window
+
+    assert of_rule(window_in(torch.float32), "lost_updates") == []
+    (alert,) = [alert for alert in of_rule(window_in(torch.bfloat16), "lost_updates") if alert.site == "weight"]
+    assert alert.value > 0.9
+    assert "less than half a step of bfloat16" in alert.sentence
+
+
 def test_slots_are_in_the_order_of_execution() -> None:
-    assert execution_order(window_with()) == [
+    window = window_with()
+    assert [slot for slot in execution_order(window) if window.is_product(slot)] == [
         *(Slot(site, role) for site in ("up", "middle", "down") for role in ("input", "weight")),
         *(Slot(site, "grad_output") for site in ("down", "middle", "up")),
     ]

@@ -41,9 +41,9 @@ def test_equal_runs_are_equal() -> None:
     found = advisor.compare(run(), run())
     assert found.first is None
     assert found.steps == (0, 1, 2, 3, 4)
-    assert len(found.slots) == 9
+    assert len(found.slots) == 27  # 9 of products; master, gradient and update of 6 parameters
     assert all(slot.distance == slot.middle_octaves == slot.amax_octaves == 0 for slot in found.slots)
-    assert found.sentences == ("all 9 tensors have the same sketches at all 5 common steps",)
+    assert found.sentences == ("all 27 tensors have the same sketches at all 5 common steps",)
 
 
 @pytest.mark.parametrize("since", [0, 2, 4])
@@ -81,9 +81,10 @@ def test_it_is_symmetric() -> None:
 def test_a_power_of_two_as_loss_scale_is_no_difference() -> None:
     scaled = run(scale=1024.0)
     assert scaled.loss_scales == pytest.approx([1024.0] * STEPS)
-    found = advisor.compare(run(), scaled)
-    assert found.first_beyond_noise is None
-    assert max(slot.distance for slot in found.slots) < 0.01
+    products = [slot for slot in advisor.compare(run(), scaled).slots if slot.role != "weight_grad"]
+    # (The optimizer's gradients are as it got them: this training never takes the scale out of them.)
+    assert all(slot.first_beyond_noise is None for slot in products)
+    assert max(slot.distance for slot in products) < 0.01
 
 
 def test_a_shift_is_measured_in_octaves() -> None:
@@ -96,8 +97,8 @@ def test_a_shift_is_measured_in_octaves() -> None:
             optimizer.step()
         return window
 
-    slot = advisor.compare(scaled(1.0), scaled(4.0)).slots[0]
-    assert (slot.site, slot.role) == ("(root)", "input")
+    found = advisor.compare(scaled(1.0), scaled(4.0))
+    (slot,) = [slot for slot in found.slots if (slot.site, slot.role) == ("(root)", "input")]
     assert (slot.middle_octaves, slot.amax_octaves) == (2.0, 2.0)
     assert slot.distance > 0.5
 
@@ -117,7 +118,7 @@ def test_what_only_one_has_is_listed() -> None:
     found = advisor.compare(window, run())
     assert found.only_in_one == ()
     assert Slot("down", "input") in found.only_in_other
-    assert {slot.site for slot in found.slots} == {"up"}
+    assert {slot.site for slot in found.slots if "." not in slot.site} == {"up"}
     assert any(sentence.startswith("only in the second window: middle input") for sentence in found.sentences)
 
 

@@ -194,11 +194,10 @@ def test_zeros_have_no_error() -> None:
     assert math.isnan(nothing.quantiles[0.5])
 
 
-def test_an_inner_dimension_of_one_and_scalars_of_products() -> None:
+def test_an_inner_dimension_of_one() -> None:
     found = measured(torch.mm, randn(9, 1, seed=1), randn(1, 7, seed=2))
     assert found["forward", str(INT8)].sampled == 63
     assert found["forward", str(INT8_ROW)].quantiles[1.0] < 1e-6  # each row is one number, which its scale makes exact
-    assert measured(torch.matmul, randn(5, seed=1), randn(5, seed=2))["forward", str(INT8)].sampled == 1
 
 
 @pytest.mark.parametrize("shapes", [((0, 3), (3, 2)), ((2, 0), (0, 3)), ((0, 2, 3), (0, 3, 2))])

@@ -30,7 +30,7 @@ def test_the_python_examples_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     exec("\n".join(blocks), {})
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "window.safetensors"}
     assert "emulated" in capsys.readouterr().out

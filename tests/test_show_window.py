@@ -48,13 +48,13 @@ def test_it_fits_and_names_every_tensor(files: tuple[Path, Path], width: int) ->
 def test_a_file_is_shown_and_as_json_holds_all(files: tuple[Path, Path], run: Run) -> None:  # noqa: F811
     status, out, _ = run("show", str(files[0]))
     assert status == 0
-    assert "Net, 6 steps, 9 tensors" in out
+    assert "Net, 6 steps, 27 tensors" in out
     assert "Alerts\n  none" in out
     status, out, _ = run("show", str(files[1]), "--json")
     told = json.loads(out)
     assert told["alerts"][0]["site"] == "down"
-    assert len(told["scores"]) == 9 * 5
-    assert len(told["statistics"]["amax"]) == 9 * 6
+    assert len(told["scores"]) == 27 * 5  # 9 slots of products; master, gradient and update of 6 parameters
+    assert len(told["statistics"]["amax"]) == 9 * 6 + 18 * 4
     assert told["drift"]["slots"]
     assert told["schema"] == "numerics-advisor/window/2"
 
@@ -65,7 +65,7 @@ def test_against_another_file(files: tuple[Path, Path], run: Run) -> None:  # no
     assert "the first difference is in down input at step 3" in out
     status, out, _ = run("show", str(files[0]), "--against", str(files[0]), "--json")
     told = json.loads(out)
-    assert (told["first"], told["steps"], len(told["slots"])) == (None, [0, 1, 2, 3, 4, 5], 9)
+    assert (told["first"], told["steps"], len(told["slots"])) == (None, [0, 1, 2, 3, 4, 5], 27)
 
 
 def test_exports_are_written(files: tuple[Path, Path], run: Run, tmp_path: Path) -> None:  # noqa: F811
