@@ -429,7 +429,7 @@ def users_hooks(watch: Watch) -> Outcome:
         first: Any = model.blocks[0]
         first.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
         first.register_forward_hook(lambda module, args, result: result + 0.25)
-        first.up.register_full_backward_hook(lambda module, into, out: (into[0] * 0.5,))
+        first.down.register_full_backward_hook(lambda module, into, out: (into[0] * 0.5,))
         first.down.register_full_backward_pre_hook(lambda module, out: (out[0] * 2,))
         first.up.weight.register_hook(lambda gradient: gradient * 3)
         first.up.weight.register_post_accumulate_grad_hook(lambda p: heard.append(p.grad.clone()))
