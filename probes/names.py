@@ -6,6 +6,7 @@ again in the backward pass, on CUDA in a thread of autograd's.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 ROOT = "(root)"
 
 
-@dataclass
+@dataclass(eq=False)
 class Frame:
     """One entry into a module's forward: its path, and how often each operation has been met in it.
 
@@ -147,10 +148,18 @@ class ModuleStack:
             hooked.take_off()
         self._hooked.clear()
 
-    def unwind(self) -> None:
-        """Leave the modules of this thread that an interrupt has left without running their hooks (2.13)."""
-        while self.frames:
-            self._leave(self.frames.pop())
+    def unwind(self, keep: Frame | None = None) -> None:
+        """Leave the modules of this thread that a KeyboardInterrupt has left without running their hooks (2.13).
+
+        All of them; or, when `keep` has just been entered, those beneath it whose forward does not run any more.
+        """
+        running = [] if keep is None else _running()
+        for frame in reversed(tuple(self.frames)):
+            if frame.module in running:
+                del running[: running.index(frame.module) + 1]
+            else:
+                self.frames.remove(frame)
+                self._leave(frame)
 
     @property
     def frames(self) -> list[Frame]:
@@ -201,6 +210,16 @@ class _Hooked:
     def take_off(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def _running() -> list[nn.Module]:
+    """The modules whose forward this thread is in, innermost first, by Python's own stack."""
+    found, frame = [], sys._getframe(1).f_back
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            found.append(frame.f_locals["self"])
+        frame = frame.f_back
+    return found
 
 
 class _Hook:

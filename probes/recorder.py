@@ -7,11 +7,13 @@ replaced: the product is run as it was called, and no random number is drawn fro
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from probes.casts import Cast
 from probes.compiled import CompiledParts, Laid, Traced, traced_product
 from probes.contents import contents, outside_transforms, readable
 from probes.coverage import FlopsBeneath
-from probes.curvature import view_of
+from probes.curvature import Met, view_of
 from probes.edges import await_gradient
 from probes.functions import FunctionProduct
 from probes.loss_scale import LossScale, StepScale
@@ -100,12 +102,14 @@ class Recorder(SiteHook):
         self.met_unlaid = False
         self._laying: list[Laid] | None = None
         self._finer = tuple(finer)
+        self._recording = threading.RLock()
         self._start_step()
 
     def _start_step(self) -> None:
         self._forward_sites: set[str] = set()
         self._weights_seen: dict[Slot, set[object]] = defaultdict(set)
         self._loss: list[Tensor] = []
+        self._mets: list[Met] = []
         self._batch: int | None = None
         self.began = False
 
@@ -167,13 +171,18 @@ class Recorder(SiteHook):
         elif call.site in self._forward_sites:
             return call.run()  # reentrant checkpointing runs its forward without a graph: there, this is the first
         result = call.run()
-        self._tried(f"{call.site} could not be recorded", self._record, call, result)
+        self._tried(f"{call.site} could not be recorded", self._locked, self._record, call, result)
         return result
 
     def on_trouble(self, what: str, error: Exception) -> None:
         """Whatever fails beside the user's calls, the training goes on, and the window says so."""
         said = str(error).strip().partition("\n")[0][:LONGEST]
         self.note(f"{what}: {type(error).__name__}: {said}")
+
+    def _locked(self, record: Callable[..., None], *args: Any) -> None:
+        """Parts of a model may be run in several threads at once; the rows and tallies are one."""
+        with self._recording:
+            record(*args)
 
     def _record(self, call: ProductCall, result: Any) -> None:
         products = call.products(result)
@@ -303,9 +312,13 @@ class Recorder(SiteHook):
                 why = "in a custom autograd function " * call.opaque
                 self.note(f"{call.site}: {call.operation.name} {why}is recorded, and its damage is not predicted")
         backward = -1
+        # The node keeps its hooks alive and `met` keeps the node: the hook must not keep `met`, or both would stay.
+        if met is not None:
+            self._mets.append(met)
+        met_of_step = None if met is None else ref(met)
 
         def received(gradient: Tensor | None) -> None:
-            self._tried(f"{slot.role} of {slot.site} could not be recorded", recorded, gradient)
+            self._tried(f"{slot.role} of {slot.site} could not be recorded", self._locked, recorded, gradient)
 
         def recorded(gradient: Tensor | None) -> None:
             nonlocal backward
@@ -315,7 +328,7 @@ class Recorder(SiteHook):
                 self._sketch(slot, self._at_joined_scale(contents(gradient)), tilings)
             if backward != (backward := torch._C._current_graph_task_id()):  # once, however many results it arrives at
                 self._count(slot.site, self.reached(products, leaves))
-            if met is not None:
+            if met_of_step is not None and (met := met_of_step()) is not None:
                 self.scoring.on_gradient(met, gradient)
 
         for part in results:

@@ -37,7 +37,7 @@ from probes.contents import contents, copies, hookable, is_batch, is_readable, w
 from probes.coverage import FlopsBeneath
 from probes.functions import CustomFunctions, FunctionProduct, in_custom_forward
 from probes.names import ROOT, Frame, ModuleStack, Owned, ParameterOwners, in_backward
-from probes.operation import Operation, argument
+from probes.operation import Arguments, Operation, argument, replaced
 from probes.ops import operation_of
 from probes.records import Product
 
@@ -199,10 +199,11 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
                 with nullcontext() if self.beneath is None else self.beneath.seen():
                     return self.on_other(func, args, kwargs)
         if func in COMPOSITE:
+            args, kwargs = _told(func, args, kwargs)
             if func in BACKWARD and func is not torch.autograd.grad and not self._nested:
                 self._tried(UNREAD, self.on_backward, args[0] if args else kwargs.get("tensors"))
             counted = self.beneath if func in BACKWARD and self.beneath is not None else nullcontext()
-            with self, self._within(_leaves(func, args, kwargs)), counted:
+            with self, self._within(self._tried(UNREAD, _leaves, func, args, kwargs)), counted:
                 return _seen_inside(func)(*args, **kwargs)
         if self.beneath is not None and not self.stack.frames and not in_backward():
             with self.beneath.outside() as outside:
@@ -280,6 +281,8 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         if not any(mode is self for mode in _get_current_function_mode_stack()):
             TorchFunctionMode.__enter__(self)
             frame.leave = lambda: TorchFunctionMode.__exit__(self, None, None, None)
+        if frame.path == ROOT and len(self.stack.frames) > 1:
+            self.stack.unwind(keep=frame)
         if frame.path == ROOT and not frame.recomputes:
             self._tried(UNREAD, self.on_forward, frame, args, kwargs)
         if self.beneath is not None and len(self.stack.frames) == 1 and not frame.recomputes:
@@ -315,6 +318,15 @@ def _roles_and_owner(
         return ("lhs", "rhs") if rest == 1 else tuple(f"operand{i}" for i in range(len(owners))), None
     others = iter(("input",) if rest == 1 else ("lhs", "rhs") if rest == 2 else [f"operand{i}" for i in range(rest)])
     return tuple("weight" if i == places[0] else next(others) for i in range(len(owners))), owners[places[0]]
+
+
+def _told(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """The same call with what iterators of inputs give (`model.parameters()`), which can be asked once only."""
+    at = _INPUTS.get(func)
+    inputs = None if at is None else argument(args, kwargs, at, "inputs")
+    if at is None or not isinstance(inputs, Iterator):
+        return args, kwargs
+    return replaced(args, kwargs, {(at, "inputs"): tuple(inputs)})
 
 
 def _leaves(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int] | None:

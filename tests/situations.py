@@ -346,7 +346,7 @@ def by_autograd_grad(watch: Watch) -> Outcome:
     def step() -> Tensor:
         loss = loss_of(model)
         parameters = list(model.parameters())
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, model.parameters()), strict=True):
             parameter.grad = gradient
         optimizer.step()
         optimizer.zero_grad()
