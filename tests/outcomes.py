@@ -22,8 +22,8 @@ BEFORE, WITHIN, AFTER = 1, 4, 1  # steps; the window is of 3, so that one step r
 WINDOWS: dict[str, dict[str, Any]] = {
     "plain": {"curvature_steps": 0},
     "curvature": {"curvature_steps": 2},
-    "every": {"every": 2, "curvature_steps": 1},
-    "overhead": {"overhead": 0.5, "curvature_steps": 1},
+    "every": {"every": 2, "curvature_steps": 1, "casts": ("e4m3fn",)},
+    "overhead": {"overhead": 0.5, "curvature_steps": 1, "casts": ("e4m3fn",)},
 }
 
 

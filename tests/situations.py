@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tests.outcomes import Outcome, Training, Watch, outcome, train
+from tests.architectures import build as architecture_of
+from tests.outcomes import WINDOWS, Outcome, Training, Watch, changed_by, outcome, train
 
 BATCH, LENGTH, WIDTH, CLASSES = 6, 5, 8, 4
 SCALE = 1024.0
@@ -327,6 +328,12 @@ def retained(loss: Tensor) -> None:
     (0.5 * loss).backward()
 
 
+def towards(model: nn.Module) -> Tensor:
+    """Backward passes towards some leaves, given as an iterator, which can be asked once."""
+    (0.1 * loss_of(model)).backward(inputs=model.blocks[1].parameters())  # type: ignore[index, union-attr, operator]
+    return loss_of(model)
+
+
 def gradient_penalty(model: nn.Module) -> Tensor:
     x = inputs().requires_grad_()
     logits = model(x)
@@ -487,6 +494,65 @@ def not_finite(watch: Watch) -> Outcome:
     return ordinary(watch, loss=lambda model: loss_of(model, inputs() * float("nan")))
 
 
+def architecture(watch: Watch, name: str) -> Outcome:
+    """A model of `architectures.py`, as its step trains it."""
+    model, loss = architecture_of(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def step() -> Tensor:
+        found = loss()
+        found.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return found.detach()
+
+    return train(model, optimizer, step, watch)
+
+
+# Two processes.
+
+
+def data_parallel(watch: Watch) -> Outcome:
+    return ordinary(watch, build=lambda: nn.parallel.DistributedDataParallel(Small()))
+
+
+def data_parallel_accumulating(watch: Watch) -> Outcome:
+    """The first micro-batch of each step without exchange of gradients."""
+
+    def loss(model: nn.Module) -> Tensor:
+        with model.no_sync():  # type: ignore[operator]
+            loss_of(model).backward()
+        return loss_of(model)
+
+    return ordinary(watch, build=lambda: nn.parallel.DistributedDataParallel(Small()), loss=loss)
+
+
+def sharded(watch: Watch) -> Outcome:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def shards() -> nn.Module:
+        model, mesh = Small(), init_device_mesh("cpu", (2,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
+
+    return ordinary(watch, build=shards)
+
+
+RANKS: dict[str, Training] = {
+    "data-parallel": data_parallel,
+    "data-parallel-accumulating": data_parallel_accumulating,
+    "sharded": sharded,
+}
+
+
+def ranks_changed(rank: int, name: str, windows: tuple[str, ...]) -> list[str]:
+    """What windows change in a training of several processes, on this one."""
+    return [f"{window}: {one}" for window in windows for one in changed_by(RANKS[name], WINDOWS[window])]
+
+
 OPTIMIZERS: dict[str, Training] = {
     "sgd": _by(torch.optim.SGD, momentum=0.9, nesterov=True),
     "adam": _by(torch.optim.Adam, amsgrad=True),
@@ -527,6 +593,7 @@ SITUATIONS: dict[str, Training] = {
     "custom-function": partial(ordinary, build=ByHand),
     "clipped-with-average": clipped_with_average,
     "retained": partial(ordinary, backward=retained),
+    "towards-leaves": partial(ordinary, loss=towards),
     "gradient-penalty": partial(ordinary, build=plain_attention, loss=gradient_penalty),
     "autograd-grad": by_autograd_grad,
     "adversaries-one": partial(adversaries, both=False),

@@ -299,7 +299,11 @@ def test_other_threads_are_left_clean() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, CLASSES))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     together, left = threading.Barrier(3), []
-    model[1].register_forward_hook(lambda *_: None if together.wait() else None)
+
+    def meet(*_: Any) -> None:
+        together.wait()
+
+    model[1].register_forward_hook(meet)
 
     def forward(results: list[Tensor], i: int) -> None:
         results[i] = model(torch.randn(5, WIDTH))
