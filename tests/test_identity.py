@@ -1,7 +1,7 @@
 """A window changes no bit of a training: losses, weights, buffers, gradients, optimizer state, random streams.
 
-By default a few cells of the matrix; all of it with `-m slow`, and with `benchmarks/identity.py`, which writes down what
-it found.
+By default a few cells of the matrix; all of it with `-m slow`, and with `benchmarks/identity.py`, which writes down
+what it found.
 """
 
 from __future__ import annotations
