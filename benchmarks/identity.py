@@ -6,7 +6,8 @@ Every architecture of `tests/architectures.py` and every situation of `tests/sit
 window (`WINDOWS` in `tests/outcomes.py`), deterministic algorithms on, and DistributedDataParallel and FSDP2 on two
 processes of gloo. A cell compares two trainings of six steps, one with a window and one without: losses, weights,
 buffers, gradients, optimizer state and random streams, bit for bit. Writes `identity.json` beside this file: of each
-cell "identical", the names of what differs, or the error that ended it. The exit status is 0 where every cell is identical.
+cell "identical", the names of what differs, or the error that ended it. The exit status is 0 where every cell is
+identical.
 
 Takes some ten minutes on two cores. `--only TEXT` runs the cells whose name contains it, and only prints.
 """
