@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from probes.casts import Cast
 from probes.compiled import CompiledParts, Laid, Traced, traced_product
 from probes.contents import contents, outside_transforms, readable
 from probes.coverage import FlopsBeneath
-from probes.curvature import Met, view_of
+from probes.curvature import view_of
 from probes.edges import await_gradient
 from probes.functions import FunctionProduct
 from probes.loss_scale import LossScale, StepScale
@@ -109,7 +108,6 @@ class Recorder(SiteHook):
         self._forward_sites: set[str] = set()
         self._weights_seen: dict[Slot, set[object]] = defaultdict(set)
         self._loss: list[Tensor] = []
-        self._mets: list[Met] = []
         self._batch: int | None = None
         self.began = False
 
@@ -312,10 +310,6 @@ class Recorder(SiteHook):
                 why = "in a custom autograd function " * call.opaque
                 self.note(f"{call.site}: {call.operation.name} {why}is recorded, and its damage is not predicted")
         backward = -1
-        # The node keeps its hooks alive and `met` keeps the node: the hook must not keep `met`, or both would stay.
-        if met is not None:
-            self._mets.append(met)
-        met_of_step = None if met is None else ref(met)
 
         def received(gradient: Tensor | None) -> None:
             self._tried(f"{slot.role} of {slot.site} could not be recorded", self._locked, recorded, gradient)
@@ -328,7 +322,7 @@ class Recorder(SiteHook):
                 self._sketch(slot, self._at_joined_scale(contents(gradient)), tilings)
             if backward != (backward := torch._C._current_graph_task_id()):  # once, however many results it arrives at
                 self._count(slot.site, self.reached(products, leaves))
-            if met_of_step is not None and (met := met_of_step()) is not None:
+            if met is not None:
                 self.scoring.on_gradient(met, gradient)
 
         for part in results:
