@@ -31,6 +31,8 @@ _LOWERED = frozenset(
 def multiplied_dtype(operation: str, operand: Tensor) -> torch.dtype:
     """The dtype in which this operand is multiplied by a product of this name, called here and now."""
     device = operand.device.type
-    if operation not in _LOWERED or operand.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if operation not in _LOWERED or operand.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return operand.dtype
+    if not torch.is_autocast_enabled(device):
         return operand.dtype
     return torch.get_autocast_dtype(device)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from probes.history import SlotHistory
 from probes.losses import KNOWN_NAMES
@@ -36,6 +37,8 @@ def contents_of(
             f"no loss function with a known curvature was met ({', '.join(KNOWN_NAMES)}): the training gradient is "
             "kept in its place, and damage is not predicted; curvature_of(loss, outputs, factor) tells a loss's own"
         )
+    if recorder.flops is not None and recorder.flops.trouble is not None:
+        recorder.note(recorder.flops.trouble)
     scales = tuple(scale.value for scale in recorder.loss_scales)
     losses = (math.nan if loss is None else float(loss) for loss in recorder.losses)
     noise = {record.name: record.gradient_noise for record in records}
@@ -44,7 +47,7 @@ def contents_of(
     return Contents(
         model_name=type(model).__name__,
         optimizer_name=type(optimizer).__name__,
-        parameters={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+        parameters={name: _shape(parameter) for name, parameter in model.named_parameters()},
         steps=tuple(recorder.recorded),
         losses=tuple(loss / scale for loss, scale in zip(losses, scales, strict=True)),
         sites=sites,
@@ -77,6 +80,19 @@ def _site(name: str, tally: SiteTally, steps: int, has_gradient: bool, model: nn
         elements={role: count / steps for role, count in tally.elements.items()},
         products=tuple(products),
         parameter=tally.parameter,
-        parameter_shape=None if tally.parameter is None else tuple(model.get_parameter(tally.parameter).shape),
+        parameter_shape=None if tally.parameter is None else _shape_of(tally.parameter, model, tally),
         calls=tally.calls / steps,
     )
+
+
+def _shape_of(name: str, model: nn.Module, tally: SiteTally) -> tuple[int, ...] | None:
+    """Of a parameter that was taken out of the model since, the shape that its products had; None where unknown."""
+    try:
+        return _shape(model.get_parameter(name))
+    except AttributeError:
+        return tally.shapes.get("weight")
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """A lazy one, which no forward has given a shape, has none."""
+    return () if is_lazy(parameter) else tuple(parameter.shape)

@@ -86,6 +86,7 @@ class FlopsBeneath(TorchDispatchMode):
     def __init__(self, frame: Callable[[], Frame | None]) -> None:
         super().__init__()
         self.found: Counter[tuple[str, str]] = Counter()
+        self.trouble: str | None = None
         self._frame = frame
         self._local = threading.local()
         self._inside = 0
@@ -134,9 +135,12 @@ class FlopsBeneath(TorchDispatchMode):
         count = None if self._inside else _FLOPS.get(operator)
         if count is not None:
             name = str(operator)
-            where = self._of_nobody(name)
-            if where is not None:
-                self.found[where, name] += int(count(*args, **(kwargs or {}), out_val=result))
+            try:
+                where = self._of_nobody(name)
+                if where is not None:
+                    self.found[where, name] += int(count(*args, **(kwargs or {}), out_val=result))
+            except Exception as error:  # the user's own work is done: it goes on, and the window says so
+                self.trouble = f"FLOPs of {name} were not counted: {type(error).__name__}: {error}"
         return result
 
     def coverage(self, seen_flops: float, sites: Iterable[Site]) -> Coverage:

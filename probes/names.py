@@ -6,6 +6,7 @@ again in the backward pass, on CUDA in a thread of autograd's.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -15,11 +16,13 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 ROOT = "(root)"
 
 
-@dataclass
+@dataclass(eq=False)
 class Frame:
     """One entry into a module's forward: its path, and how often each operation has been met in it.
 
@@ -109,26 +112,54 @@ class ModuleStack:
         self._model = model
         self._entered = entered
         self._local = threading.local()
-        self._handles: list[Any] = []
+        self._hooked: dict[int, _Hooked] = {}
 
-    def attach(self) -> None:
-        """Put the hooks on. A module that stands at several paths is named by the first.
+    def attach(self) -> list[str]:
+        """Put the hooks on; again, follow what has become of the model: gives the paths of what came, went or moved.
 
-        TorchScript's modules take no hooks and call no torch function: what they multiply is not seen.
+        A module that stands at several paths is named by the first. Where the user took a hook of ours off, both are
+        put on anew. TorchScript's modules take no hooks and call no torch function: what they multiply is not seen.
         """
+        changed, gone = [], dict(self._hooked)
         for path, module in self._model.named_modules():
             if isinstance(module, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)):
                 continue
-            frame_path = written(path)
-            self._handles.append(
-                module.register_forward_pre_hook(self._push(frame_path), with_kwargs=True, prepend=True)
+            hooked = gone.pop(id(module), None)
+            if hooked is not None and hooked.path == path and hooked.is_whole:
+                continue
+            if hooked is not None:
+                hooked.take_off()
+            push, pop = _Hook(self._push(written(path))), _Hook(self._pop)
+            handles = (
+                module.register_forward_pre_hook(push, with_kwargs=True, prepend=True),
+                module.register_forward_hook(pop, always_call=True),
             )
-            self._handles.append(module.register_forward_hook(self._pop, always_call=True))
+            self._hooked[id(module)] = _Hooked(path, module, handles)
+            changed.append(written(path))
+        for key, hooked in gone.items():
+            hooked.take_off()
+            del self._hooked[key]
+            changed.append(written(hooked.path))
+        return changed
 
     def detach(self) -> None:
         """Take the hooks off; again is harmless."""
-        while self._handles:
-            self._handles.pop().remove()
+        for hooked in self._hooked.values():
+            hooked.take_off()
+        self._hooked.clear()
+
+    def unwind(self, keep: Frame | None = None) -> None:
+        """Leave the modules of this thread that a KeyboardInterrupt has left without running their hooks (2.13).
+
+        All of them; or, when `keep` has just been entered, those beneath it whose forward does not run any more.
+        """
+        running = [] if keep is None else _running()
+        for frame in reversed(tuple(self.frames)):
+            if frame.module in running:
+                del running[: running.index(frame.module) + 1]
+            else:
+                self.frames.remove(frame)
+                self._leave(frame)
 
     @property
     def frames(self) -> list[Frame]:
@@ -148,11 +179,72 @@ class ModuleStack:
 
         return push
 
-    def _pop(self, *_: Any) -> None:
-        if not torch.compiler.is_compiling() and self.frames:
-            leave = self.frames.pop().leave
-            if leave is not None:
-                leave()
+    def _pop(self, module: nn.Module, *_: Any) -> None:
+        """Leave this module, and those within that were left without their hooks."""
+        if torch.compiler.is_compiling() or not any(frame.module is module for frame in self.frames):
+            return
+        while True:
+            frame = self.frames.pop()
+            self._leave(frame)
+            if frame.module is module:
+                return
+
+    def _leave(self, frame: Frame) -> None:
+        if frame.leave is not None:
+            frame.leave()
+
+
+@dataclass(frozen=True)
+class _Hooked:
+    """A module that has our hooks, kept alive until they are taken off."""
+
+    path: str
+    module: nn.Module
+    handles: tuple[RemovableHandle, RemovableHandle]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the hooks are still there: a user may clear a module's."""
+        return all(handle.id in (handle.hooks_dict_ref() or ()) for handle in self.handles)
+
+    def take_off(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _running() -> list[nn.Module]:
+    """The modules whose forward this thread is in, innermost first, by Python's own stack."""
+    found, frame = [], sys._getframe(1).f_back
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            found.append(frame.f_locals["self"])
+        frame = frame.f_back
+    return found
+
+
+class _Hook:
+    """A hook of ours. A module that is copied or pickled while it is watched gets an idle one: a copy is not watched,
+    and keeps nothing of the window."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        self._call(*args)
+
+    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
+        return idle
+
+    def __reduce__(self) -> Any:
+        return _idle_hook, ()
+
+
+def idle(*_: Any) -> None:
+    """What stands in a copy of a watched module where the hook was."""
+
+
+def _idle_hook() -> Callable[..., None]:
+    return idle
 
 
 def written(path: str) -> str:
@@ -174,10 +266,11 @@ def _matrix_parameters(module: nn.Module) -> list[str]:
     """Names of the module's own parameters that can be an operand of a matrix product.
 
     One that is registered but absent counts (MultiheadAttention's `q_proj_weight`, present when its widths differ),
-    so that a site's name does not depend on a module's options; an absent bias does not.
+    so that a site's name does not depend on a module's options; an absent bias does not. A lazy one, whose shape is not
+    known yet, is taken for what its name says, too.
     """
     return [
         name
         for name, parameter in module._parameters.items()
-        if (parameter.dim() > 1 if parameter is not None else name.endswith("weight"))
+        if (name.endswith("weight") if parameter is None or is_lazy(parameter) else parameter.dim() > 1)
     ]

@@ -149,7 +149,7 @@ class ParameterWatch:
                 continue
             if gradient.layout == torch.strided:
                 values = local(gradient)
-                if values.is_floating_point():
+                if values.is_floating_point() and not values.is_meta:
                     dense[one.name] = values
             if followed:
                 self._guarded(one.name, self._read_gradient, one, gradient)

@@ -11,8 +11,10 @@ While the block runs, a Recorder meets the model's products; when it is left, wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -28,15 +30,19 @@ from probes.measurable import why_not_measurable
 from probes.pace import Clock, spread
 from probes.parameters import ParameterWatch
 from probes.recorder import Depth, Recorder
+from probes.records import Coverage
 from probes.relative import bytes_a_slot
 from probes.sketch import BYTES_A_SLOT
 from probes.tiles import DEFAULT, checked_names
-from probes.window import Window
+from probes.window import Contents, Window
 
 USUAL_CASTS = ("e4m3fn", "e5m2", "int8", "bf16", "fp16")  # the candidates of the directional products
 PARAMETER_STEPS = 4  # steps whose optimizer update is sketched: it changes slowly, and each costs six reads
 
+NAMED = 5  # modules that a note about the model's changes names
+
 _watched: WeakSet[nn.Module] = WeakSet()
+_lock = threading.Lock()
 
 
 class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function, like torch.no_grad
@@ -113,11 +119,20 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
     def __enter__(self) -> Window:
         if self._entered:
             raise WindowError("a window can be opened once; call probe(...) again for another")
-        if self._model in _watched:
-            raise WindowError("another open window watches this model: leave its `with` block first")
+        with _lock:
+            _require_unwatched(self._model)
+            _watched.add(self._model)
         self._entered = True
-        _watched.add(self._model)
         self._open.callback(_watched.discard, self._model)
+        try:
+            self._attach()
+        except BaseException:
+            self._open.close()
+            self._hooks.close()
+            raise
+        return self.window
+
+    def _attach(self) -> None:
         if self._clock is not None:
             self._clock.start()
         self._recorder.loss_scale.on_update = self._after_scaler
@@ -131,7 +146,6 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         self._open.callback(self._recorder.compiled.detach)
         self._plan_step(allowed=self._clock is None)
         self._recorder.__enter__()
-        return self.window
 
     def __exit__(self, kind: Any, *error: Any) -> None:
         recorder, parameters = self._recorder, self._parameters
@@ -143,12 +157,25 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         if kind is not None:
             recorder.note(f"the window was cut short by {kind.__name__} in step {recorder.step}")
         self.window.done = True
-        contents = contents_of(recorder, parameters, self._model, self._optimizer)
+        contents = self._closed(recorder, parameters)
         if self._group is not None and kind is None:
             contents = merged(contents, self._group, is_sharded(self._model))
         self.window.fill(contents)
         # This object may outlive its block, in a traceback too: it keeps nothing of the training alive.
         del self._recorder, self._parameters, self._given, self._model, self._optimizer
+
+    def _closed(self, recorder: Recorder, parameters: ParameterWatch) -> Contents:
+        try:
+            return contents_of(recorder, parameters, self._model, self._optimizer)
+        except Exception as error:  # the training goes on, with a window that says why it holds nothing
+            said = f"the window could not be closed, and holds nothing: {type(error).__name__}: {error}"
+            warnings.warn(said, RuntimeWarning, stacklevel=3)
+            return Contents(
+                type(self._model).__name__,
+                type(self._optimizer).__name__,
+                *({}, (), (), (), Coverage(float("nan")), {}, {}),
+                notes=(*recorder.notes, said),
+            )
 
     def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorder = self._recorder
@@ -157,12 +184,14 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
             # torch 2.9 to 2.13 pass the optimizer itself as the first of `args`.
             closure = any(map(callable, (*args[1:], *kwargs.values())))
             depth = recorder.depth
-            self._parameters.before_step(recorder.step, depth.recorded, depth.followed, closure)
+            with self._noting("the parameters were not read before the optimizer's step"):
+                self._parameters.before_step(recorder.step, depth.recorded, depth.followed, closure)
 
     def _after_step(self, *_: Any) -> None:
         recorder = self._recorder
         if not self.window.done:
-            self._parameters.after_step(recorder.step, recorder.depth.recorded, recorder.depth.followed)
+            with self._noting("the parameters were not read after the optimizer's step"):
+                self._parameters.after_step(recorder.step, recorder.depth.recorded, recorder.depth.followed)
             self._stepped = True
             self._end_step()
 
@@ -173,14 +202,38 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
             self._end_step()
         self._stepped = False
 
+    @contextmanager
+    def _noting(self, what: str) -> Iterator[None]:
+        """Whatever fails within, the training goes on, and the window says so."""
+        try:
+            yield
+        except Exception as error:
+            self._recorder.on_trouble(what, error)
+
     def _end_step(self) -> None:
+        recorder = self._recorder
+        try:
+            self._turn_to_next()
+        except Exception as error:
+            recorder.on_trouble(f"the window ended in step {recorder.step}, which could not be closed", error)
+            self._finish()
+
+    def _finish(self) -> None:
+        self._stop()
+        self.window.done = True
+
+    def _turn_to_next(self) -> None:
         recorder = self._recorder
         recorded = recorder.depth.recorded
         recorder.end_step()
         if recorder.step >= self._total:
-            self._stop()
-            self.window.done = True
+            self._finish()
             return
+        if changed := recorder.stack.attach():
+            recorder.note(
+                f"modules came, went, moved or lost their hooks in step {recorder.step - 1}, which may have been "
+                f"recorded in part: {', '.join(changed[:NAMED])}{', …' * (len(changed) > NAMED)}"
+            )
         if recorder.met_unlaid:
             recorder.met_unlaid = False
             recorder.note(
@@ -224,6 +277,19 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         self._recorder.forget()
         self._parameters.forget()
         self._open.close()
+
+
+def _require_unwatched(model: nn.Module) -> None:
+    """Raises WindowError where a module of this model is another's that is being watched: both would count it."""
+    modules = set(map(id, model.modules()))
+    for other in _watched:
+        if other is model:
+            raise WindowError("another open window watches this model: leave its `with` block first")
+        if any(id(module) in modules for module in other.modules()):
+            raise WindowError(
+                f"another open window watches {type(other).__name__}, which shares modules with this "
+                f"{type(model).__name__}: leave its `with` block first, or watch the larger model alone"
+            )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

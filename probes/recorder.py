@@ -7,6 +7,7 @@ replaced: the product is run as it was called, and no random number is drawn fro
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,8 +32,10 @@ from probes.records import GRADIENT, Coverage, Product, Site, Slot
 from probes.rows import SlotRows
 from probes.samples import batch_size
 from probes.scoring import Scoring
-from probes.sites import ProductCall, SiteHook
+from probes.sites import UNREAD, ProductCall, SiteHook
 from probes.tiles import Tiling, tilings_of
+
+LONGEST = 200  # characters of an error that a note repeats
 
 
 @dataclass
@@ -98,6 +101,7 @@ class Recorder(SiteHook):
         self.met_unlaid = False
         self._laying: list[Laid] | None = None
         self._finer = tuple(finer)
+        self._recording = threading.RLock()
         self._start_step()
 
     def _start_step(self) -> None:
@@ -165,13 +169,26 @@ class Recorder(SiteHook):
         elif call.site in self._forward_sites:
             return call.run()  # reentrant checkpointing runs its forward without a graph: there, this is the first
         result = call.run()
+        self._tried(f"{call.site} could not be recorded", self._locked, self._record, call, result)
+        return result
+
+    def on_trouble(self, what: str, error: Exception) -> None:
+        """Whatever fails beside the user's calls, the training goes on, and the window says so."""
+        said = str(error).strip().partition("\n")[0][:LONGEST]
+        self.note(f"{what}: {type(error).__name__}: {said}")
+
+    def _locked(self, record: Callable[..., None], *args: Any) -> None:
+        """Parts of a model may be run in several threads at once; the rows and tallies are one."""
+        with self._recording:
+            record(*args)
+
+    def _record(self, call: ProductCall, result: Any) -> None:
         products = call.products(result)
         self._tally(call, [product for product in products if not product.backward])
         for role, operand in zip(call.roles, call.operands, strict=True):
             tilings, dtype = self._tilings(call, role, operand.dim()), multiplied_dtype(call.operation.name, operand)
             self._sketch(Slot(call.site, role), operand, tilings, once=role in call.weights, dtype=dtype)
         self._await_gradient(call, result, [product for product in products if product.backward])
-        return result
 
     def on_function_gradient(self, product: FunctionProduct, role: str, gradient: Tensor) -> None:
         """A custom function's backward multiplies: what its product's result would have told."""
@@ -185,19 +202,22 @@ class Recorder(SiteHook):
         if not self.depth.recorded or in_backward() or self._laying is not None:
             return function(*args, **kwargs)
         if self.depth.scored and torch.is_grad_enabled():
-            self.scoring.on_other(function, args, kwargs, self._batch, self.stack.frames)
+            self._tried(UNREAD, self.scoring.on_other, function, args, kwargs, self._batch, self.stack.frames)
         result = function(*args, **kwargs)
         if torch.is_grad_enabled():
-            loss = loss_call(function, args, kwargs)
-            if loss is not None:
-                self.loss_scale.met_loss(result)
-                if self.depth.scored:
-                    self.scoring.on_loss(loss, result, self.step)
+            self._tried("a loss could not be read", self._meet_loss, function, args, kwargs, result)
         return result
+
+    def _meet_loss(self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
+        loss = loss_call(function, args, kwargs)
+        if loss is not None:
+            self.loss_scale.met_loss(result)
+            if self.depth.scored:
+                self.scoring.on_loss(loss, result, self.step)
 
     def on_backward(self, root: Any) -> None:
         """The training loss is what backward starts from; several in a step add up."""
-        if self.depth.recorded and isinstance(root, Tensor) and root.numel() == 1:
+        if self.depth.recorded and isinstance(root, Tensor) and root.numel() == 1 and not root.is_meta:
             self._loss.append(root.detach())
             if self.depth.scored:
                 self.scoring.on_backward(root)
@@ -292,6 +312,9 @@ class Recorder(SiteHook):
         backward = -1
 
         def received(gradient: Tensor | None) -> None:
+            self._tried(f"{slot.role} of {slot.site} could not be recorded", self._locked, recorded, gradient)
+
+        def recorded(gradient: Tensor | None) -> None:
             nonlocal backward
             if gradient is None or step != self.step or self.scoring.drawing:  # None: the loss does not use this result
                 return

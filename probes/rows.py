@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from probes.errors import UnsupportedTensor
 from probes.history import SlotHistory, SparseRow, history_of, sparse_row
 from probes.records import Slot
 from probes.relative import RelativeArray
@@ -48,6 +49,8 @@ class SlotRows:
 
     def add(self, slot: Slot, values: Tensor) -> None:
         """Sketch a tensor into its slot's row. Raises UnsupportedTensor."""
+        if values.is_meta:
+            raise UnsupportedTensor("a tensor on the meta device has no values")
         array, row = self._row(slot, values.device)
         array.add(row, values)
 

@@ -31,17 +31,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from probes.contents import contents, copies, hookable, is_batch, is_readable, with_contents
 from probes.coverage import FlopsBeneath
 from probes.functions import CustomFunctions, FunctionProduct, in_custom_forward
 from probes.names import ROOT, Frame, ModuleStack, Owned, ParameterOwners, in_backward
-from probes.operation import Operation, argument
+from probes.operation import Arguments, Operation, argument, replaced
 from probes.ops import operation_of
 from probes.records import Product
 
 BACKWARD = frozenset({torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad})
+UNREAD = "something of this step could not be read"
 COMPOSITE = BACKWARD | {F.multi_head_attention_forward, *filter(None, [getattr(F, "linear_cross_entropy", None)])}
 
 
@@ -159,6 +160,10 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         goal = self.leaves
         return [one for one in products if goal is None or one.name not in leaves or leaves[one.name] in goal]
 
+    def on_trouble(self, what: str, error: Exception) -> None:
+        """Work of our own beside a user's call has failed. Unless a subclass knows better, nobody is left in doubt."""
+        raise error
+
     # The mechanism.
 
     def __enter__(self) -> Any:
@@ -170,7 +175,10 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
     def __exit__(self, *error: Any) -> Any:
         self._depth -= 1
         if self._depth == 0:
+            self.stack.unwind()
             self.stack.detach()
+            leave_mode(self)
+            return None
         return super().__exit__(*error)
 
     def __torch_function__(
@@ -184,17 +192,18 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         operation = operation_of(func)
         if operation is not None:
             if self.stack.frames and in_backward() == self.stack.frames[-1].recomputes:
-                call = self._product_call(func, operation, args, kwargs)
+                call = self._tried(UNREAD, self._product_call, func, operation, args, kwargs)
                 if call is not None:
                     return self._product(call)
-            elif in_backward() and self._of_custom_function(operation, args, kwargs):
+            elif in_backward() and self._tried(UNREAD, self._of_custom_function, operation, args, kwargs):
                 with nullcontext() if self.beneath is None else self.beneath.seen():
                     return self.on_other(func, args, kwargs)
         if func in COMPOSITE:
+            args, kwargs = _told(func, args, kwargs)
             if func in BACKWARD and func is not torch.autograd.grad and not self._nested:
-                self.on_backward(args[0] if args else kwargs.get("tensors"))
+                self._tried(UNREAD, self.on_backward, args[0] if args else kwargs.get("tensors"))
             counted = self.beneath if func in BACKWARD and self.beneath is not None else nullcontext()
-            with self, self._within(_leaves(func, args, kwargs)), counted:
+            with self, self._within(self._tried(UNREAD, _leaves, func, args, kwargs)), counted:
                 return _seen_inside(func)(*args, **kwargs)
         if self.beneath is not None and not self.stack.frames and not in_backward():
             with self.beneath.outside() as outside:
@@ -207,8 +216,16 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         with nullcontext() if self.beneath is None else self.beneath.seen():
             result = self.on_product(call)
         if call.opaque:
-            self.functions.remember(call, result)
+            self._tried(UNREAD, self.functions.remember, call, result)
         return result
+
+    def _tried(self, trouble: str, work: Callable[..., Any], *args: Any) -> Any:
+        """What our own work gives; None where it failed and `on_trouble` let that be."""
+        try:
+            return work(*args)
+        except Exception as error:
+            self.on_trouble(trouble, error)
+            return None
 
     def _of_custom_function(self, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         operands = operation.read(args, kwargs)
@@ -264,11 +281,24 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         if not any(mode is self for mode in _get_current_function_mode_stack()):
             TorchFunctionMode.__enter__(self)
             frame.leave = lambda: TorchFunctionMode.__exit__(self, None, None, None)
+        if frame.path == ROOT and len(self.stack.frames) > 1:
+            self.stack.unwind(keep=frame)
         if frame.path == ROOT and not frame.recomputes:
-            self.on_forward(frame, args, kwargs)
+            self._tried(UNREAD, self.on_forward, frame, args, kwargs)
         if self.beneath is not None and len(self.stack.frames) == 1 and not frame.recomputes:
             self.beneath.__enter__()
             frame.leave = _both(partial(self.beneath.__exit__, None, None, None), frame.leave)
+
+
+def leave_mode(mode: TorchFunctionMode) -> None:
+    """Take a mode off this thread's stack, from the middle too, if a mode that was entered later has not been left."""
+    above = []
+    if not any(other is mode for other in _get_current_function_mode_stack()):
+        return
+    while (top := _pop_mode()) is not mode:
+        above.append(top)
+    for other in reversed(above):
+        _push_mode(other)
 
 
 def _roles_and_owner(
@@ -288,6 +318,15 @@ def _roles_and_owner(
         return ("lhs", "rhs") if rest == 1 else tuple(f"operand{i}" for i in range(len(owners))), None
     others = iter(("input",) if rest == 1 else ("lhs", "rhs") if rest == 2 else [f"operand{i}" for i in range(rest)])
     return tuple("weight" if i == places[0] else next(others) for i in range(len(owners))), owners[places[0]]
+
+
+def _told(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """The same call with what iterators of inputs give (`model.parameters()`), which can be asked once only."""
+    at = _INPUTS.get(func)
+    inputs = None if at is None else argument(args, kwargs, at, "inputs")
+    if at is None or not isinstance(inputs, Iterator):
+        return args, kwargs
+    return replaced(args, kwargs, {(at, "inputs"): tuple(inputs)})
 
 
 def _leaves(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int] | None:
