@@ -150,7 +150,9 @@ def print_ratios(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> No
     for model in models:
         found = [row for row in rows if row["model"] == model and "failed" not in row]
         print(f"\n{model}: {MODELS[model].__doc__}\n")
-        print("| watched by | ratio | quartiles | window | closing, in steps | what it gives |\n|---|---|---|---|---|---|")
+        print(
+            "| watched by | ratio | quartiles | window | closing, in steps | what it gives |\n|---|---|---|---|---|---|"
+        )
         for row in found:
             low, high = row["quartiles"]
             cells = (
@@ -161,7 +163,7 @@ def print_ratios(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> No
                 row["gives"],
             )
             print(f"| {row['watcher']} | {' | '.join(cells)} |")
-    for row in rows:
+    for row in (row for row in rows if row["model"] in models):
         if "failed" in row:
             print(f"\n{row['watcher']} failed on {row['model']}: {row['failed']}")
         elif not row["same_losses"]:
@@ -183,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    wanted = [one for one in (OURS if asked.no_peers else known)]
+    wanted = list(OURS if asked.no_peers else known)
     if asked.variants:
         wanted = [one for one in wanted if any(text.lower() in one.name.lower() for text in asked.variants)]
     if not wanted:
@@ -204,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in asked.models:
         print(f"training {name} …", file=sys.stderr)
         rows += measured(name, wanted, rounds, asked.clock)
-    print_ratios(rows, asked.models)
+        print_ratios(rows, [name])
     bounds = {} if asked.no_peers else underflow_bounds(asked.models[0])
     if bounds:
         print_bounds(bounds, asked.models[0])

@@ -140,9 +140,7 @@ RECORDS: Mapping[str, Callable[[Tensor], tuple[Floats, Floats, Floats]]] = {
     "ours: log2, 8 bins an octave": _ours,
     "torch.ao HistogramObserver: 2,048 linear bins": _histogram_observer,
     "wandb.watch: 64 linear bins": _wandb,
-    **(
-        {"TensorBoard: bins 10% apart": _tensorboard} if importlib.util.find_spec("tensorboard") is not None else {}
-    ),
+    **({"TensorBoard: bins 10% apart": _tensorboard} if importlib.util.find_spec("tensorboard") is not None else {}),
 }
 NOTHING: Sequence[str] = (
     "torch.ao MinMaxObserver",

@@ -24,7 +24,7 @@ def gpt2() -> Built:
 
     sizes = {"vocab_size": VOCABULARY, "n_positions": LENGTH, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, bos_token_id=1, eos_token_id=1)), _tokens
+    return GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, use_cache=False, bos_token_id=1, eos_token_id=1)), _tokens
 
 
 def llama() -> Built:
@@ -39,6 +39,7 @@ def llama() -> Built:
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS // 2,
         max_position_embeddings=LENGTH,
+        use_cache=False,
     )
     return LlamaForCausalLM(config), _tokens
 
