@@ -9,6 +9,7 @@ passes beneath it. Not in it on purpose: products of two vectors (`dot`, `outer`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
 from typing import Any
 
 import torch
@@ -36,8 +37,10 @@ _DROPOUT = {"flash_attention": 3, "flash_attention_for_cpu": 3, "efficient_atten
 def operation_of(function: Callable[..., Any]) -> Operation | None:
     """The row of a torch function, one of its operators or one of another library's; None for any other function."""
     found = OPERATIONS.get(function)
-    if found is not None or not isinstance(function, _OPERATORS) or torch.compiler.is_compiling():
+    if found is not None or torch.compiler.is_compiling() or type(function) in _FUNCTIONS:
         return found
+    if not isinstance(function, _OPERATORS):
+        return None
     if isinstance(function, torch._ops.OpOverload):
         function = function.overloadpacket
     if isinstance(function, torch._ops.OpOverloadPacket):
@@ -46,6 +49,10 @@ def operation_of(function: Callable[..., Any]) -> Operation | None:
     return _BY_NAME.get(function.name())
 
 
+# Asked first: to ask whether something is an operator, an abstract class, takes longer than all else the hook does.
+_FUNCTIONS = frozenset(
+    {FunctionType, BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType}
+)
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)
 
 

@@ -4,35 +4,64 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 
 
 class Clock:
     """Which steps to record when the watching may take only a share of the time.
 
-    The first step is left alone, to learn what a plain one takes. A recorded step's surplus is a debt, and each plain
-    step pays the allowed share of its own time.
+    The first step is left alone, to learn what a plain one takes. A recorded step's surplus is a debt, and every step
+    pays it back by the allowed share of a plain one's time. A step is recorded when there is no debt, and when the
+    steps that remain can pay what it is expected to take: the dearest surplus so far, but for that of the first
+    recorded step, where coverage is counted too. What nothing is known of is tried, so one step is always recorded.
+
+    A scored step's extra backward passes are not the sketches': it is charged as one without them is expected to be.
     """
 
-    def __init__(self, overhead: float) -> None:
+    def __init__(self, overhead: float, steps: int, now: Callable[[], float] = time.perf_counter) -> None:
         self.overhead = overhead
-        self.debt = 0.0
+        self.debt = 0.0  # seconds
+        self._left = steps
+        self._now = now
         self._plain: list[float] = []
+        self._surplus: list[float] = []
         self._started = 0.0
 
     def start(self) -> None:
         """The first step begins."""
-        self._started = time.perf_counter()
+        self._started = self._now()
 
-    def lap(self, recorded: bool) -> bool:
+    def lap(self, recorded: bool, scored: bool = False) -> bool:
         """A step has ended; whether the next may be recorded."""
-        now = time.perf_counter()
+        now = self._now()
         spent, self._started = now - self._started, now
-        if recorded:
-            self.debt += max(0.0, spent - statistics.median_low(self._plain))
-        else:
+        self._left -= 1
+        if not recorded:
             self._plain.append(spent)
-            self.debt -= self.overhead * spent
-        return self.debt <= 0
+        plain = statistics.median_low(self._plain)
+        if recorded and scored:
+            self.debt += self._expected
+        elif recorded:
+            self._surplus.append(max(0.0, spent - plain))
+            self.debt += self._surplus[-1]
+        share = self.overhead * plain
+        self.debt -= share
+        return self.debt <= 0 and self.debt + self._expected <= share * self._left
+
+    @property
+    def _expected(self) -> float:
+        """Seconds that recording one more step may take."""
+        return max(self._surplus[1:] or self._surplus, default=0.0)
+
+
+def steps_taken(recorded: int, steps: int, every: int, clock: Clock | None) -> tuple[str, ...]:
+    """What to say of a window that did not record each of its steps; nothing where it did."""
+    if recorded == steps:
+        return ()
+    why = "" if every == 1 else f", one in {every}"
+    if clock is not None:
+        why += f", to keep the watching under {100 * clock.overhead:g}% of the time"
+    return (f"{recorded} of {steps} steps were recorded{why}",)
 
 
 def spread(count: int, steps: range) -> list[int]:

@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
@@ -27,12 +28,12 @@ from probes.distributed import Group, agreed, group_of, is_sharded, merged, rank
 from probes.errors import WindowError
 from probes.loss_scale import LossScale
 from probes.measurable import why_not_measurable
-from probes.pace import Clock, spread
+from probes.pace import Clock, spread, steps_taken
 from probes.parameters import ParameterWatch
 from probes.recorder import Depth, Recorder
 from probes.records import Coverage
 from probes.relative import bytes_a_slot
-from probes.sketch import BYTES_A_SLOT
+from probes.sketch import BYTES_A_SLOT, ready
 from probes.tiles import DEFAULT, checked_names
 from probes.window import Contents, Window
 
@@ -51,8 +52,9 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
     model, optimizer   those that are being trained; any torch.optim.Optimizer
     steps              optimizer steps until the window ends itself, at least 1
     every              record each k-th step
-    overhead           let the watching take this share of the time (0.05 is a twentieth), and record fewer steps
-                       for it; None records as `every` says
+    overhead           let the watching take at most this share of the window's time (0.05 is a twentieth), and record
+                       fewer steps for it, at least one; None records as `every` says. Two things are not in it: the
+                       extra backward passes of `curvature_steps`, and loading the kernels, once a process, on entry
     curvature_steps    recorded steps on which damage and gradient noise are measured by extra backward passes; 0: none
     casts              candidates for those measurements, as strings or Casts, each with one scale a tensor or none; a
                        delayed one is measured with its own tensor's scale
@@ -99,7 +101,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         self._parameters = ParameterWatch(self._model, optimizer, self._recorder.rows, self._recorder.note)
         self._scored = spread(curvature_steps, range(0, steps, every))
         self._followed = spread(PARAMETER_STEPS, range(0, steps, every))
-        self._clock = None if overhead is None else Clock(overhead)
+        self._clock = None if overhead is None else Clock(overhead, steps)
         self._open, self._hooks = ExitStack(), ExitStack()
         self._entered = self._stepped = False
         self.window = Window()
@@ -134,6 +136,8 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
 
     def _attach(self) -> None:
         if self._clock is not None:
+            for device in {parameter.device for parameter in self._model.parameters()}:
+                ready(device)
             self._clock.start()
         self._recorder.loss_scale.on_update = self._after_scaler
         self._open.enter_context(self._recorder.loss_scale.watching_scalers())
@@ -158,6 +162,8 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
             recorder.note(f"the window was cut short by {kind.__name__} in step {recorder.step}")
         self.window.done = True
         contents = self._closed(recorder, parameters)
+        taken = steps_taken(len(contents.steps), recorder.step, self._every, self._clock)
+        contents = replace(contents, sampled=(*taken, *contents.sampled))
         if self._group is not None and kind is None:
             contents = merged(contents, self._group, is_sharded(self._model))
         self.window.fill(contents)
@@ -186,9 +192,12 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
             depth = recorder.depth
             with self._noting("the parameters were not read before the optimizer's step"):
                 self._parameters.before_step(recorder.step, depth.recorded, depth.followed, closure)
+            if not closure and not torch.compiler.is_compiling():
+                recorder.rest()
 
     def _after_step(self, *_: Any) -> None:
         recorder = self._recorder
+        recorder.resume()
         if not self.window.done:
             with self._noting("the parameters were not read after the optimizer's step"):
                 self._parameters.after_step(recorder.step, recorder.depth.recorded, recorder.depth.followed)
@@ -224,7 +233,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
 
     def _turn_to_next(self) -> None:
         recorder = self._recorder
-        recorded = recorder.depth.recorded
+        depth = recorder.depth
         recorder.end_step()
         if recorder.step >= self._total:
             self._finish()
@@ -241,7 +250,9 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
                 f"uncompiled, and what ran compiled in step {recorder.step - 1} is missing"
             )
             self._open.enter_context(torch.compiler.set_stance("force_eager"))
-        self._plan_step(allowed=self._clock is None or agreed(self._clock.lap(recorded), self._group))
+        self._plan_step(
+            allowed=self._clock is None or agreed(self._clock.lap(depth.recorded, depth.scored), self._group)
+        )
 
     def _plan_step(self, allowed: bool) -> None:
         recorder = self._recorder

@@ -121,6 +121,7 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         self.beneath: FlopsBeneath | None = None  # counts what passes beneath the hook, while a subclass sets it
         self.leaves: frozenset[int] | None = None  # ids of those that the backward pass goes to; None: all
         self._depth = 0
+        self._resting = False
         self._nested = False
 
     # What subclasses override. Each must return what the call returns.
@@ -178,8 +179,25 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
             self.stack.unwind()
             self.stack.detach()
             leave_mode(self)
+            self._resting = False
             return None
         return super().__exit__(*error)
+
+    def rest(self) -> None:
+        """Meet nothing in this thread until `resume`: the optimizer's step calls hundreds of functions, no product.
+
+        Does nothing where another mode lies above this one.
+        """
+        modes = _get_current_function_mode_stack()
+        if modes and modes[-1] is self:
+            TorchFunctionMode.__exit__(self, None, None, None)
+            self._resting = True
+
+    def resume(self) -> None:
+        """End the rest, if there is one."""
+        if self._resting:
+            self._resting = False
+            TorchFunctionMode.__enter__(self)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -43,6 +43,7 @@ from probes.layout import (
     SUMS,
     ZEROS,
 )
+from probes.threads import SMALLEST_SHARE
 
 _SUMS_BYTES, _EXTREMES_BYTES = 8 * SUMS, 4 * EXTREMES
 
@@ -141,6 +142,13 @@ def add(sums: Tensor, extremes: Tensor, values: Tensor) -> None:
         kernels.add(sums.data_ptr(), extremes.data_ptr(), values)
     else:
         _device_kernel(values.device)(sums, extremes, values.detach())
+
+
+def ready(device: torch.device) -> None:
+    """Load the kernels of a device, which takes up to seconds the first time in a process and nothing later."""
+    array = SketchArray(1, device)
+    for size in (1, 2 * SMALLEST_SHARE):  # in one thread and in several
+        array.add(0, torch.ones(size, device=device))
 
 
 def empty_extremes(slots: int, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import advisor
 from probes.errors import MalformedWindow, WindowError
+from probes.pace import Clock
 from probes.probing import probe
 from probes.window import Window
 from probes.windowfile import load_window, window_from_bytes
@@ -323,6 +324,48 @@ def test_an_overhead_records_fewer_steps() -> None:
     _, _, window = train(mlp, 40, partial(probe, steps=40, overhead=1e-6, curvature_steps=0))
     assert 1 <= len(window.steps) <= 2
     assert window.steps[0] == 1  # the first step is left alone, to learn what a plain one takes
+
+
+def test_a_window_says_which_steps_it_took() -> None:
+    _, _, window = train(mlp, 40, partial(probe, steps=40, overhead=1e-6, curvature_steps=0))
+    assert window.sampled[0] == "1 of 40 steps were recorded, to keep the watching under 0.0001% of the time"
+    _, _, window = train(mlp, 7, partial(probe, steps=7, every=3, curvature_steps=0))
+    assert window.sampled[0] == "3 of 7 steps were recorded, one in 3"
+    _, _, window = train(mlp, 3, partial(probe, steps=3, curvature_steps=0))
+    assert window.sampled == ()
+
+
+@pytest.mark.parametrize("overhead", [0.02, 0.05, 0.2, 1.0])
+@pytest.mark.parametrize(("first", "later"), [(0.9, 0.12), (0.4, 0.15), (0.15, 0.15), (0.0, 0.0)])
+def test_the_clock_keeps_the_share(overhead: float, first: float, later: float) -> None:
+    """Surplus of the recorded steps, in plain steps, against what is allowed over the window of 20."""
+    now, surplus, taken = 0.0, 0.0, 0
+    clock = Clock(overhead, 20, now=lambda: now)
+    clock.start()
+    recorded = False
+    for _ in range(20):
+        extra = (later if taken else first) if recorded else 0.0
+        surplus, taken = surplus + extra, taken + recorded
+        now += 1.0 + extra
+        recorded = clock.lap(recorded)
+    assert taken >= 1
+    assert surplus <= max(overhead * 20, first) + 1e-9
+    if not first:
+        assert taken == 19
+    elif overhead == 1.0:
+        assert taken >= 15
+    elif first + later < overhead * 18:
+        assert taken >= 2
+
+
+def test_the_clock_does_not_charge_the_extra_backward_passes() -> None:
+    now = 0.0
+    clock = Clock(0.1, 20, now=lambda: now)
+    clock.start()
+    for extra, scored in ((0.0, None), (0.1, False), (16.0, True)):
+        now += 1.0 + extra
+        clock.lap(scored is not None, bool(scored))
+    assert clock.debt == pytest.approx(0.1 + 0.1 - 3 * 0.1)
 
 
 def test_what_is_not_seen_is_listed() -> None:

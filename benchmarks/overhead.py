@@ -1,0 +1,228 @@
+"""What watching costs: `python benchmarks/overhead.py --json overhead.json`.
+
+What is measured. A model is trained with AdamW once for each way to watch (`watchers.py`), each with a copy of its own
+of the model and the optimizer, and all with the same batches. A round is one step of each, in an order that is shuffled
+anew, so that whatever slows the machine slows all of them. A step's time is that of forward, backward, optimizer step
+and zero_grad, with all that the watcher does in them and after; opening a window counts to its first step, closing it
+is told apart. Every way's losses are compared with the unwatched ones. Each has a thread of its own, and they take
+turns: a watcher that stands between the user and torch (ours) does so in its thread only.
+
+`ratio` is the median of a watcher's step times over that of the unwatched steps, the quartiles are those of the ratio
+within a round, and `window` is the sum of its step times over that of the unwatched steps, which is what a share of the
+time means. The second table says what each peer's record can tell about underflow (`underflow.py`).
+
+Two threads that share a core tell nothing: state the threads, and let the machine be quiet. `--clock cpu` counts the
+process's CPU time in place of the wall's, which other processes disturb less; with one thread it is nearly the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import gc
+import json
+import platform
+import random
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from underflow import print_bounds, underflow_bounds
+from watched import MODELS, Batch, built, loss_of
+from watchers import OURS, PEERS, PLAIN, Watcher
+
+ROUNDS = {False: 40, True: 6}  # whole windows, and for --quick a look
+WARMUP = 2
+CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class Trained:
+    """One copy of the model, watched in one way, in a thread of its own."""
+
+    def __init__(self, watcher: Watcher, model: torch.nn.Module, clock: Callable[[], float]) -> None:
+        self.watcher, self._clock = watcher, clock
+        threads = torch.get_num_threads()
+        self._thread = ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(threads))
+        self._model = copy.deepcopy(model)
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4)
+        self._open = contextlib.ExitStack()
+        self._at = 0
+        self.seconds: list[float] = []
+        self.closing: list[float] = []
+        self.losses: list[Tensor] = []
+
+    def step(self, batch: Batch, counts: bool) -> None:
+        """Train one step; `counts` is False while warming up, unwatched."""
+        self._thread.submit(self._step, batch, counts).result()
+
+    def close(self) -> None:
+        """End the window, and the thread."""
+        self._thread.submit(self._close).result()
+        self._thread.shutdown()
+
+    @property
+    def counted(self) -> slice:
+        """Which of the steps count."""
+        return slice(None) if self.watcher.at is None else slice(self.watcher.at, None, self.watcher.steps)
+
+    def _step(self, batch: Batch, counts: bool) -> None:
+        start = self._clock()
+        if counts and self._at == 0:
+            self._watched, self._after = self._open.enter_context(self.watcher.watch(self._model, self._optimizer))
+        elif not counts:
+            self._watched, self._after = self._model, lambda: None
+        loss = loss_of(self._watched(**batch))
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._after()
+        spent = self._clock() - start
+        self.losses.append(loss.detach())
+        if counts:
+            self.seconds.append(spent)
+            self._at += 1
+            if self._at == self.watcher.steps:
+                self._close()
+
+    def _close(self) -> None:
+        start = self._clock()
+        self._open.close()
+        if self._at:
+            self.closing.append(self._clock() - start)
+        self._at = 0
+
+
+def measured(name: str, watchers: Sequence[Watcher], rounds: int, clock: str) -> list[dict[str, Any]]:
+    """A row for each watcher on one model."""
+    model, next_batch = built(name)
+    rows, copies = [], {watcher.name: Trained(watcher, model, CLOCKS[clock]) for watcher in (PLAIN, *watchers)}
+    shuffler, order = random.Random(0), list(copies.values())
+    for round_ in range(-WARMUP, rounds):
+        batch = next_batch()
+        shuffler.shuffle(order)
+        gc.collect()
+        print(f"\r{name}: round {round_ + 1} of {rounds} ", end="", file=sys.stderr, flush=True)
+        for one in list(order):
+            try:
+                one.step(batch, round_ >= 0)
+            except Exception as error:  # a peer's: it is told, and the others go on
+                if not any(one.watcher is peer for peer in PEERS):
+                    raise
+                rows.append({"model": name, "watcher": one.watcher.name, "failed": f"{type(error).__name__}: {error}"})
+                with contextlib.suppress(Exception):
+                    one.close()
+                order.remove(one)
+    plain = copies.pop(PLAIN.name)
+    plain.close()
+    base = np.array(plain.seconds)
+    for one in copies.values():
+        if one not in order:
+            continue
+        one.close()
+        seconds, beside = np.array(one.seconds)[one.counted], base[one.counted]
+        rows.append(
+            {
+                "model": name,
+                "watcher": one.watcher.name,
+                "ratio": float(np.median(seconds) / np.median(base)),
+                "quartiles": np.quantile(seconds / beside, (0.25, 0.75)).tolist(),
+                "window": float(seconds.sum() / beside.sum()),
+                "closing_steps": float(np.median(one.closing) / np.median(base)),
+                "step_ms": float(np.median(seconds)) * 1e3,
+                "steps": len(seconds),
+                "same_losses": bool(torch.equal(torch.stack(one.losses), torch.stack(plain.losses))),
+                "gives": one.watcher.gives,
+            }
+        )
+    return rows
+
+
+def print_ratios(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> None:
+    """A table in Markdown for each model, and what differed."""
+    for model in models:
+        found = [row for row in rows if row["model"] == model and "failed" not in row]
+        print(f"\n{model}: {MODELS[model].__doc__}\n")
+        print(
+            "| watched by | ratio | quartiles | window | closing, in steps | what it gives |\n|---|---|---|---|---|---|"
+        )
+        for row in found:
+            low, high = row["quartiles"]
+            cells = (
+                f"{row['ratio']:.3f}",
+                f"{low:.3f} to {high:.3f}",
+                f"{row['window']:.3f}",
+                f"{row['closing_steps']:.2f}",
+                row["gives"],
+            )
+            print(f"| {row['watcher']} | {' | '.join(cells)} |")
+    for row in (row for row in rows if row["model"] in models):
+        if "failed" in row:
+            print(f"\n{row['watcher']} failed on {row['model']}: {row['failed']}")
+        elif not row["same_losses"]:
+            print(f"\n{row['watcher']} changed the losses of {row['model']}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Time, and print."""
+    known = (*OURS, *PEERS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME")
+    parser.add_argument("--variants", nargs="+", metavar="TEXT", help="only those whose names contain one of these")
+    parser.add_argument("--rounds", type=int, help=f"steps of each; default {ROUNDS[False]}, windows of 20")
+    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="see above")
+    parser.add_argument("--quick", action="store_true", help=f"a look: {ROUNDS[True]} rounds")
+    parser.add_argument("--no-peers", action="store_true", help="ours alone")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there as well")
+    asked = parser.parse_args(arguments)
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    wanted = list(OURS if asked.no_peers else known)
+    if asked.variants:
+        wanted = [one for one in wanted if any(text.lower() in one.name.lower() for text in asked.variants)]
+    if not wanted:
+        parser.error(f"no variant has such a name; there are: {', '.join(one.name for one in known)}")
+    missing = [one.name for one in wanted if not one.is_installed]
+    wanted = [one for one in wanted if one.is_installed]
+    rounds = asked.rounds or ROUNDS[asked.quick]
+    warnings.simplefilter("ignore")  # peers' deprecations
+
+    where = (
+        f"{_processor()}, threads: {torch.get_num_threads()}; Python {platform.python_version()}, "
+        f"torch {torch.__version__}; {rounds} rounds, {asked.clock} clock"
+    )
+    print(where)
+    if missing:
+        print(f"not installed: {', '.join(missing)}")
+    rows = []
+    for name in asked.models:
+        print(f"training {name} …", file=sys.stderr)
+        rows += measured(name, wanted, rounds, asked.clock)
+        print_ratios(rows, [name])
+    bounds = {} if asked.no_peers else underflow_bounds(asked.models[0])
+    if bounds:
+        print_bounds(bounds, asked.models[0])
+    if asked.json:
+        told = {"where": where, "missing": missing, "rows": rows, "underflow": bounds}
+        asked.json.write_text(json.dumps(told, indent=2) + "\n")
+
+
+def _processor() -> str:
+    """The CPU's name, where the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
