@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -194,12 +195,15 @@ def _doubling(window: Window) -> list[Alert]:
 def _lost_updates(window: Window) -> list[Alert]:
     """Weights that had a gradient and did not move: the update was less than half a step of their own format."""
     found = []
-    for record in window.parameter_records:
-        if not {UPDATE, WEIGHT_GRADIENT} <= set(record.roles):
-            continue
+    records = [record for record in window.parameter_records if {UPDATE, WEIGHT_GRADIENT} <= set(record.roles)]
+    moved: Counter[int] = Counter()  # by step; where nothing moves at all, the learning rate is zero
+    for record in records:
+        updates = window.history(record.name, UPDATE)
+        moved.update(dict(zip(updates.steps.tolist(), updates.nonzero.tolist(), strict=True)))
+    for record in records:
         updates, gradients = window.history(record.name, UPDATE), window.history(record.name, WEIGHT_GRADIENT)
         common, of_updates, of_gradients = np.intersect1d(updates.steps, gradients.steps, return_indices=True)
-        pushed = gradients.nonzero[of_gradients]
+        pushed = gradients.nonzero[of_gradients] * np.array([moved[step] > 0 for step in common.tolist()], dtype=bool)
         still = updates.zeros[of_updates] - gradients.zeros[of_gradients]
         lost = np.divide(still, pushed, out=np.zeros(len(common)), where=pushed > 0)
         if not len(lost) or lost.max() < RULES["lost_updates"].threshold:

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from probes.history import SlotHistory
 from probes.losses import KNOWN_NAMES
+from probes.names import written_parameter
 from probes.parameter_records import sampled_parameters
 from probes.parameters import ParameterWatch
 from probes.recorder import Recorder, SiteTally
@@ -25,8 +26,9 @@ def contents_of(
     steps = max(len(recorder.recorded), 1)
     histories = _in_order(recorder.rows.histories(), recorder.tallies)
     records = parameters.records()
+    shapes = {written_parameter(name): _shape(parameter) for name, parameter in model.named_parameters()}
     sites = tuple(
-        _site(name, tally, steps, Slot(name, GRADIENT) in histories, model)
+        _site(name, tally, steps, Slot(name, GRADIENT) in histories, shapes)
         for name, tally in recorder.tallies.items()
         if any(slot.site == name for slot in histories)
     )
@@ -47,7 +49,7 @@ def contents_of(
     return Contents(
         model_name=type(model).__name__,
         optimizer_name=type(optimizer).__name__,
-        parameters={name: _shape(parameter) for name, parameter in model.named_parameters()},
+        parameters=shapes,
         steps=tuple(recorder.recorded),
         losses=tuple(loss / scale for loss, scale in zip(losses, scales, strict=True)),
         sites=sites,
@@ -69,7 +71,7 @@ def _in_order(histories: Mapping[Slot, SlotHistory], sites: Mapping[str, SiteTal
     return {slot: histories[slot] for slot in (*order, *histories) if slot in histories}
 
 
-def _site(name: str, tally: SiteTally, steps: int, has_gradient: bool, model: nn.Module) -> Site:
+def _site(name: str, tally: SiteTally, steps: int, has_gradient: bool, shapes: Mapping[str, tuple[int, ...]]) -> Site:
     products = (Product(product, operands, flops / steps) for (product, operands), flops in tally.products.items())
     return Site(
         name=name,
@@ -80,17 +82,10 @@ def _site(name: str, tally: SiteTally, steps: int, has_gradient: bool, model: nn
         elements={role: count / steps for role, count in tally.elements.items()},
         products=tuple(products),
         parameter=tally.parameter,
-        parameter_shape=None if tally.parameter is None else _shape_of(tally.parameter, model, tally),
+        # Of a parameter that was taken out of the model since, the shape that its products had.
+        parameter_shape=shapes.get(tally.parameter, tally.shapes.get("weight")) if tally.parameter else None,
         calls=tally.calls / steps,
     )
-
-
-def _shape_of(name: str, model: nn.Module, tally: SiteTally) -> tuple[int, ...] | None:
-    """Of a parameter that was taken out of the model since, the shape that its products had; None where unknown."""
-    try:
-        return _shape(model.get_parameter(name))
-    except AttributeError:
-        return tally.shapes.get("weight")
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -93,7 +93,7 @@ class ParameterOwners:
         return owners if known is not None and known() is tensor else None
 
     def _look(self) -> None:
-        dotted = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        dotted = {id(parameter): written_parameter(name) for name, parameter in self._model.named_parameters()}
         found: dict[int, tuple[ref[Tensor], list[Owned]]] = {}
         for path, module in self._model.named_modules(remove_duplicate=False):
             several = len(_matrix_parameters(module)) > 1
@@ -250,6 +250,11 @@ def _idle_hook() -> Callable[..., None]:
 def written(path: str) -> str:
     """A module's path as sites have it: the root's has a name, and torch.compile's wrappers none."""
     return path.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".") or ROOT
+
+
+def written_parameter(name: str) -> str:
+    """A parameter's dotted name, without torch.compile's wrappers."""
+    return name.replace("_orig_mod.", "")
 
 
 def in_backward() -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from probes.names import written_parameter
 from probes.sketch import FLOATING
 
 
@@ -31,7 +32,7 @@ def held_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> Itera
     for name, parameter in model.named_parameters():
         met.add(id(parameter))
         if parameter.requires_grad:
-            yield Held(name, parameter, groups.get(id(parameter)))
+            yield Held(written_parameter(name), parameter, groups.get(id(parameter)))
     for group_index, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
             if id(parameter) not in met and parameter.requires_grad:

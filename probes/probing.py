@@ -104,6 +104,9 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         self._clock = None if overhead is None else Clock(overhead, steps)
         self._open, self._hooks = ExitStack(), ExitStack()
         self._entered = self._stepped = False
+        # Forwards met when each of the steps began that are under way, outermost first: an optimizer whose `step` calls
+        # its parent's has both announced.
+        self._within: list[int] = []
         self.window = Window()
 
     @property
@@ -189,6 +192,11 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         if not self.window.done:
             # torch 2.9 to 2.13 pass the optimizer itself as the first of `args`.
             closure = any(map(callable, (*args[1:], *kwargs.values())))
+            if self._within and not closure and self._within[-1] != recorder.forwards:
+                self._within.clear()  # that step has raised
+            self._within.append(recorder.forwards)
+            if len(self._within) > 1:
+                return
             depth = recorder.depth
             with self._noting("the parameters were not read before the optimizer's step"):
                 self._parameters.before_step(recorder.step, depth.recorded, depth.followed, closure)
@@ -197,6 +205,10 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
 
     def _after_step(self, *_: Any) -> None:
         recorder = self._recorder
+        if self._within:
+            self._within.pop()
+        if self._within:
+            return
         recorder.resume()
         if not self.window.done:
             with self._noting("the parameters were not read after the optimizer's step"):

@@ -88,6 +88,7 @@ class Recorder(SiteHook):
         self.loss_scale = loss_scale
         self.gradient_factor = 1.0
         self.step = 0
+        self.forwards = 0
         self.recorded: list[int] = []
         self.losses: list[Tensor | None] = []
         self.loss_scales: list[StepScale] = []
@@ -155,6 +156,7 @@ class Recorder(SiteHook):
         """Read the batch size off the model's inputs."""
         self._batch = batch_size(*args, *kwargs.values())
         self.began = self.began or torch.is_grad_enabled()
+        self.forwards += 1
 
     def on_product(self, call: ProductCall) -> Any:
         """Sketch the operands, run the product, and wait for its gradient."""

@@ -91,7 +91,7 @@ def test_history_of_any_cast_is_computed_from_sketches(
         ("0", {"role": "key"}, 404, "input, weight, grad_output"),
         ("0", {}, 422, "role"),
         ("0", {"role": "input", "cast": "e9m9"}, 422, "e9m9"),
-        ("0", {"role": "input", "cast": "e4m3fn/block32"}, 422, "a scale for every block32"),
+        ("0", {"role": "input", "cast": "e4m3fn/block128x128"}, 422, "block128x128"),
         ("0", {"role": "input", "metric": "speed"}, 422, "underflow"),
         ("0", {"role": "input", "window": "win_none"}, 404, "win_none"),
     ],
@@ -148,15 +148,17 @@ def test_scores_are_the_library_s(service: Service, pushed: dict[str, Any], wind
         assert row["damage"] == (None if wanted["damage"] is None else pytest.approx(wanted["damage"]))
 
 
-def test_scales_by_row_or_block_are_refused_wherever_a_cast_is_named(
+def test_scales_by_row_or_block_are_scored_where_they_were_sketched(
     service: Service, pushed: dict[str, Any], own: str
 ) -> None:
-    says = "e4m3fn/block32/e8m0/nearest has a scale for every block32"
-    asked = service.client.get("/v1/models/net/scores", params={"cast": ["int8", "e4m3fn/block32"]})
-    assert says in problem(asked, 422)["detail"]
+    rows = service.get("/v1/models/net/scores", cast=["e4m3fn/block32"], role="input")["items"]
+    assert {row["axis"] for row in rows} == {"along -1"}
+    assert {other["axis"] for row in rows for other in row["other_axes"]} == {"across -1"}
+    asked = service.client.get("/v1/models/net/scores", params={"cast": ["int8", "e4m3fn/block128x128"]})
+    assert "finer=" in problem(asked, 422)["detail"]
     jobs = service.get("/v1/jobs")["items"]
     opened = service.post("/v1/models/own/windows", {"steps": 2, "casts": ["e4m3fn/block32"]})
-    assert says in problem(opened, 422)["detail"]
+    assert "e4m3fn/block32/e8m0/nearest has a scale for every block32" in problem(opened, 422)["detail"]
     assert service.get("/v1/jobs")["items"] == jobs
 
 

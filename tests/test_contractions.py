@@ -352,8 +352,8 @@ def test_gradients_that_nobody_asks_for_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("run", "operands", "message"),
     [
-        (lambda x, y: torch.einsum("ii,ij->ij", x, y), (A[0, 0, :3], A[0, 0, :3]), "diagonal"),
-        (lambda x, y: torch.einsum("ij,kl->il", x, y), (A[0, 0], B[0, 0]), "without a partner"),
+        (lambda x, y: torch.einsum("iik,ij->kj", x, y), (A[0, 0, :3, :3].expand(3, 3, 3), A[0, 0, :3]), "diagonal"),
+        (lambda x, y: torch.einsum("ijm,ikl->mkl", x, y), (A[0], B[0]), "without a partner"),
         (SDPA, (Q, K[:1], V[:1]), "broadcast"),
         (SDPA, (Q, K, V[:, :1]), "broadcast"),
     ],

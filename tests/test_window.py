@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,27 @@ def test_bad_arguments_say_what_to_do(arguments: dict[str, Any], says: str) -> N
     given = {"model": model, "optimizer": torch.optim.SGD(model.parameters()), **arguments}
     with pytest.raises(ValueError, match=says):
         probe(**given)
+
+
+def test_an_optimizer_that_calls_its_parent_s_step_takes_one() -> None:
+    class Twice(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure: Any = None) -> Any:
+            if self.fails:
+                raise ArithmeticError
+            return super().step(closure)
+
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # only then does torch announce the parent's step as well
+    model = mlp()
+    optimizer = Twice(model.parameters(), lr=0.1)
+    with probe(model, optimizer, steps=4, curvature_steps=0) as window:
+        for step in range(4):
+            model(torch.randn(4, 16)).sum().backward()
+            optimizer.fails = step == 1
+            with nullcontext() if step != 1 else pytest.raises(ArithmeticError):
+                optimizer.step()
+    assert window.steps == (0, 1, 2)
 
 
 def test_memory_is_known_before_the_window_opens() -> None:
