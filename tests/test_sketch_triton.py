@@ -28,7 +28,18 @@ import triton
 from probes import sketch_triton
 from probes.errors import MissingTriton, ProbeError, UnsupportedTensor
 from probes.kernels import in_memory_order
-from probes.layout import BINS, DISTINCT, EXTREMES, HASH_CELLS, NANS, SIGNIFICANT_BITS, SUM_OF_SQUARES, SUMS, ZEROS
+from probes.layout import (
+    BINS,
+    DISTINCT,
+    EXTREMES,
+    HASH_CELLS,
+    NANS,
+    SAMPLE,
+    SIGNIFICANT_BITS,
+    SUM_OF_SQUARES,
+    SUMS,
+    ZEROS,
+)
 from probes.sketch import EMPTY_EXTREMES, SketchArray, add_reference
 from tests.tensors import AWKWARD, generator
 
@@ -358,7 +369,7 @@ def test_compiled_threads_hold_no_element_twice(compiled: dict[str, tuple[str, i
     for name, (ptx, _) in compiled.items():
         width = WIDTHS[getattr(torch, name)]
         counts = [operation for _, operation, _ in lines_of(ptx) if operation.endswith(".shared.add.u32")]
-        assert len(counts) == (16384 // width + 4096 // width + 2048) // 256, name
+        assert len(counts) == (16384 // width + 4096 // width + SAMPLE) // 256, name
 
 
 def test_compiled_keeps_subnormal_values(compiled: dict[str, tuple[str, int]]) -> None:
