@@ -20,6 +20,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from advisor.errors import InvalidPlan, PlanMismatch
 from advisor.plan import Plan
 from probes.casts import Cast, CastState
 from probes.edges import await_gradient
-from probes.names import ROOT
+from probes.names import ROOT, unwrapped
 from probes.ops import Operation
 from probes.records import GRADIENT, Slot
 from probes.sites import ProductCall, SiteHook
@@ -41,15 +42,20 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
 
     `report()` says, slot by slot, how each cast is carried out and how often it was. `seed` starts the stream of
     stochastic rounding, which is the plan's own. The optimizer is left as it is: master weights and state keep their
-    dtype, which is all that a plan asks for today. Raises PlanMismatch at once if the plan's sites are not the model's,
+    dtype, which is all that a plan asks for today. What torch.compile has compiled runs uncompiled in the block, because
+    a cast cannot be traced. Wrappers of torch (torch.compile's, DistributedDataParallel) change no site's name.
+
+    Raises PlanMismatch at once if the plan's sites are not the model's,
     and InvalidPlan for casts that cannot be carried out here: scales by row, column or block, and e8m0.
     """
 
     def __init__(
         self, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, seed: int = 0
     ) -> None:
+        model = unwrapped(model)
         super().__init__(model)
         _require_match(plan, model)
+        self._uncompiled = ExitStack()
         self.plan = plan
         self.casts = {Slot(one.site, one.role): Cast.parse(one.cast) for one in plan.assignments}
         _require_possible(self.casts)
@@ -57,6 +63,17 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
         self.counts: Counter[Slot] = Counter()
         self.unplanned: Counter[str] = Counter()
         self.unplaced = 0
+
+    def __enter__(self) -> Any:
+        if self._depth == 0:
+            self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        left = super().__exit__(*error)
+        if self._depth == 0:
+            self._uncompiled.close()
+        return left
 
     def report(self) -> list[dict[str, Any]]:
         """site, role, cast, how and count, slot by slot. How is one of

@@ -247,6 +247,17 @@ def _idle_hook() -> Callable[..., None]:
     return idle
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own model within torch's wrappers, so that sites have the same names with and without them."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
 def written(path: str) -> str:
     """A module's path as sites have it: the root's has a name, and torch.compile's wrappers none."""
     return path.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".") or ROOT

@@ -28,6 +28,7 @@ from probes.distributed import Group, agreed, group_of, is_sharded, merged, rank
 from probes.errors import WindowError
 from probes.loss_scale import LossScale
 from probes.measurable import why_not_measurable
+from probes.names import unwrapped
 from probes.pace import Clock, spread, steps_taken
 from probes.parameters import ParameterWatch
 from probes.recorder import Depth, Recorder
@@ -313,17 +314,6 @@ def _require_unwatched(model: nn.Module) -> None:
                 f"another open window watches {type(other).__name__}, which shares modules with this "
                 f"{type(model).__name__}: leave its `with` block first, or watch the larger model alone"
             )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own model within torch's wrappers, so that sites have the same names with and without them."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        else:
-            return model
 
 
 def candidates(casts: Sequence[str | Cast]) -> list[Cast]:

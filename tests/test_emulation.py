@@ -233,3 +233,21 @@ def test_watching_a_training_with_a_plan() -> None:
         optimizer.step()
     assert window.history("(root)", "input").elements.tolist() == [40]
     assert all(row["count"] == 1 for row in applied.report())
+
+
+def test_a_compiled_model_is_cast_as_it_is_uncompiled() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(6, 8)
+    plan = advisor.uniform(window_of(model, 6, 8), input="e2m1", weight="e2m1")
+    compiled = torch.compile(model, backend="aot_eager")
+    plain = compiled(x)
+    with advisor.apply(plan, model):
+        expected = model(x)
+    with advisor.apply(plan, compiled) as applied:
+        found = compiled(x)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, plain)
+    assert {row["how"] for row in applied.report() if row["role"] == "input"} == {"emulated"}
+    assert torch.equal(compiled(x), plain)
+    torch._dynamo.reset()
