@@ -42,8 +42,8 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
 
     `report()` says, slot by slot, how each cast is carried out and how often it was. `seed` starts the stream of
     stochastic rounding, which is the plan's own. The optimizer is left as it is: master weights and state keep their
-    dtype, which is all that a plan asks for today. What torch.compile has compiled runs uncompiled in the block, because
-    a cast cannot be traced. Wrappers of torch (torch.compile's, DistributedDataParallel) change no site's name.
+    dtype, which is all that a plan asks for today. What torch.compile has compiled runs uncompiled in the block, for a
+    cast cannot be traced. Wrappers of torch (torch.compile's, DistributedDataParallel) change no site's name.
 
     Raises PlanMismatch at once if the plan's sites are not the model's,
     and InvalidPlan for casts that cannot be carried out here: scales by row, column or block, and e8m0.

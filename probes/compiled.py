@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode, _pop_mode_temporarily
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from probes.autocast import multiplied_dtype
 from probes.layout import SUMS
@@ -129,11 +130,10 @@ class CompiledParts:
     def attach(self) -> None:
         """Stand before every compiled part: modules that torch.compile wrapped, and those compiled in place."""
         for path, module in self._model.named_modules():
-            name = written(path)
             if isinstance(module, torch._dynamo.OptimizedModule):
-                self._stand_before(module, "forward", Part(name))
+                self._stand_before(module, "forward", Part(written(path)))
             elif module._compiled_call_impl is not None:
-                self._stand_before(module, "_compiled_call_impl", Part(name))
+                self._stand_before(module, "_compiled_call_impl", Part(written(path)))
 
     def detach(self) -> None:
         """Take everything back."""
@@ -155,24 +155,29 @@ class CompiledParts:
         if not (recorder.depth.recorded and torch.is_grad_enabled()):
             with put_aside(recorder):
                 return original(*args, **kwargs)
-        if recorder.depth.scored or part.eager:
+        if recorder.depth.scored:
             recorder.note("scored steps, which need the gradients of single operations, ran uncompiled")
+        if recorder.depth.scored or part.eager:
             with torch.compiler.set_stance("force_eager"):
                 return original(*args, **kwargs)
         called_with = (_signature(args), _signature(kwargs), _surroundings())
-        if called_with not in part.layouts:
+        is_first = called_with not in part.layouts
+        if is_first:
             laid = self._lay_out(original, args, kwargs)
             part.layouts[called_with] = laid, [self._traced(one) for one in laid]
-        laid, recorder.traced = part.layouts[called_with]
-        recorder.traced_at = 0
+        laid, traced = part.layouts[called_with]
+        hook = _hooks.setdefault(self._model, TracedHook())
+        hook.traced, hook.at = traced, 0
+        # What the layout has counted beneath the hook is not counted again.
+        counted = nullcontext() if recorder.beneath is None else recorder.beneath.seen()
+        unhooked = recorder.stack.put_aside() if is_first else nullcontext()
         try:
-            # What the layout has counted beneath the hook is not counted again.
-            with nullcontext() if recorder.beneath is None else recorder.beneath.seen():
+            with counted, unhooked, put_aside(recorder), hook:
                 result = original(*args, **kwargs)
         finally:
-            recorder.traced = []
-        if recorder.traced_at != len(laid):
-            self._give_up(part, recorder.traced_at, laid)
+            hook.traced = []
+        if hook.at != len(laid):
+            self._give_up(part, hook.at, laid)
         else:
             recorder.ran_compiled(laid)
         return result
@@ -223,24 +228,41 @@ class CompiledParts:
             _clear(pair)
 
 
-def traced_product(recorder: Recorder, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """What the hook does while it is traced: take the next product that was laid out. Plain enough for a graph."""
-    operation = OPERATIONS.get(function)
-    operands = None if operation is None else operation.read(args, kwargs)
-    if operands is None or not all(operand.is_floating_point() for operand in operands):
-        return function(*args, **kwargs)
-    at = recorder.traced_at
-    recorder.traced_at = at + 1
-    if at >= len(recorder.traced):
-        return function(*args, **kwargs)
-    traced = recorder.traced[at]
-    for operand, added in zip(operands, traced.operands, strict=False):
-        if added is not None:
-            torch.ops.numerics_advisor.sketch(added[0], added[1], operand.detach().to(added[2]), 1.0)
-    result = function(*args, **kwargs)
-    if traced.gradient is not None and isinstance(result, Tensor) and result.requires_grad:
-        return Watched.apply(result, traced.gradient[0], traced.gradient[1], traced.factor)
-    return result
+class TracedHook(TorchFunctionMode):
+    """What is traced in the recorder's place: takes the products that were laid out, one by one.
+
+    A graph remembers the very hook it was made with. So a model has one of these for good, and its second window runs
+    the graphs of its first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traced: list[Traced] = []
+        self.at = 0
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not torch.compiler.is_compiling():
+            return func(*args, **kwargs)  # the operators that a graph is made of
+        operation = OPERATIONS.get(func)
+        operands = None if operation is None else operation.read(args, kwargs)
+        if operands is None or not all(operand.is_floating_point() for operand in operands):
+            return func(*args, **kwargs)
+        at = self.at
+        self.at = at + 1
+        if at >= len(self.traced):
+            return func(*args, **kwargs)
+        traced = self.traced[at]
+        for operand, added in zip(operands, traced.operands, strict=False):
+            if added is not None:
+                torch.ops.numerics_advisor.sketch(added[0], added[1], operand.detach().to(added[2]), 1.0)
+        result = func(*args, **kwargs)
+        if traced.gradient is not None and isinstance(result, Tensor) and result.requires_grad:
+            return Watched.apply(result, traced.gradient[0], traced.gradient[1], traced.factor)
+        return result
+
+
+_hooks: WeakKeyDictionary[nn.Module, TracedHook] = WeakKeyDictionary()
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
@@ -147,6 +148,15 @@ class ModuleStack:
         for hooked in self._hooked.values():
             hooked.take_off()
         self._hooked.clear()
+
+    @contextmanager
+    def put_aside(self) -> Iterator[None]:
+        """Without the hooks, for torch.compile to trace: it remembers each, and would compile anew for other ones."""
+        self.detach()
+        try:
+            yield
+        finally:
+            self.attach()
 
     def unwind(self, keep: Frame | None = None) -> None:
         """Leave the modules of this thread that a KeyboardInterrupt has left without running their hooks (2.13).

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from probes.autocast import multiplied_dtype
 from probes.casts import Cast
-from probes.compiled import CompiledParts, Laid, Traced, traced_product
+from probes.compiled import CompiledParts, Laid
 from probes.contents import contents, outside_transforms, readable
 from probes.coverage import FlopsBeneath
 from probes.curvature import view_of
@@ -97,8 +97,6 @@ class Recorder(SiteHook):
         self.seen_flops = 0.0
         self.began = False
         self.compiled = CompiledParts(outer, self)
-        self.traced: list[Traced] = []
-        self.traced_at = 0
         self.met_unlaid = False
         self._laying: list[Laid] | None = None
         self._finer = tuple(finer)
@@ -119,16 +117,9 @@ class Recorder(SiteHook):
     # What the hook meets.
 
     def on_traced(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call inside a graph that is being compiled."""
-        if self.traced:
-            return traced_product(self, function, args, kwargs)
+        """A call inside a graph that is being compiled, and that nothing was laid out for."""
         self.met_unlaid = True
         return function(*args, **kwargs)
-
-    @property
-    def is_in_graph(self) -> bool:
-        """A compiled part is being run: what its graph calls has been told, and is recorded within."""
-        return bool(self.traced)
 
     @contextmanager
     def laying_out(self) -> Iterator[list[Laid]]:
@@ -142,6 +133,7 @@ class Recorder(SiteHook):
 
     def ran_compiled(self, laid: Sequence[Laid]) -> None:
         """A compiled part has run, and sketched what its graph can: the rest, and the tally, are done here."""
+        self.began = True
         for one in laid:
             self._tally(one.call, one.products)
             for operand in one.operands:

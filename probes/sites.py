@@ -138,11 +138,6 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         """Any other torch function, inside the model or around it."""
         return function(*args, **kwargs)
 
-    @property
-    def is_in_graph(self) -> bool:
-        """Whether the calls met now are those that a compiled graph is made of."""
-        return False
-
     def on_traced(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call inside a graph that torch.compile is making: only what can be traced may be done."""
         return function(*args, **kwargs)
@@ -205,8 +200,6 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return self.on_traced(func, args, kwargs)
-        if self.is_in_graph:
-            return func(*args, **kwargs)
         operation = operation_of(func)
         if operation is not None:
             if self.stack.frames and in_backward() == self.stack.frames[-1].recomputes:

@@ -160,6 +160,20 @@ def test_a_compiled_function_around_the_model_makes_the_window_eager() -> None:
     assert window.history("head", "input").steps.tolist() == [1, 2]
 
 
+def test_many_windows_do_not_reach_the_compiler_s_limit() -> None:
+    torch.manual_seed(0)
+    model = torch.compile(nn.Linear(8, 4), backend="aot_eager", fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    limit = torch._dynamo.config.recompile_limit
+    for _ in range(limit + 2):
+        with probe(model, optimizer, steps=1, curvature_steps=0, finer=()) as window:
+            model(torch.randn(6, 8)).sum().backward()
+            optimizer.step()
+        assert window.history("(root)", "input").elements.tolist() == [48]
+    model(torch.randn(6, 8)).sum().backward()
+    assert torch._dynamo.config.recompile_limit == limit
+
+
 def test_the_compiled_parts_are_left_as_they_were() -> None:
     model = whole(Small())
     before = model.forward
