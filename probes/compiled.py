@@ -211,7 +211,7 @@ class CompiledParts:
 
     def _give_up(self, part: Part, met: int, laid: Sequence[Laid]) -> None:
         part.eager = True
-        self._recorder.flops = None  # a later step is counted instead
+        self._recorder.count_again()
         for one in laid:
             for operand in one.operands:
                 if operand.slot in self._pairs:

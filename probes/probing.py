@@ -258,6 +258,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
             )
         if recorder.met_unlaid:
             recorder.met_unlaid = False
+            recorder.count_again()
             recorder.note(
                 "something is compiled that is no module of this model (a function around it, say): the window goes on "
                 f"uncompiled, and what ran compiled in step {recorder.step - 1} is missing"

@@ -329,6 +329,11 @@ class Recorder(SiteHook):
         if self.flops is None:
             self.flops = self.beneath = FlopsBeneath(lambda: self.stack.frames[-1] if self.stack.frames else None)
 
+    def count_again(self) -> None:
+        """The step that is under way cannot be counted: a later one is."""
+        self.stop_counting()
+        self.flops, self.seen_flops = None, 0.0
+
     def coverage(self, sites: Sequence[Site]) -> Coverage:
         """The share that these sites, the window's, have of the matrix FLOPs of the step that was counted."""
         return Coverage(float("nan")) if self.flops is None else self.flops.coverage(self.seen_flops, sites)

@@ -158,6 +158,7 @@ def test_a_compiled_function_around_the_model_makes_the_window_eager() -> None:
             optimizer.step()
     assert "goes on uncompiled" in window.notes[0]
     assert window.history("head", "input").steps.tolist() == [1, 2]
+    assert window.coverage.share == 1
 
 
 def test_many_windows_do_not_reach_the_compiler_s_limit() -> None:
