@@ -160,16 +160,24 @@ class Scoring:
         self._spent = True
         if not met.intact:
             return
-        call = met.call
+        with undisturbed():
+            self._noting(f"no gradient noise at {met.call.site}", self._measure_noise, met, gradient)
+            self._noting(f"no backward error at {met.call.site}", self._measure_errors, met, gradient)
+
+    def _noting(self, what: str, measure: Callable[[Met, Tensor], None], met: Met, gradient: Tensor) -> None:
         try:
-            with undisturbed():
-                for slot, ratios in noise_ratios(call, gradient, self.casts, self._adaptive).items():
-                    self._ratios += [(slot, cast, ratio) for cast, ratio in ratios.items()]
-                if not self._reached_a_loss:
-                    self._keep_gradient(met, gradient)
-                self._errors += site_backward_errors(call, gradient)
+            measure(met, gradient)
         except Exception as error:  # as in `_draw`
-            self._note(f"no gradient noise at {call.site}: {type(error).__name__}: {error}")
+            self._note(f"{what}: {type(error).__name__}: {error}")
+
+    def _measure_noise(self, met: Met, gradient: Tensor) -> None:
+        for slot, ratios in noise_ratios(met.call, gradient, self.casts, self._adaptive).items():
+            self._ratios += [(slot, cast, ratio) for cast, ratio in ratios.items()]
+        if not self._reached_a_loss:
+            self._keep_gradient(met, gradient)
+
+    def _measure_errors(self, met: Met, gradient: Tensor) -> None:
+        self._errors += site_backward_errors(met.call, gradient, seed=self._generation)
 
     def _keep_gradient(self, met: Met, gradient: Tensor) -> None:
         parts = parts_of(met, [gradient.detach()], self.casts)
