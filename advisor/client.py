@@ -120,7 +120,8 @@ class Client:
         return self.post(path, content=_window_bytes(window), content_type=WINDOW_FILE_TYPE)
 
     def probe(self, model: str, **options: Any) -> dict[str, Any]:
-        """Open a probing window as a job. Options: steps, warmup, every, curvature_steps, casts, seed.
+        """Open a probing window as a job. Options: steps, warmup, every, curvature_steps, casts, finer, overhead,
+        seed.
 
         Returns {"window": ..., "job": ...}; `wait(job["id"])` returns when it is over.
         """

@@ -129,6 +129,12 @@ class WindowRequest(Request):
     casts: list[str] | None = Field(
         None, min_length=1, description="candidates for the directional products; null: the usual"
     )
+    finer: list[str] | None = Field(
+        None,
+        description='scales by row and block to sketch for at every recorded step, as "block16/nvfp4"; '
+        "null: by row and block of 32, at the scored steps",
+    )
+    overhead: float | None = Field(None, gt=0, le=1, description="share of the time that watching may take at most")
     seed: int | None = Field(None, ge=0, lt=2**63, description="null: the seed of the model's training")
 
 

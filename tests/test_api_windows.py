@@ -157,6 +157,8 @@ def test_scales_by_row_or_block_are_scored_where_they_were_sketched(
     asked = service.client.get("/v1/models/net/scores", params={"cast": ["int8", "e4m3fn/block128x128"]})
     assert "finer=" in problem(asked, 422)["detail"]
     jobs = service.get("/v1/jobs")["items"]
+    finer = service.post("/v1/models/own/windows", {"steps": 2, "finer": ["block33"]})
+    assert "block33" in problem(finer, 422)["detail"]
     opened = service.post("/v1/models/own/windows", {"steps": 2, "casts": ["e4m3fn/block32"]})
     assert "e4m3fn/block32/e8m0/nearest has a scale for every block32" in problem(opened, 422)["detail"]
     assert service.get("/v1/jobs")["items"] == jobs

@@ -27,7 +27,8 @@ FLAGS = {
     "serve": "--host --port --data-dir --json",
     "worker": "--data-dir --json",
     "submit": "file --name --family --data --set --url --json",
-    "probe": "model --steps --warmup --every --curvature-steps --cast --seed -o --output --detach --url --json",
+    "probe": "model --steps --warmup --every --curvature-steps --cast --finer --overhead --seed -o --output --detach "
+    "--url --json",
     "plan": "model --hardware --tolerance --max-lost-batch --window --cast --uniform -o --output --url --json",
     "train": "what --steps --baseline --no-baseline --baseline-run --window --evaluate-batches --seed --detach "
     "--url --json",

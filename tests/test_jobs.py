@@ -15,7 +15,7 @@ from api.jobs.verdict import Arm, judge, paired_interval
 from api.schemas import RunRequest
 
 STEPS = 150
-WINDOW = {"steps": 4, "warmup": 3, "curvature_steps": 1}
+WINDOW = {"steps": 4, "warmup": 3, "curvature_steps": 1, "finer": ["block16/nvfp4"]}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,9 @@ def test_a_window_job_records_real_training(busy: Service, recorded: dict[str, A
     assert recorded["coverage"]["share"] > 0.9
     sites = [row["site"] for row in busy.get("/v1/models/tiny/layers")["items"]]
     assert "blocks.0.mlp.up" in sites
+    rows = busy.get("/v1/models/tiny/scores", cast=["e2m1/block16/nvfp4"], role="input")["items"]
+    assert rows
+    assert all(row["sqnr_db"] > 10 for row in rows)
     wait_until(lambda: not list(busy.settings.data_dir.glob("jobs/*")))  # its checkpoints go
 
 

@@ -20,6 +20,14 @@ def probe(
         list[str] | None,
         typer.Option(help="A cast to score by direct products, e.g. e4m3fn. May be repeated; default: the usual."),
     ] = None,
+    finer: Annotated[
+        list[str] | None,
+        typer.Option(help="Scales by row or block to sketch for, e.g. block16/nvfp4. May be repeated."),
+    ] = None,
+    overhead: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of the time that watching may take; default: all it takes."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Default: the model's own.", show_default=False)] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--output", help="Also write the window file here.", show_default=False)
@@ -38,7 +46,15 @@ def probe(
         output.check_place(out)
     with connect(url) as client:
         opened = client.probe(
-            model, steps=steps, warmup=warmup, every=every, curvature_steps=curvature_steps, casts=cast, seed=seed
+            model,
+            steps=steps,
+            warmup=warmup,
+            every=every,
+            curvature_steps=curvature_steps,
+            casts=cast,
+            finer=finer,
+            overhead=overhead,
+            seed=seed,
         )
         if detach:
             if as_json:

@@ -44,6 +44,8 @@ def record(attempt: Attempt, settings: Settings) -> None:
         every=wanted.every,
         curvature_steps=wanted.curvature_steps,
         casts=wanted.casts,
+        finer=wanted.finer,
+        overhead=wanted.overhead,
     ) as window:
         for step in range(1, wanted.steps + 1):
             attempt.step("window", step, wanted.steps, trainer.step(), pace)

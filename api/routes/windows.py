@@ -24,6 +24,7 @@ from api.windowcache import decode
 from db.store import jobs, models, windows
 from db.tables import Model
 from probes.probing import candidates
+from probes.tiles import checked_names
 from probes.window import Window
 from probes.windowfile import load_window
 
@@ -122,6 +123,7 @@ def file(window_id: str, services: ServicesDep) -> Response:
 
 def _open(services: Services, once: Once, model_id: str, wanted: WindowRequest) -> Response:
     candidates(wanted.casts or [])
+    checked_names(wanted.finer or [])
     with once, services.database.writing() as session:
         model = models.get(session, model_id)
         if model.kind == "external":
