@@ -317,6 +317,24 @@ def test_an_optimizer_that_calls_its_parent_s_step_takes_one() -> None:
     assert window.steps == (0, 1, 2)
 
 
+def test_an_optimizer_in_a_wrapper_is_found() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:  # as accelerate's: the parent's is not called
+            self.optimizer = optimizer
+
+        def step(self, closure: Any = None) -> Any:
+            return self.optimizer.step(closure)
+
+    model = mlp()
+    optimizer = Wrapper(torch.optim.Adam(model.parameters(), lr=0.1))
+    with probe(model, optimizer, steps=2, curvature_steps=0) as window:
+        for _ in range(2):
+            model(torch.randn(4, 16)).sum().backward()
+            optimizer.step()
+    assert window.steps == (0, 1)
+    assert window.optimizer_name == "Adam"
+
+
 def test_memory_is_known_before_the_window_opens() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
