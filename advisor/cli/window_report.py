@@ -78,6 +78,8 @@ class WindowReport:
         known = [value for value in window.losses if not math.isnan(value)]
         if known:
             yield f"loss: {loss(known[0])} at the first step, {loss(known[-1])} at the last; {window.optimizer_name}"
+            if not math.isnan(window.loss_noise):
+                yield f"loss noise from step to step: {window.loss_noise:.2g}"
         scales = sorted(set(window.loss_scales))
         if scales != [1.0]:
             yield f"loss scale: {', '.join(f'{scale:g}' for scale in scales)} (taken out below)"
@@ -146,7 +148,7 @@ class WindowReport:
         rows, last = self._by_slot(), None
         for slot in slots:
             if slot.site != last:
-                table.add_row(slot.site)
+                table.add_row(f"{slot.site}  {self._signal(slot.site)}".rstrip())
                 last = slot.site
             of_slot = rows[slot]
             first = of_slot[MORE_CASTS[0]]
@@ -158,11 +160,17 @@ class WindowReport:
                 share(first.get("lost_updates")),
                 _sure(first),
             )
-        table.caption, table.caption_justify = (
-            "lost in bf16: share of the updates that a bf16 weight does not take",
-            "left",
+        table.caption = (
+            "lost in bf16: share of the updates that a bf16 weight does not take. s/n: energy of the mean gradient "
+            "over that of the minibatch's noise in it"
         )
+        table.caption_justify = "left"
         return table
+
+    def _signal(self, parameter: str) -> str:
+        record = self.window.parameter_record(parameter)
+        known = None if record is None else record.signal_to_noise
+        return "" if known is None else f"s/n\N{NO-BREAK SPACE}{known:.2g}"
 
 
 def print_comparison(console: Console, comparison: Any) -> None:
