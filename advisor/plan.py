@@ -62,6 +62,8 @@ class Assignment(_Part):
     """Predicted rise of the loss, in its own units; null for gradients, and where it is unknown."""
     damage_se: Number | None
     """Standard error of `damage`; null where it is unknown."""
+    damage_interval: tuple[Number, Number] | None = None
+    """Where the damage lies with 95% probability, calibration and drift included; null where it is unknown."""
     damage_from: str | None
     """What the damage was computed from: "directional" or "sketch"."""
     noise_ratio: Number | None
@@ -81,10 +83,7 @@ class Assignment(_Part):
     @field_validator("cast")
     @classmethod
     def _canonical(cls, text: str) -> str:
-        try:
-            return str(Cast.parse(text))
-        except ProbeError as error:
-            raise ValueError(str(error)) from error
+        return _canonical(text)
 
 
 class Predicted(_Part):
@@ -94,6 +93,8 @@ class Predicted(_Part):
     """Sum of the assignments' damages, loss units; null where one of them is unknown."""
     damage_se: Number | None
     """Standard error of the sum, slots taken as independent; null where one is unknown."""
+    damage_interval: tuple[Number, Number] | None = None
+    """Where the sum lies with 95% probability, calibration and drift included; null where one is unknown."""
     noise_ratio: Number | None
     lost_batch_share: Number | None
     """Of the first layer's batch, where the noise of all slots comes together; later layers lose less."""
@@ -104,7 +105,10 @@ class Predicted(_Part):
     flops: Number
     """All matrix FLOPs a step, forward and backward, with those that the probe did not see."""
     speedup: Number | None
-    """Null: no speed is predicted (see `notes`)."""
+    """Time of a step's matrix products as they are over that with the plan; null where no time is predicted."""
+    time_s: Number | None = None
+    """Time of a step's matrix products with the plan on the hardware, casts and scaling included; seconds."""
+    time_before_s: Number | None = None
     memory_bytes: int
     """Weights, their narrow copies and the activations saved for the backward pass, with the plan."""
     memory_bytes_before: int
@@ -113,8 +117,33 @@ class Predicted(_Part):
 
 
 class LossScaling(_Part):
-    kind: Literal["none"]
+    """What the loss is multiplied with before the backward pass; gradients are divided by it before the update."""
+
+    kind: Literal["none", "static", "dynamic"]
     reason: str
+    scale: Number | None = None
+    """The factor, or the one that dynamic scaling starts from; a power of two. Null for "none"."""
+    growth_interval: int | None = None
+    """Dynamic: steps without a non-finite gradient until the scale doubles."""
+    minimums: tuple[tuple[int, Number], ...] = ()
+    """Dynamic: (step from which on, smallest scale), as in Mellempudi et al. (2019), sec. 3.2; steps rising."""
+
+
+class Stored(_Part):
+    """The cast in which a tensor that outlives a step is kept: after each update it is rounded to it."""
+
+    name: str
+    """Dotted name of the parameter or buffer."""
+    role: str
+    """`master`, an optimizer state's own name (`exp_avg`), or `buffer`."""
+    cast: str
+    """Canonical; fp32/none/nearest leaves the tensor in its own dtype."""
+    reason: str
+
+    @field_validator("cast")
+    @classmethod
+    def _canonical(cls, text: str) -> str:
+        return _canonical(text)
 
 
 class FrontPoint(_Part):
@@ -143,7 +172,11 @@ class Plan(_Part):
     predicted: Predicted
     loss_scaling: LossScaling
     master_weights: str
+    """The format of most master weights, in words; `storage` has it tensor by tensor."""
     optimizer_state: str
+    """The same of the optimizer's state."""
+    storage: tuple[Stored, ...] = ()
+    """Tensors that are kept in another format than their own; those that are not named stay as they are."""
     assignments: tuple[Assignment, ...]
     sites: tuple[PlannedSite, ...]
     front: tuple[FrontPoint, ...]
@@ -238,6 +271,13 @@ def plan_schema() -> dict[str, Any]:
         "$id": f"urn:{SCHEMA.replace('/', ':')}",
         **Plan.model_json_schema(by_alias=True, mode="validation"),
     }
+
+
+def _canonical(text: str) -> str:
+    try:
+        return str(Cast.parse(text))
+    except ProbeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _faults(error: ValidationError) -> str:
