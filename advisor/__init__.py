@@ -29,6 +29,7 @@ _HOME = {
     "connect": "advisor.client",
     "curvature_of": "probes.losses",
     "drift": "advisor.drifting",
+    "export": "advisor.exports.exporting",
     "load_plan": "advisor.plan",
     "load_window": "probes.windowfile",
     "probe": "probes.probing",

@@ -169,6 +169,10 @@ class Client:
     def saved_plan(self, plan: str) -> dict[str, Any]:
         return self.get(f"/v1/plans/{_segment(plan)}")
 
+    def export(self, plan: str, target: str) -> dict[str, Any]:
+        """A plan's files for another library: target, files (name → text), use, cannot."""
+        return self.get(f"/v1/plans/{_segment(plan)}/export/{_segment(target)}")
+
     def plans(self, model: str) -> Iterator[dict[str, Any]]:
         return self.pages(f"/v1/models/{_segment(model)}/plans")
 

@@ -14,7 +14,7 @@ from api.hosts import LoopbackOnly, check_host
 from api.idempotency import Replay, replayed
 from api.limits import BodyLimit
 from api.log import RequestLog
-from api.routes import catalogue, events, health, jobs, layers, models, plans, runs, scores, windows
+from api.routes import catalogue, events, exports, health, jobs, layers, models, plans, runs, scores, windows
 from api.settings import Settings
 from api.windowcache import WindowCache
 from db import migrate
@@ -63,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(LoopbackOnly)
     app.add_middleware(RequestLog)
     v1 = APIRouter(prefix="/v1")
-    for routes in (models, windows, layers, scores, plans, runs, jobs, events, catalogue):
+    for routes in (models, windows, layers, scores, plans, exports, runs, jobs, events, catalogue):
         v1.include_router(routes.router)
     app.include_router(v1)
     app.include_router(health.router)

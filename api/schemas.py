@@ -277,6 +277,14 @@ class PlanView(View):
     plan: dict[str, Any] = Field(description="schema numerics-advisor/plan/1, as plan.to_dict() of the library")
 
 
+class ExportView(View):
+    plan: str
+    target: str
+    files: dict[str, str] = Field(description="name → text")
+    use: str = Field(description="how to use them")
+    cannot: list[str] = Field(description="what the target does not do of the plan")
+
+
 # Runs
 
 

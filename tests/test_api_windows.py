@@ -228,6 +228,10 @@ def test_a_plan_is_made_and_shown(service: Service, pushed: dict[str, Any], wind
     assert body["plan"] == advisor.recommend(window, tolerance=0.5, max_lost_batch=0.9).to_dict()
     assert service.get(f"/v1/plans/{body['id']}") == body
     assert body["id"] in [row["id"] for row in service.get("/v1/models/net/plans")["items"]]
+    made = service.get(f"/v1/plans/{body['id']}/export/torchao")
+    assert made["files"].keys() == {"plan_torchao.json", "torchao_plan.py"}
+    assert "convert(model)" in made["use"]
+    assert "no export to 'jax'" in problem(service.client.get(f"/v1/plans/{body['id']}/export/jax"), 404)["detail"]
 
 
 def test_a_uniform_plan_is_the_recipe(service: Service, pushed: dict[str, Any]) -> None:

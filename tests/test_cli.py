@@ -32,6 +32,7 @@ FLAGS = {
     "plan": "model --hardware --tolerance --max-lost-batch --window --cast --uniform -o --output --url --json",
     "train": "what --steps --baseline --no-baseline --baseline-run --window --evaluate-batches --seed --detach "
     "--url --json",
+    "export": "plan --target -o --output --url --json",
     "history": "model site role --cast --metric --window --url --json",
     "show": "what --against --parquet --tensorboard --self-check --url --json",
 }

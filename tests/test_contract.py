@@ -28,6 +28,7 @@ PUBLIC = [
     "connect",
     "curvature_of",
     "drift",
+    "export",
     "load_plan",
     "load_window",
     "probe",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import typer
 
-from advisor.cli import demo, history, plan, probe, serve, show, submit, train, worker
+from advisor.cli import demo, export, history, plan, probe, serve, show, submit, train, worker
 from advisor.errors import AdvisorError
 from probes.errors import ProbeError
 
@@ -30,6 +30,7 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (plan.plan, "Make a precision plan, with its reasons."),
     (train.train, "Train with a plan, beside the baseline."),
     (history.history, "One tensor, step by step, in any cast."),
+    (export.export, "Write a plan as files for another library."),
     (show.show, "Show a file, or anything in the service."),
 )
 for command, told in COMMANDS:
