@@ -5,6 +5,7 @@
     │   └── PlanMismatch                  the plan was made for another model
     ├── CastNotScored (ValueError)        a window does not tell what this cast would do
     ├── UnknownHardware (ValueError)      no such hardware in the table
+    ├── InvalidHardware (ValueError)      a hardware description that no time can be predicted with
     ├── InvalidModel (ValueError)         a model's declaration cannot be built
     │   └── DataMismatch                  the model and its data do not fit each other
     ├── TrainingDiverged                  the loss is not finite
@@ -35,6 +36,10 @@ class CastNotScored(AdvisorError, ValueError):
 
 class UnknownHardware(AdvisorError, ValueError):
     """A hardware name that the table does not hold."""
+
+
+class InvalidHardware(AdvisorError, ValueError):
+    """A Hardware whose figures are missing or impossible."""
 
 
 class InvalidModel(AdvisorError, ValueError):

@@ -1,0 +1,176 @@
+"""How long a matrix product and the casts before it take on a device: whichever is slower, arithmetic or memory.
+
+    product   max(operations / rate / how full the device is, bytes / bandwidth) + launch
+    cast      bytes / bandwidth + launch, for every kernel that it takes
+
+The rate is what large products reach of the peak.
+
+A site's time is a sum: product_time_s over its products, each of its two operands, and cast_time_s over its roles, each
+of its cast. So a planner can tabulate it. A product that no native 8-bit kernel takes runs in 16 bits, or in its own
+precision, and what it cost to cast and to widen its operands is paid all the same.
+
+What a cast moves, after torchao's own count (torchao/testing/training/roofline_utils.py): a current scale reads the
+tensor once for its largest value; then it is read and written, once for each layout that its products want: where the
+matrix units want the inner dimension in a row (Hopper, Ada), a tensor of two products is written a second time,
+transposed. A delayed or static scale saves the first read. Rows are scaled as they are read, but their second layout
+has other scales, so it is transposed in 16 bits first; blocks are cast from the original once for each layout.
+
+Not in it: everything that is no matrix product (norms, activations, softmax, optimizer, communication), and fusion of a
+cast into the kernel before it. `step_speedup` bounds what is gained of a step from the share of products in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from math import ceil, inf
+
+from advisor.castnames import keeps
+from advisor.device import FULL_PRECISION, Hardware
+from advisor.native import native_refusal
+from advisor.operands import Operand, is_weight, operand, own_operand, product_operands, widened_format
+from advisor.product_shapes import ProductShape, operand_elements, product_shapes
+from probes.casts import Cast
+from probes.format_names import format_named
+from probes.formats import FORMATS
+from probes.records import Site
+
+# Rows and columns of a result that one unit works on at once, and what part of the full rate such a tile reaches:
+# smaller ones read their operands more often for each operation. Ours, fitted to published products
+# (benchmarks/speedups.py).
+TILES = ((128, 256, 1.0), (128, 128, 0.95), (64, 128, 0.75), (64, 64, 0.55))
+SPLITS = (1, 2, 4, 8)
+SHORTEST_SPLIT = 256  # inner size that a part keeps where the inner sum is split among units
+
+
+def product_time_s(shape: ProductShape, left: Operand, right: Operand, hardware: Hardware) -> float:
+    """Seconds a step for one product on these operands; widening those that the kernel does not take is in it."""
+    format_name, bits = runs_in(shape, left, right, hardware)
+    seconds = _matmul_s(shape, format_name, bits, hardware)
+    elements = operand_elements(shape)
+    for one, count in zip((left, right), elements, strict=False):
+        if one.format not in (None, format_name) and one.bits < bits:
+            seconds += _pass_s(count * (one.bits + bits) / 8, hardware)
+    return seconds * shape.calls
+
+
+def runs_in(shape: ProductShape, left: Operand, right: Operand, hardware: Hardware) -> tuple[str, int]:
+    """The format whose rate a product has, and the bits of an operand in memory.
+
+    An operand that nobody sees outside a kernel follows the other one, but is never of 8 bits.
+    """
+    one, other = (_seen(side, back, shape) for side, back in ((left, right), (right, left)))
+    assert one.format is not None
+    assert other.format is not None
+    if max(one.bits, other.bits) <= 8:
+        if native_refusal(shape, one, other, hardware) is None:
+            return one.format, max(one.bits, other.bits)
+    elif hardware.takes(one.format, other.format) or (one.format == other.format and one.format in hardware.tflops):
+        return one.format, max(one.bits, other.bits)
+    wide = widened_format(one.format, other.format, hardware)
+    if wide is not None:
+        return wide, FORMATS[wide].stored_bits
+    return ("fp64", 64) if max(one.bits, other.bits) > 32 else (FULL_PRECISION, 32)
+
+
+def cast_time_s(site: Site, role: str, cast: Cast, hardware: Hardware) -> float:
+    """Seconds a step to cast a role for all products that it enters; 0 where the cast leaves it as it is.
+
+    A weight is cast at every call of its module.
+    """
+    own, new = own_operand(site, role), operand(site, role, cast)
+    uses = sum(role in product.operands for product in site.products)
+    if keeps(cast) or new == own or not uses:
+        return 0.0
+    calls = max(site.calls, 1.0)
+    elements = site.elements.get(role, 0.0) / (1.0 if is_weight(role) else calls)
+    layouts = min(uses, 2) if hardware.inner_layout and new.bits <= 8 else 1
+    moved = _passes(cast, own.bits / 8, _stored_bytes(cast, new), layouts, is_weight(role))
+    return calls * sum(_pass_s(elements * each, hardware) for each in moved)
+
+
+def site_time_s(site: Site, casts: Mapping[str, Cast], hardware: Hardware) -> float:
+    """Seconds a step for all products of a site and all its casts; `casts` has every role."""
+    products = sum(
+        product_time_s(shape, *product_operands(site, shape.product, casts), hardware) for shape in product_shapes(site)
+    )
+    return products + sum(cast_time_s(site, role, casts[role], hardware) for role in site.roles)
+
+
+def time_s(sites: Iterable[Site], casts: Mapping[tuple[str, str], Cast], hardware: Hardware) -> float:
+    """The same of all sites; `casts` by (site, role)."""
+    return sum(site_time_s(site, {role: casts[site.name, role] for role in site.roles}, hardware) for site in sites)
+
+
+def step_speedup(products_speedup: float, products_share: float) -> float:
+    """How much faster a whole step gets at most, if products took `products_share` (0 to 1) of its time before.
+
+    Amdahl's law: all else takes as long as it did.
+    """
+    if not 0 <= products_share <= 1:
+        raise ValueError(f"products_share={products_share!r}: a share of the step's time is from 0 to 1")
+    left = (1 - products_share) + (products_share / products_speedup if products_speedup else inf)
+    return 1 / left
+
+
+def _matmul_s(shape: ProductShape, format_name: str, bits: int, hardware: Hardware) -> float:
+    """One call. The result is written in 16 bits, by wider products and those of integers in 32."""
+    left, right, result = operand_elements(shape)
+    written = 32 if bits > 16 or format_name == "int8" else 16
+    moved = ((left + right) * bits + result * written) / 8
+    arithmetic = inf
+    for split in SPLITS:
+        if split > 1 and (hardware.units <= 1 or shape.k < SHORTEST_SPLIT * split):
+            break
+        extra = (split - 1) * 2 * result * 4 / hardware.traffic_bytes_s  # partial sums in fp32, out and in again
+        full = shape.flops / hardware.rate_flops_s(format_name, bits) / _filled(shape, hardware, split)
+        arithmetic = min(arithmetic, full + extra)
+    return max(arithmetic, moved / hardware.traffic_bytes_s) + hardware.launch_s
+
+
+def _filled(shape: ProductShape, hardware: Hardware, split: int) -> float:
+    """Part of the device that is at work: tiles are whole, and the last wave of them leaves units without any."""
+    if hardware.units <= 1:
+        return 1.0
+    best = 0.0
+    for rows, columns, efficiency in TILES:
+        tiles = shape.batch * ceil(shape.m / rows) * ceil(shape.n / columns) * split
+        area = ceil(tiles / hardware.units) * hardware.units * rows * columns / split
+        best = max(best, efficiency * shape.batch * shape.m * shape.n / area)
+    return best
+
+
+def _passes(cast: Cast, own: float, new: float, layouts: int, weight: bool) -> Iterator[float]:
+    """Bytes an element that each kernel of a cast reads and writes."""
+    if cast.scale is None or cast.granularity == "tensor":
+        if cast.scale is not None and cast.scale.rule == "current":
+            yield own  # the largest value
+            yield 0.0  # and what reduces the parts of it
+        if weight:  # forward and backward cast it at different times
+            yield from [own + new] * layouts
+        else:
+            yield own + new * layouts
+    elif cast.granularity in ("row", "column"):
+        yield own + new
+        if layouts > 1:
+            yield 2 * own
+            yield own + new
+    else:
+        yield from [own + new] * max(layouts, 1)
+
+
+def _stored_bytes(cast: Cast, new: Operand) -> float:
+    """Bytes an element, with its share of a block's scales."""
+    block = {"block32": 32, "block16": 16, "block1x128": 128}.get(cast.granularity)
+    return new.bits / 8 + (1 / block if block else 0.0)
+
+
+def _pass_s(moved_bytes: float, hardware: Hardware) -> float:
+    return moved_bytes / hardware.traffic_bytes_s + hardware.launch_s
+
+
+def _seen(one: Operand, other: Operand, shape: ProductShape) -> Operand:
+    if one.format is not None:
+        return one
+    name = other.format if other.format is not None and other.bits > 8 else shape.own
+    found = format_named(name)
+    return Operand(found.name, found.stored_bits)
