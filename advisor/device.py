@@ -24,7 +24,9 @@ class Hardware:
     tflops             dense peak rate by format, in 10^12 operations a second, a multiply-add counted as two. Data
                        sheets print twice that, with 2:4 sparsity. Empty: no time is predicted for this device
     bandwidth_bytes_s  peak of its memory
-    launch_s           what starting a kernel adds to its time, small kernels included
+    launch_s           what starting a kernel adds to its time
+    product_start_s    the same of a matrix product
+    tile_s             what filling and writing a tile of 128 × 256 results takes beside its arithmetic
     achieved           part of the peak that large products of 16 bits and more reach
     achieved_8bit      the same of 8 bits and less
     achieved_bandwidth part of the bandwidth's peak that casts and products reach
@@ -44,6 +46,8 @@ class Hardware:
     tflops: Mapping[str, float] = field(default_factory=dict, hash=False)
     bandwidth_bytes_s: float = 0.0
     launch_s: float = 0.0
+    product_start_s: float = 0.0
+    tile_s: float = 0.0
     achieved: float = 1.0
     achieved_8bit: float = 1.0
     achieved_bandwidth: float = 1.0
@@ -95,8 +99,9 @@ class Hardware:
             value = getattr(self, one.name)
             if one.name.startswith("achieved") and not 0 < value <= 1:
                 raise InvalidHardware(f"hardware {self.name!r}: {one.name} is {value!r}; it must be in (0, 1]")
-        if not (self.bandwidth_bytes_s > 0 and self.launch_s >= 0 and self.units >= 1):
+        times = (self.launch_s, self.product_start_s, self.tile_s)
+        if not (0 < self.bandwidth_bytes_s < float("inf") and self.units >= 1 and min(times) >= 0):
             raise InvalidHardware(
-                f"hardware {self.name!r}: a bandwidth above 0, a launch time of 0 or more and at least 1 unit are "
-                f"needed, got {self.bandwidth_bytes_s!r}, {self.launch_s!r} and {self.units!r}"
+                f"hardware {self.name!r}: a bandwidth above 0, at least 1 unit and times of 0 or more are needed, got "
+                f"{self.bandwidth_bytes_s!r}, {self.units!r} and {times!r}"
             )

@@ -13,6 +13,8 @@ nearest relative. `sources` says which is which.
 
 from __future__ import annotations
 
+from typing import Any
+
 from advisor.device import Hardware, Pair
 
 # Like formats: what the matrix units of Ampere and everything after it multiply (fp32 on the vector units, or as
@@ -33,10 +35,33 @@ _FP8_FNUZ: frozenset[Pair] = frozenset(
 
 _GB = 10**9
 
-# pytorch/ao torchao/testing/training/roofline_utils.py: KERNEL_LAUNCH_OVERHEAD_SEC, a Triton kernel of one element on
-# an H100; the same file has 0.92 of the peak bandwidth for pointwise kernels.
-_LAUNCH_S = 2e-6
-_BANDWIDTH = 0.92
+# What kernels reach. The first three: pytorch/ao torchao/testing/training/roofline_utils.py, measured on an H100
+# ("pct_achievable_gemm_tops" with large inputs, "pct_achievable_mem_bw" of pointwise kernels, and
+# KERNEL_LAUNCH_OVERHEAD_SEC, a kernel of one element). The last two are ours, fitted to products measured on an H100
+# and a B200 that OpenXLA published (benchmarks/published_products.json); they come out alike on both.
+_KERNELS: dict[str, Any] = {
+    "achieved": 0.78,
+    "achieved_8bit": 0.78,
+    "achieved_bandwidth": 0.92,
+    "launch_s": 2e-6,
+    "product_start_s": 5e-6,
+    "tile_s": 1.2e-6,
+}
+_TORCHAO = "pytorch/ao torchao/testing/training/roofline_utils.py"
+_OURS = "own fit to OpenXLA's measured products on H100 and B200, benchmarks/published_products.json"
+
+
+def _sources(achieved: str = "", kernels: str = "") -> dict[str, str]:
+    """Where the figures of `_KERNELS` are from: as on an H100, unless `achieved` or `kernels` says otherwise."""
+    taken = f"{_TORCHAO}, measured on an H100 and taken to be the same here"
+    return {
+        "achieved": achieved or taken,
+        "achieved_8bit": achieved or taken,
+        "achieved_bandwidth": taken,
+        "launch_s": taken,
+        "product_start_s": kernels or f"{_OURS}; taken to be the same here",
+        "tile_s": kernels or f"{_OURS}; taken to be the same here",
+    }
 
 
 def _rates(fp64: float, fp32: float, tf32: float, sixteen: float, eight: float, *floats: str) -> dict[str, float]:
@@ -51,23 +76,6 @@ def _rates(fp64: float, fp32: float, tf32: float, sixteen: float, eight: float, 
     } | dict.fromkeys(floats, eight)
 
 
-def _borrowed(what: str) -> dict[str, str]:
-    return {
-        "achieved": what,
-        "achieved_8bit": what,
-        "achieved_bandwidth": what,
-        "launch_s": "pytorch/ao roofline_utils.py, measured on an H100; taken to be the same here",
-    }
-
-
-_H100_FIGURES = {
-    "achieved": "pytorch/ao roofline_utils.py: 0.78 with large inputs on an H100",
-    "achieved_8bit": "pytorch/ao roofline_utils.py: 0.78 with large inputs on an H100",
-    "achieved_bandwidth": "pytorch/ao roofline_utils.py: 0.92 for pointwise kernels on an H100",
-    "launch_s": "pytorch/ao roofline_utils.py: 2 µs, a kernel of one element on an H100",
-}
-_AS_H100 = _borrowed("taken to be as on an H100 (pytorch/ao roofline_utils.py does the same)")
-
 ROWS = (
     Hardware(
         name="a100",
@@ -76,13 +84,10 @@ ROWS = (
         memory_bytes=80 * _GB,
         tflops=_rates(19.5, 19.5, 156, 312, 624),
         bandwidth_bytes_s=2.039e12,
-        launch_s=_LAUNCH_S,
-        achieved=0.78,
-        achieved_8bit=0.78,
-        achieved_bandwidth=_BANDWIDTH,
         units=108,
         source="NVIDIA A100 Tensor Core GPU data sheet (80 GB SXM); A100 Tensor Core GPU Architecture white paper",
-        sources=_AS_H100,
+        sources=_sources(),
+        **_KERNELS,
         note="no 8-bit floating point; int8 is its only 8-bit format",
     ),
     Hardware(
@@ -97,15 +102,28 @@ ROWS = (
         # FP32 75, FP64 37 TFLOPS; 180 GB, 7.7 TB/s
         tflops=_rates(37, 75, 1100, 2250, 4500, "e4m3fn", "e5m2") | {"e2m1": 9000},
         bandwidth_bytes_s=7.7e12,
-        launch_s=_LAUNCH_S,
-        achieved=0.78,
-        achieved_8bit=0.78,
-        achieved_bandwidth=_BANDWIDTH,
         units=148,
         # Blackwell takes any layout (TransformerEngine, cublaslt_gemm.cu, nvte_is_non_tn_fp8_gemm_supported)
         inner_layout=False,
         source="NVIDIA Blackwell data sheet (HGX B200); CUTLASS documentation, Blackwell SM100 GEMMs; cuBLAS",
-        sources=_AS_H100,
+        sources=_sources(f"{_TORCHAO}, taken from the H100; OpenXLA's measured products agree", _OURS),
+        **_KERNELS,
+    ),
+    Hardware(
+        name="cpu",
+        title="one CPU core with AVX-512 (AMD EPYC), as a reference",
+        pairs=_LIKE,
+        memory_bytes=25 * _GB,
+        # float16 has no fast kernel there; fp32 products never run as tf32
+        tflops=_rates(0.046, 0.101, 0.101, 0.225, 0.439) | {"fp16": 0.0009},
+        bandwidth_bytes_s=1.2e10,
+        launch_s=1.2e-6,
+        product_start_s=1.2e-6,
+        inner_layout=False,
+        source="own measurement, advisor.calibration.measured_cpu with one thread of torch 2.13: products of 512 × 512 "
+        "matrices, a copy of 64 MiB, products of 4 × 4",
+        note="fixed figures, so that plans are the same everywhere; advisor.calibration.measured_cpu() measures the "
+        "CPU at hand. No kernel multiplies 8-bit floats on a CPU",
     ),
     Hardware(
         name="h100",
@@ -115,13 +133,10 @@ ROWS = (
         # Data sheet, half of its figures with sparsity: 989, 1,979, 3,958
         tflops=_rates(67, 67, 494.7, 989.4, 1978.9, "e4m3fn", "e5m2"),
         bandwidth_bytes_s=3.35e12,
-        launch_s=_LAUNCH_S,
-        achieved=0.78,
-        achieved_8bit=0.78,
-        achieved_bandwidth=_BANDWIDTH,
         units=132,
         source="NVIDIA H100 Tensor Core GPU data sheet (SXM); cuBLAS documentation, cublasLtMatmul",
-        sources=_H100_FIGURES,
+        sources=_sources(f"{_TORCHAO}, measured on an H100", _OURS),
+        **_KERNELS,
     ),
     Hardware(
         name="h100-pcie",
@@ -131,13 +146,10 @@ ROWS = (
         # Data sheet of 2022, half of its figures with sparsity: 756, 1,513, 3,026
         tflops=_rates(51, 51, 378, 756, 1513, "e4m3fn", "e5m2"),
         bandwidth_bytes_s=2.0e12,
-        launch_s=_LAUNCH_S,
-        achieved=0.78,
-        achieved_8bit=0.78,
-        achieved_bandwidth=_BANDWIDTH,
         units=114,
         source="NVIDIA H100 Tensor Core GPU data sheet (PCIe); cuBLAS documentation, cublasLtMatmul",
-        sources=_AS_H100,
+        sources=_sources(),
+        **_KERNELS,
         note="its 350 W may hold long products below this",
     ),
     Hardware(
@@ -147,13 +159,10 @@ ROWS = (
         memory_bytes=141 * _GB,
         tflops=_rates(67, 67, 494.7, 989.4, 1978.9, "e4m3fn", "e5m2"),
         bandwidth_bytes_s=4.8e12,
-        launch_s=_LAUNCH_S,
-        achieved=0.78,
-        achieved_8bit=0.78,
-        achieved_bandwidth=_BANDWIDTH,
         units=132,
         source="NVIDIA H200 Tensor Core GPU data sheet (SXM); cuBLAS documentation, cublasLtMatmul",
-        sources=_AS_H100,
+        sources=_sources(),
+        **_KERNELS,
     ),
     Hardware(
         name="l40s",
@@ -162,14 +171,11 @@ ROWS = (
         memory_bytes=48 * _GB,
         tflops=_rates(1.43, 91.6, 183, 362.05, 733, "e4m3fn", "e5m2"),
         bandwidth_bytes_s=0.864e12,
-        launch_s=_LAUNCH_S,
-        achieved=0.78,
-        achieved_8bit=0.78,
-        achieved_bandwidth=_BANDWIDTH,
         units=142,
         source="NVIDIA L40S data sheet; fp64 at 1/64 of fp32, Ada GPU Architecture white paper; cuBLAS documentation, "
         "cublasLtMatmul",
-        sources=_AS_H100,
+        sources=_sources(),
+        **_KERNELS,
     ),
     Hardware(
         name="mi300x",
@@ -178,13 +184,13 @@ ROWS = (
         memory_bytes=192 * _GB,
         tflops=_rates(163.4, 163.4, 653.7, 1307.4, 2614.9, "e4m3fnuz", "e5m2fnuz"),
         bandwidth_bytes_s=5.3e12,
-        launch_s=_LAUNCH_S,
-        achieved=0.54,
-        achieved_8bit=0.51,
-        achieved_bandwidth=_BANDWIDTH,
         units=304,
         source="AMD Instinct MI300X data sheet; hipBLASLt README and documentation, Data type support",
-        sources=_AS_H100,
+        sources=_sources(
+            "half: meta-pytorch/MSLK pull request 457 measures products against 654 and 1,307 TFLOPS; "
+            "not checked against products of known shapes"
+        ),
+        **_KERNELS | {"achieved": 0.5, "achieved_8bit": 0.5},
         note="its 8-bit floats are e4m3fnuz and e5m2fnuz, which are candidates only where they are named; e4m3fn and "
         "e5m2 are not multiplied",
     ),
@@ -197,12 +203,9 @@ ROWS = (
         # figures with sparsity are 330.3 for 16 bits and 660.6 for FP8); int8 is not halved
         tflops=_rates(1.29, 82.6, 82.6, 165.2, 330.3, "e4m3fn", "e5m2") | {"int8": 660.6},
         bandwidth_bytes_s=1.008e12,
-        launch_s=_LAUNCH_S,
-        achieved=0.78,
-        achieved_8bit=0.78,
-        achieved_bandwidth=_BANDWIDTH,
         units=128,
         source="NVIDIA Ada GPU Architecture white paper, appendix A; cuBLAS documentation, cublasLtMatmul",
-        sources=_AS_H100,
+        sources=_sources(),
+        **_KERNELS,
     ),
 )

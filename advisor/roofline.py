@@ -1,9 +1,9 @@
 """How long a matrix product and the casts before it take on a device: whichever is slower, arithmetic or memory.
 
-    product   max(operations / rate / how full the device is, bytes / bandwidth) + launch
+    product   max(waves of tiles × (a tile's operations / rate + its start and end), bytes / bandwidth) + start
     cast      bytes / bandwidth + launch, for every kernel that it takes
 
-The rate is what large products reach of the peak.
+The rate is what large products reach of the peak; a product of few tiles does not fill the device.
 
 A site's time is a sum: product_time_s over its products, each of its two operands, and cast_time_s over its roles, each
 of its cast. So a planner can tabulate it. A product that no native 8-bit kernel takes runs in 16 bits, or in its own
@@ -35,9 +35,9 @@ from probes.formats import FORMATS
 from probes.records import Site
 
 # Rows and columns of a result that one unit works on at once, and what part of the full rate such a tile reaches:
-# smaller ones read their operands more often for each operation. Ours, fitted to published products
+# small ones read their operands more often for each operation. Ours, fitted to published products
 # (benchmarks/speedups.py).
-TILES = ((128, 256, 1.0), (128, 128, 0.95), (64, 128, 0.75), (64, 64, 0.55))
+TILES = ((128, 256, 1.0), (128, 128, 1.0), (64, 64, 0.65))
 SPLITS = (1, 2, 4, 8)
 SHORTEST_SPLIT = 256  # inner size that a part keeps where the inner sum is split among units
 
@@ -117,25 +117,28 @@ def _matmul_s(shape: ProductShape, format_name: str, bits: int, hardware: Hardwa
     left, right, result = operand_elements(shape)
     written = 32 if bits > 16 or format_name == "int8" else 16
     moved = ((left + right) * bits + result * written) / 8
-    arithmetic = inf
-    for split in SPLITS:
-        if split > 1 and (hardware.units <= 1 or shape.k < SHORTEST_SPLIT * split):
-            break
-        extra = (split - 1) * 2 * result * 4 / hardware.traffic_bytes_s  # partial sums in fp32, out and in again
-        full = shape.flops / hardware.rate_flops_s(format_name, bits) / _filled(shape, hardware, split)
-        arithmetic = min(arithmetic, full + extra)
-    return max(arithmetic, moved / hardware.traffic_bytes_s) + hardware.launch_s
+    arithmetic = _arithmetic_s(shape, hardware.rate_flops_s(format_name, bits), hardware)
+    return max(arithmetic, moved / hardware.traffic_bytes_s) + hardware.product_start_s
 
 
-def _filled(shape: ProductShape, hardware: Hardware, split: int) -> float:
-    """Part of the device that is at work: tiles are whole, and the last wave of them leaves units without any."""
+def _arithmetic_s(shape: ProductShape, rate_flops_s: float, hardware: Hardware) -> float:
+    """By the best of a few tiles and splits, as libraries choose them.
+
+    Tiles are whole, and as many run side by side as there are units, in waves: the last wave leaves some units
+    without work, and each begins and ends with time in which nothing is multiplied. A split inner sum makes more
+    tiles, whose parts are added up through memory.
+    """
     if hardware.units <= 1:
-        return 1.0
-    best = 0.0
-    for rows, columns, efficiency in TILES:
-        tiles = shape.batch * ceil(shape.m / rows) * ceil(shape.n / columns) * split
-        area = ceil(tiles / hardware.units) * hardware.units * rows * columns / split
-        best = max(best, efficiency * shape.batch * shape.m * shape.n / area)
+        return shape.flops / rate_flops_s
+    a_unit, best = rate_flops_s / hardware.units, inf
+    for split in SPLITS:
+        if split > 1 and shape.k < SHORTEST_SPLIT * split:
+            break
+        parts_s = (split - 1) * 2 * shape.batch * shape.m * shape.n * 4 / hardware.traffic_bytes_s
+        for rows, columns, reached in TILES:
+            waves = ceil(shape.batch * ceil(shape.m / rows) * ceil(shape.n / columns) * split / hardware.units)
+            tile = 2 * rows * columns * shape.k / split / a_unit / reached
+            best = min(best, waves * (tile + hardware.tile_s * rows * columns / (128 * 256)) + parts_s)
     return best
 
 
