@@ -44,6 +44,7 @@ def measured_cpu(repeats: int = 7) -> Hardware:
         name="cpu",
         title=f"this CPU, {torch.get_num_threads()} threads",
         pairs=frozenset((name, name) for name in ("fp32", "bf16", "fp16", "int8")),
+        granularities=frozenset({"tensor", "row"}),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         tflops=rates | {"tf32": rates["fp32"]},
         bandwidth_bytes_s=2 * _COPIED / copy_s,

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from advisor.device import Hardware
-from advisor.memory import APPROXIMATIONS as MEMORY_APPROXIMATIONS
-from advisor.memory import Memory, memory, role_bytes
+from advisor.memory import APPROXIMATIONS, RECORDED_APPROXIMATIONS, Memory, memory, role_bytes
 from advisor.native import native_refusal
 from advisor.operands import (
     WEIGHT,
@@ -24,12 +23,16 @@ from advisor.operands import (
     product_operands,
 )
 from advisor.product_shapes import ProductShape, product_shapes
-from advisor.roofline import cast_time_s, product_time_s, site_time_s, time_s
+from advisor.roofline import APPROXIMATIONS as TIME_APPROXIMATIONS
+from advisor.roofline import cast_time_s, product_time_s, site_time_s, step_speedup, time_s
+from advisor.sharing import shared_tensors
 from probes.casts import Cast
 from probes.records import Site
 
 __all__ = [
     "APPROXIMATIONS",
+    "RECORDED_APPROXIMATIONS",
+    "TIME_APPROXIMATIONS",
     "WEIGHT",
     "Memory",
     "Operand",
@@ -47,13 +50,13 @@ __all__ = [
     "product_shapes",
     "product_time_s",
     "role_bytes",
+    "shared_tensors",
     "shares",
     "site_shares",
     "site_time_s",
+    "step_speedup",
     "time_s",
 ]
-
-APPROXIMATIONS = MEMORY_APPROXIMATIONS
 
 
 @dataclass(frozen=True)

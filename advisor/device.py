@@ -20,6 +20,8 @@ class Hardware:
     """A device to plan for.
 
     pairs              ordered (left, right) formats that its matrix units multiply as they are
+    granularities      of `probes.scaling.TILES`: which scales its 8-bit kernels take; two of different granularity only
+                       as `takes_scales` says
     memory_bytes       the data sheet's figure, its gigabyte taken as 10^9 bytes
     tflops             dense peak rate by format, in 10^12 operations a second, a multiply-add counted as two. Data
                        sheets print twice that, with 2:4 sparsity. Empty: no time is predicted for this device
@@ -43,27 +45,45 @@ class Hardware:
     memory_bytes: int
     source: str
     note: str = ""
-    tflops: Mapping[str, float] = field(default_factory=dict, hash=False)
+    tflops: Mapping[str, float] = field(default_factory=dict)
     bandwidth_bytes_s: float = 0.0
     launch_s: float = 0.0
     product_start_s: float = 0.0
     tile_s: float = 0.0
+    granularities: frozenset[str] = frozenset({"tensor"})
     achieved: float = 1.0
     achieved_8bit: float = 1.0
     achieved_bandwidth: float = 1.0
     units: int = 1
     inner_layout: bool = True
-    sources: Mapping[str, str] = field(default_factory=dict, hash=False)
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pairs", frozenset(self.pairs))
+        object.__setattr__(self, "granularities", frozenset(self.granularities))
         object.__setattr__(self, "tflops", dict(self.tflops))
         object.__setattr__(self, "sources", dict(self.sources))
         self._refuse_impossible()
 
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     def takes(self, left: str, right: str) -> bool:
         """Whether the matrix units multiply these two formats as they are."""
         return (left, right) in self.pairs
+
+    def takes_scales(self, left: str, right: str) -> bool:
+        """Whether its 8-bit kernels multiply operands with scales of these granularities.
+
+        One scale a tensor stands for the same one in every row; 128 × 128 blocks (of the weight) go with blocks of 1 ×
+        128; otherwise both are alike.
+        """
+        if not {left, right} <= self.granularities:
+            return False
+        together = {left, right}
+        if left == right:
+            return left != "block128x128"
+        return together in ({"tensor", "row"}, {"block1x128", "block128x128"})
 
     @property
     def formats(self) -> tuple[str, ...]:

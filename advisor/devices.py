@@ -33,6 +33,15 @@ _FP8_FNUZ: frozenset[Pair] = frozenset(
     (left, right) for left in ("e4m3fnuz", "e5m2fnuz") for right in ("e4m3fnuz", "e5m2fnuz")
 )
 
+# Scales that 8-bit kernels take beside one a tensor. A scale a row along the inner dimension of both operands:
+# torch._scaled_mm on compute capability 8.9 and above (aten/src/ATen/native/cuda/RowwiseScaledMM.cu; the right operand
+# must be e4m3fn, which is not looked at here) and on gfx942; the sums of torch._int_mm are scaled afterwards, so rows
+# are free there. Blocks of 128 with float32 scales: cuBLAS 12.9, compute capability 9.0 alone (PyTorch's
+# test_scaled_matmul_cuda.py expects other versions to fail). Blocks of 32 with e8m0 scales: compute capability 10.
+_ROWS = frozenset({"tensor", "row"})
+_HOPPER_SCALES = _ROWS | {"block1x128", "block128x128"}
+_BLACKWELL_SCALES = _ROWS | {"block32"}
+
 _GB = 10**9
 
 # What kernels reach. The first three: pytorch/ao torchao/testing/training/roofline_utils.py, measured on an H100
@@ -81,6 +90,7 @@ ROWS = (
         name="a100",
         title="NVIDIA A100 SXM 80 GB",
         pairs=_LIKE,  # Ampere, compute capability 8.0: no FP8 kernels
+        granularities=_ROWS,
         memory_bytes=80 * _GB,
         tflops=_rates(19.5, 19.5, 156, 312, 624),
         bandwidth_bytes_s=2.039e12,
@@ -97,6 +107,7 @@ ROWS = (
         # instruction takes E5M2×E5M2; the library that training calls does not, so the pair is left out here
         # too.
         pairs=_LIKE | _FP8,
+        granularities=_BLACKWELL_SCALES,
         memory_bytes=180 * _GB,  # DGX B200 data sheet: 1,440 GB over 8 GPUs
         # NVIDIA Blackwell data sheet, HGX B200, a GPU: FP4 18, FP8 and INT8 9, FP16 4.5, TF32 2.2 PFLOPS with sparsity;
         # FP32 75, FP64 37 TFLOPS; 180 GB, 7.7 TB/s
@@ -113,6 +124,7 @@ ROWS = (
         name="cpu",
         title="one CPU core with AVX-512 (AMD EPYC), as a reference",
         pairs=_LIKE,
+        granularities=_ROWS,
         memory_bytes=25 * _GB,
         # float16 has no fast kernel there; fp32 products never run as tf32
         tflops=_rates(0.046, 0.101, 0.101, 0.225, 0.439) | {"fp16": 0.0009},
@@ -129,6 +141,7 @@ ROWS = (
         name="h100",
         title="NVIDIA H100 SXM 80 GB",
         pairs=_LIKE | _FP8,  # Hopper, compute capability 9.0
+        granularities=_HOPPER_SCALES,
         memory_bytes=80 * _GB,
         # Data sheet, half of its figures with sparsity: 989, 1,979, 3,958
         tflops=_rates(67, 67, 494.7, 989.4, 1978.9, "e4m3fn", "e5m2"),
@@ -142,6 +155,7 @@ ROWS = (
         name="h100-pcie",
         title="NVIDIA H100 PCIe 80 GB",
         pairs=_LIKE | _FP8,  # Hopper, compute capability 9.0
+        granularities=_HOPPER_SCALES,
         memory_bytes=80 * _GB,
         # Data sheet of 2022, half of its figures with sparsity: 756, 1,513, 3,026
         tflops=_rates(51, 51, 378, 756, 1513, "e4m3fn", "e5m2"),
@@ -156,6 +170,7 @@ ROWS = (
         name="h200",
         title="NVIDIA H200 SXM 141 GB",
         pairs=_LIKE | _FP8,  # Hopper, compute capability 9.0
+        granularities=_HOPPER_SCALES,
         memory_bytes=141 * _GB,
         tflops=_rates(67, 67, 494.7, 989.4, 1978.9, "e4m3fn", "e5m2"),
         bandwidth_bytes_s=4.8e12,
@@ -168,6 +183,7 @@ ROWS = (
         name="l40s",
         title="NVIDIA L40S",
         pairs=_LIKE | _FP8,  # Ada, compute capability 8.9
+        granularities=_ROWS,
         memory_bytes=48 * _GB,
         tflops=_rates(1.43, 91.6, 183, 362.05, 733, "e4m3fn", "e5m2"),
         bandwidth_bytes_s=0.864e12,
@@ -181,6 +197,7 @@ ROWS = (
         name="mi300x",
         title="AMD Instinct MI300X",
         pairs=_LIKE | _FP8_FNUZ,  # CDNA 3, gfx942
+        granularities=_ROWS,
         memory_bytes=192 * _GB,
         tflops=_rates(163.4, 163.4, 653.7, 1307.4, 2614.9, "e4m3fnuz", "e5m2fnuz"),
         bandwidth_bytes_s=5.3e12,
@@ -198,6 +215,7 @@ ROWS = (
         name="rtx4090",
         title="NVIDIA GeForce RTX 4090",
         pairs=_LIKE | _FP8,  # Ada, compute capability 8.9
+        granularities=_ROWS,
         memory_bytes=24 * _GB,
         # With float32 sums, which is half of what the card does with float16 sums: Ada white paper, appendix A (its
         # figures with sparsity are 330.3 for 16 bits and 660.6 for FP8); int8 is not halved

@@ -6,7 +6,7 @@ their own dtypes or the cast that the plan keeps them in. Without records only t
 Approximate, and said so in every plan: the copies of a weight are taken to live as long as the weight; activations of
 every call of a step are taken to live at once; what is saved for operations that are no matrix product is not known. An
 activation that enters several sites (the input of q, k and v) counts at each of them, unless `shared` says which slots
-hold the same tensor: `shared_tensors` reads that from a window.
+hold the same tensor: `sharing.shared_tensors` reads that from a window.
 """
 
 from __future__ import annotations
@@ -16,16 +16,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from advisor.castnames import keeps
-from advisor.operands import enters_gradient, is_weight, operand, own_operand
+from advisor.operands import WEIGHT, enters_gradient, is_weight, operand, own_operand
 from probes.casts import Cast
 from probes.errors import UnknownFormat
 from probes.format_names import format_named
 from probes.parameter_records import MASTER, ParameterRecord
 from probes.records import GRADIENT, Site
 
-APPROXIMATIONS = (
+APPROXIMATIONS = (  # without the records of parameters and without `shared`
     "bytes: an activation that enters several sites counts at each of them; all calls of a step live at once",
     "bytes: gradients, optimizer state and anything that is no operand of a matrix product are not counted",
+)
+
+RECORDED_APPROXIMATIONS = (  # with them
+    "bytes: saved activations are those of matrix products, of all calls of a step; two with equal sketches are one",
+    (
+        "bytes: gradients, in their parameter's dtype, and optimizer state are those that the window followed; "
+        "buffers, workspaces and whatever else is no operand are not counted"
+    ),
 )
 
 Slot = tuple[str, str]
@@ -87,7 +95,7 @@ def memory(
             if is_weight(role):
                 whole = site.parameter_shape in (None, site.shapes.get(role))  # and no view of a part
                 key = (site.parameter if site.parameter and whole else site.name, role)
-                if site.parameter not in masters:
+                if _parameter(site, role) not in masters:
                     masters[key] = _weight_elements(site, role) * own_operand(site, role).bits / 8
                 copies[key, str(cast)] = role_bytes(site, role, cast)
             else:
@@ -109,6 +117,13 @@ def memory(
             )
         ),
     )
+
+
+def _parameter(site: Site, role: str) -> str | None:
+    """Dotted name of the parameter that a weight is; a recurrent layer's are called as its roles."""
+    if role == WEIGHT:
+        return site.parameter
+    return role if site.name == "(root)" else f"{site.name}.{role}"
 
 
 def _kept_bytes(dtype: str, cast: Cast | None) -> float:

@@ -8,8 +8,10 @@ tensor. (torch._scaled_grouped_mm wants a scale a row; FlashAttention 3's 8-bit 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from advisor.device import Hardware
-from advisor.operands import Operand
+from advisor.operands import Operand, is_taken
 from advisor.product_shapes import ATTENTION, ProductShape
 
 MULTIPLE = 16
@@ -28,25 +30,32 @@ def native_refusal(shape: ProductShape, left: Operand, right: Operand, hardware:
         return None
     if not hardware.takes(left.format, right.format):
         return f"{hardware.title} multiplies no {left.format} by {right.format}"
-    return _refused_op(shape) or _refused_sizes(shape)
+    if not is_taken(left, right, hardware):
+        return f"no 8-bit kernel of {hardware.title} takes scales by {left.granularity} and by {right.granularity}"
+    return refused_op(shape.op, shape.batch > 1, shape.exact) or _refused_sizes(shape)
 
 
-def _refused_op(shape: ProductShape) -> str | None:
-    if shape.op in ATTENTION:
+@lru_cache(maxsize=256)
+def refused_op(op: str, batched: bool, exact: bool) -> str | None:
+    """Why no 8-bit kernel does this operation, whatever its sizes."""
+    if op in ATTENTION:
         return "no 8-bit kernel of attention has a backward pass"
-    if shape.op.startswith("conv"):
+    if op.startswith("conv"):
         return "no 8-bit kernel of a convolution has a backward pass"
-    if shape.op.startswith(("lstm", "gru", "rnn")):
+    if op.startswith(("lstm", "gru", "rnn")):
         return "recurrent kernels have no 8-bit form"
-    if shape.op == "grouped_mm":
-        return "the grouped 8-bit kernel wants a scale a row"
-    if shape.op not in _DENSE:
-        return f"no 8-bit kernel does what {shape.op} does"
-    if shape.batch > 1:
+    if op == "grouped_mm":
+        return "the grouped 8-bit kernel wants a scale a row, and none has a backward pass with one a tensor"
+    if op not in _DENSE:
+        return f"no 8-bit kernel does what {op} does"
+    if batched:
         return "8-bit kernels multiply two matrices, not a batch of them"
-    if not shape.exact:
-        return "the sizes of this product are not known"
-    return None
+    return None if exact else "the sizes of this product are not known"
+
+
+def has_odd_sizes(shape: ProductShape) -> bool:
+    """Whether 8-bit kernels refuse the sizes."""
+    return bool(shape.k % MULTIPLE or shape.n % MULTIPLE)
 
 
 def _refused_sizes(shape: ProductShape) -> str | None:

@@ -18,13 +18,14 @@ WEIGHT = "weight"
 
 
 class Operand(NamedTuple):
-    """What the matrix unit is given: a format, and the bits of an element in memory.
+    """What the matrix unit is given: a format, the bits of an element in memory, and what shares a scale.
 
-    The format is None for what nobody sees outside a fused kernel.
+    The format is None for what nobody sees outside a fused kernel. No scale at all counts as one of the tensor.
     """
 
     format: str | None
     bits: int
+    granularity: str = "tensor"
 
 
 def is_weight(role: str) -> bool:
@@ -49,7 +50,16 @@ def _own(dtype: str) -> Operand:
 def operand(site: Site, role: str, cast: Cast) -> Operand:
     """The tensor after `cast`; a cast to a wider format than the tensor's own leaves it as it is."""
     own, wanted = own_operand(site, role), cast.format
-    return own if keeps(cast) or wanted.stored_bits > own.bits else Operand(wanted.name, wanted.stored_bits)
+    if keeps(cast) or wanted.stored_bits > own.bits:
+        return own
+    return Operand(wanted.name, wanted.stored_bits, "tensor" if cast.granularity == "none" else cast.granularity)
+
+
+def is_taken(left: Operand, right: Operand, hardware: Hardware) -> bool:
+    """Whether the hardware multiplies two operands as they are: their formats, and below 16 bits their scales."""
+    if left.format is None or right.format is None or not hardware.takes(left.format, right.format):
+        return False
+    return max(left.bits, right.bits) > 8 or hardware.takes_scales(left.granularity, right.granularity)
 
 
 def product_bits(left: Operand, right: Operand, hardware: Hardware) -> int:
@@ -60,7 +70,7 @@ def product_bits(left: Operand, right: Operand, hardware: Hardware) -> int:
     """
     if left.format is None or right.format is None:
         return max(32, left.bits, right.bits)
-    if hardware.takes(left.format, right.format):
+    if is_taken(left, right, hardware):
         return max(left.bits, right.bits)
     wide = widened_format(left.format, right.format, hardware)
     return max(32, left.bits, right.bits) if wide is None else FORMATS[wide].bits

@@ -13,7 +13,6 @@ Shapes that differ from call to call are taken at their mean.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -48,46 +47,6 @@ class ProductShape(NamedTuple):
 
 def product_shapes(site: Site) -> tuple[ProductShape, ...]:
     """One for each of the site's products, in their order; those without operations are left out."""
-    return _shapes(site.op, site.name, _frozen(site))
-
-
-def elements_a_call(site: Site, role: str) -> float:
-    """Elements of a role in one call: a weight is read once a step however often its module is called."""
-    count = site.elements.get(role, float(prod(site.shapes.get(role, (0,)))))
-    return count if is_weight(role) else count / max(site.calls, 1.0)
-
-
-class _Key(NamedTuple):
-    """A site as something that can be remembered."""
-
-    site: Site
-    identity: tuple[object, ...]
-
-    def __hash__(self) -> int:
-        return hash(self.identity)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self.identity == other.identity
-
-
-def _frozen(site: Site) -> _Key:
-    return _Key(
-        site,
-        (
-            site.name,
-            site.op,
-            site.products,
-            site.calls,
-            tuple(sorted(site.shapes.items())),
-            tuple(sorted(site.elements.items())),
-            tuple(sorted(site.dtypes.items())),
-        ),
-    )
-
-
-@lru_cache(maxsize=8192)
-def _shapes(op: str, name: str, key: _Key) -> tuple[ProductShape, ...]:
-    site = key.site
     found = []
     for product in site.products:
         if product.flops <= 0:
@@ -112,6 +71,12 @@ def _shapes(op: str, name: str, key: _Key) -> tuple[ProductShape, ...]:
             )
         )
     return tuple(found)
+
+
+def elements_a_call(site: Site, role: str) -> float:
+    """Elements of a role in one call: a weight is read once a step however often its module is called."""
+    count = site.elements.get(role, float(prod(site.shapes.get(role, (0,)))))
+    return count if is_weight(role) else count / max(site.calls, 1.0)
 
 
 class _Sizes(NamedTuple):
@@ -157,25 +122,24 @@ def _inner(site: Site, product: Product) -> float:
 
 
 def _convolution(site: Site, product: Product) -> _Sizes | None:
+    """A weight [outputs, inputs of a group, …] meets every place of the output; of a transposed convolution [inputs,
+    outputs of a group, …] every place of the input."""
     weight = site.shapes.get("weight", ())
-    if len(weight) < 3 or site.op == "conv_tbc":
-        return _two_operands(site, product) if site.op != "conv_tbc" else None
-    first, second, kernel = weight[0], weight[1], prod(weight[2:])
-    flops = product.flops / max(site.calls, 1.0)
-    places = flops / (2.0 * prod(weight))  # of the output; of the input where the convolution is transposed
-    channels = site.shapes.get("input", ())[1:2]
+    if len(weight) < 3 or site.op == "conv_tbc" or not prod(weight):
+        return None
+    places = product.flops / max(site.calls, 1.0) / (2.0 * prod(weight))
     transposed = "transpose" in site.op
-    given = channels[0] if channels else second
-    groups = max(1, round(given / (first if transposed else second))) if not transposed else 1
-    inside, outside = (first / groups, second) if transposed else (second, first / groups)
-    rows = places
+    channels = site.shapes.get(GRADIENT if transposed else "input", ())[1:2]
+    groups = max(1, round(channels[0] / weight[1])) if channels else 1
+    whole, part = weight[0] / groups, weight[1] * prod(weight[2:])
+    inner, outer = (whole, part) if transposed else (part, whole)
     match product.name:
         case "forward":
-            return _Sizes(groups, rows, outside, inside * kernel)
+            return _Sizes(groups, places, outer, inner)
         case "input_grad":
-            return _Sizes(groups, rows, inside * kernel, outside)
+            return _Sizes(groups, places, inner, outer)
         case _:
-            return _Sizes(groups, inside * kernel, outside, rows)
+            return _Sizes(groups, inner, outer, places)
 
 
 def _attention(shapes: Mapping[str, tuple[int, ...]], product: Product) -> _Sizes | None:
@@ -206,7 +170,7 @@ def _recurrent(site: Site, product: Product) -> _Sizes | None:
     states' in one launch a step. How many steps is the input's longer leading dimension where it has two."""
     role = next((one for one in product.operands if is_weight(one)), None) or product.name.removesuffix("_grad")
     weight = site.shapes.get(role, ())
-    if len(weight) != 2:
+    if len(weight) != 2 or not prod(weight):
         return None
     entries = product.flops / max(site.calls, 1.0) / (2.0 * prod(weight))
     gates, inner = weight

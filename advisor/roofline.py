@@ -22,13 +22,14 @@ cast into the kernel before it. `step_speedup` bounds what is gained of a step f
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from math import ceil, inf
 
 from advisor.castnames import keeps
 from advisor.device import FULL_PRECISION, Hardware
-from advisor.native import native_refusal
-from advisor.operands import Operand, is_weight, operand, own_operand, product_operands, widened_format
-from advisor.product_shapes import ProductShape, operand_elements, product_shapes
+from advisor.native import has_odd_sizes, refused_op
+from advisor.operands import Operand, is_taken, is_weight, operand, own_operand, product_operands, widened_format
+from advisor.product_shapes import ProductShape, product_shapes
 from probes.casts import Cast
 from probes.format_names import format_named
 from probes.formats import FORMATS
@@ -42,14 +43,23 @@ SPLITS = (1, 2, 4, 8)
 SHORTEST_SPLIT = 256  # inner size that a part keeps where the inner sum is split among units
 
 
+APPROXIMATIONS = (
+    (
+        "time: a roofline of matrix products and casts; norms, activations, softmax, the optimizer and communication "
+        "are not in it, nor is fusing a cast into the kernel before it"
+    ),
+    "time: a product that no native 8-bit kernel takes runs in 16 bits; products in fp32 run without tf32",
+)
+
+
 def product_time_s(shape: ProductShape, left: Operand, right: Operand, hardware: Hardware) -> float:
     """Seconds a step for one product on these operands; widening those that the kernel does not take is in it."""
     format_name, bits = runs_in(shape, left, right, hardware)
-    seconds = _matmul_s(shape, format_name, bits, hardware)
-    elements = operand_elements(shape)
-    for one, count in zip((left, right), elements, strict=False):
-        if one.format not in (None, format_name) and one.bits < bits:
-            seconds += _pass_s(count * (one.bits + bits) / 8, hardware)
+    seconds = _matmul_s(shape.batch, shape.m, shape.n, shape.k, format_name, bits, hardware)
+    for one, other_side in ((left, shape.m), (right, shape.n)):
+        if one.bits < bits and one.format is not None and one.format != format_name:
+            elements = shape.batch * shape.k * float(other_side)
+            seconds += _pass_s(elements * (one.bits + bits) / 8, hardware)
     return seconds * shape.calls
 
 
@@ -58,18 +68,23 @@ def runs_in(shape: ProductShape, left: Operand, right: Operand, hardware: Hardwa
 
     An operand that nobody sees outside a kernel follows the other one, but is never of 8 bits.
     """
-    one, other = (_seen(side, back, shape) for side, back in ((left, right), (right, left)))
+    refused = has_odd_sizes(shape) or refused_op(shape.op, shape.batch > 1, shape.exact) is not None
+    return _runs_in(refused, shape.own, left, right, hardware)
+
+
+@lru_cache(maxsize=4096)
+def _runs_in(refused: bool, own: str, left: Operand, right: Operand, hardware: Hardware) -> tuple[str, int]:
+    one, other = _seen(left, right, own), _seen(right, left, own)
     assert one.format is not None
     assert other.format is not None
-    if max(one.bits, other.bits) <= 8:
-        if native_refusal(shape, one, other, hardware) is None:
-            return one.format, max(one.bits, other.bits)
-    elif hardware.takes(one.format, other.format) or (one.format == other.format and one.format in hardware.tflops):
-        return one.format, max(one.bits, other.bits)
+    wider = max(one.bits, other.bits)
+    alike = one.format == other.format and wider > 8 and one.format in hardware.tflops
+    if alike or (is_taken(one, other, hardware) and not (refused and wider <= 8)):
+        return one.format, wider
     wide = widened_format(one.format, other.format, hardware)
     if wide is not None:
         return wide, FORMATS[wide].stored_bits
-    return ("fp64", 64) if max(one.bits, other.bits) > 32 else (FULL_PRECISION, 32)
+    return ("fp64", 64) if wider > 32 else (FULL_PRECISION, 32)
 
 
 def cast_time_s(site: Site, role: str, cast: Cast, hardware: Hardware) -> float:
@@ -112,16 +127,16 @@ def step_speedup(products_speedup: float, products_share: float) -> float:
     return 1 / left
 
 
-def _matmul_s(shape: ProductShape, format_name: str, bits: int, hardware: Hardware) -> float:
+@lru_cache(maxsize=65536)
+def _matmul_s(batch: int, m: int, n: int, k: int, format_name: str, bits: int, hardware: Hardware) -> float:
     """One call. The result is written in 16 bits, by wider products and those of integers in 32."""
-    left, right, result = operand_elements(shape)
     written = 32 if bits > 16 or format_name == "int8" else 16
-    moved = ((left + right) * bits + result * written) / 8
-    arithmetic = _arithmetic_s(shape, hardware.rate_flops_s(format_name, bits), hardware)
+    moved = batch * ((float(m) * k + float(k) * n) * bits + float(m) * n * written) / 8
+    arithmetic = _arithmetic_s(batch, m, n, k, hardware.rate_flops_s(format_name, bits), hardware)
     return max(arithmetic, moved / hardware.traffic_bytes_s) + hardware.product_start_s
 
 
-def _arithmetic_s(shape: ProductShape, rate_flops_s: float, hardware: Hardware) -> float:
+def _arithmetic_s(batch: int, m: int, n: int, k: int, rate_flops_s: float, hardware: Hardware) -> float:
     """By the best of a few tiles and splits, as libraries choose them.
 
     Tiles are whole, and as many run side by side as there are units, in waves: the last wave leaves some units
@@ -129,16 +144,17 @@ def _arithmetic_s(shape: ProductShape, rate_flops_s: float, hardware: Hardware) 
     tiles, whose parts are added up through memory.
     """
     if hardware.units <= 1:
-        return shape.flops / rate_flops_s
+        return 2.0 * batch * m * n * k / rate_flops_s
     a_unit, best = rate_flops_s / hardware.units, inf
-    for split in SPLITS:
-        if split > 1 and shape.k < SHORTEST_SPLIT * split:
-            break
-        parts_s = (split - 1) * 2 * shape.batch * shape.m * shape.n * 4 / hardware.traffic_bytes_s
-        for rows, columns, reached in TILES:
-            waves = ceil(shape.batch * ceil(shape.m / rows) * ceil(shape.n / columns) * split / hardware.units)
-            tile = 2 * rows * columns * shape.k / split / a_unit / reached
-            best = min(best, waves * (tile + hardware.tile_s * rows * columns / (128 * 256)) + parts_s)
+    for rows, columns, reached in TILES:
+        tiles = batch * ceil(m / rows) * ceil(n / columns)
+        whole = 2 * rows * columns * k / a_unit / reached
+        start = hardware.tile_s * rows * columns / (128 * 256)
+        for split in SPLITS:
+            if split > 1 and k < SHORTEST_SPLIT * split:
+                break
+            parts = (split - 1) * 2.0 * batch * m * n * 4 / hardware.traffic_bytes_s
+            best = min(best, ceil(tiles * split / hardware.units) * (whole / split + start) + parts)
     return best
 
 
@@ -171,9 +187,8 @@ def _pass_s(moved_bytes: float, hardware: Hardware) -> float:
     return moved_bytes / hardware.traffic_bytes_s + hardware.launch_s
 
 
-def _seen(one: Operand, other: Operand, shape: ProductShape) -> Operand:
+def _seen(one: Operand, other: Operand, own: str) -> Operand:
     if one.format is not None:
         return one
-    name = other.format if other.format is not None and other.bits > 8 else shape.own
-    found = format_named(name)
+    found = format_named(other.format if other.format is not None and other.bits > 8 else own)
     return Operand(found.name, found.stored_bits)

@@ -423,8 +423,20 @@ class HardwareView(View):
     name: str
     title: str
     pairs: list[tuple[str, str]] = Field(description="operand formats that its matrix units multiply")
+    granularities: list[str] = Field(description="which scales its 8-bit kernels take")
     memory_bytes: int
+    tflops: dict[str, float] = Field(description="dense peak rate by format, 10^12 operations a second")
+    bandwidth_bytes_s: float = Field(description="peak of its memory")
+    launch_s: float = Field(description="what starting a kernel adds to its time")
+    product_start_s: float = Field(description="the same of a matrix product")
+    tile_s: float = Field(description="start and end of a tile of 128 x 256 results, beside its arithmetic")
+    achieved: float = Field(description="part of the peak that large products of 16 bits and more reach")
+    achieved_8bit: float = Field(description="the same of 8 bits and less")
+    achieved_bandwidth: float = Field(description="part of the bandwidth's peak that kernels reach")
+    units: int = Field(description="units that work on tiles of a product side by side")
+    inner_layout: bool = Field(description="8-bit operands must both lie along the inner dimension")
     source: str
+    sources: dict[str, str] = Field(description="where figures are from that no data sheet has")
     note: str = ""
 
 

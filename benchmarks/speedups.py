@@ -56,9 +56,7 @@ def print_products(sets: list[dict[str, Any]]) -> None:
 
 
 def print_layers(sets: list[dict[str, Any]]) -> None:
-    print(
-        f"\n{'tokens, inputs, outputs':24} {'cast':18} speed-up predicted   ms in bf16 predicted   ms in 8 bits predicted"
-    )
+    print(f"\n{'tokens, inputs, outputs':24} {'cast':18} speed-up predicted   bf16 ms predicted   8-bit ms predicted")
     ratios = []
     for one in sets:
         for *shape, measured, wide_s, narrow_s in one["layers"]:

@@ -22,15 +22,27 @@ def formats() -> Page[FormatView]:
 
 @router.get("/hardware")
 def hardware() -> Page[HardwareView]:
-    """The hardware that plans can be made for, and the pairs of formats that each multiplies."""
+    """The hardware that plans can be made for: the pairs of formats that each multiplies, how fast, and whence."""
     return Page(
         items=[
             HardwareView(
                 name=row.name,
                 title=row.title,
                 pairs=sorted(row.pairs),
+                granularities=sorted(row.granularities),
                 memory_bytes=row.memory_bytes,
+                tflops=dict(row.tflops),
+                bandwidth_bytes_s=row.bandwidth_bytes_s,
+                launch_s=row.launch_s,
+                product_start_s=row.product_start_s,
+                tile_s=row.tile_s,
+                achieved=row.achieved,
+                achieved_8bit=row.achieved_8bit,
+                achieved_bandwidth=row.achieved_bandwidth,
+                units=row.units,
+                inner_layout=row.inner_layout,
                 source=row.source,
+                sources=dict(row.sources),
                 note=row.note,
             )
             for row in HARDWARE.values()
