@@ -21,9 +21,12 @@ cast into the kernel before it. `step_speedup` bounds what is gained of a step f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import ceil, inf
+
+import numpy as np
+from numpy.typing import NDArray
 
 from advisor.castnames import keeps
 from advisor.device import FULL_PRECISION, Hardware
@@ -56,11 +59,34 @@ def product_time_s(shape: ProductShape, left: Operand, right: Operand, hardware:
     """Seconds a step for one product on these operands; widening those that the kernel does not take is in it."""
     format_name, bits = runs_in(shape, left, right, hardware)
     seconds = _matmul_s(shape.batch, shape.m, shape.n, shape.k, format_name, bits, hardware)
-    for one, other_side in ((left, shape.m), (right, shape.n)):
-        if one.bits < bits and one.format is not None and one.format != format_name:
-            elements = shape.batch * shape.k * float(other_side)
-            seconds += _pass_s(elements * (one.bits + bits) / 8, hardware)
+    seconds += _widening_s(left, shape.batch * shape.m * shape.k, format_name, bits, hardware)
+    seconds += _widening_s(right, shape.batch * shape.k * shape.n, format_name, bits, hardware)
     return seconds * shape.calls
+
+
+def product_times_s(
+    shape: ProductShape, lefts: Sequence[Operand], rights: Sequence[Operand], hardware: Hardware
+) -> NDArray[np.float64]:
+    """The same for every pair of a left operand and a right one: [lefts, rights]."""
+    refused = _is_refused(shape)
+    sizes = shape.batch * shape.m * shape.k, shape.batch * shape.k * shape.n
+    runs: dict[tuple[str, int], float] = {}
+    found = np.empty((len(lefts), len(rights)))
+    widened: dict[tuple[int, Operand, tuple[str, int]], float] = {}
+    for i, left in enumerate(lefts):
+        for j, right in enumerate(rights):
+            run = _runs_in(refused, shape.own, left, right, hardware)
+            if run not in runs:
+                runs[run] = _matmul_s(shape.batch, shape.m, shape.n, shape.k, *run, hardware)
+            seconds = runs[run]
+            for side, one in ((0, left), (1, right)):
+                if one.bits < run[1]:
+                    key = side, one, run
+                    if key not in widened:
+                        widened[key] = _widening_s(one, sizes[side], *run, hardware)
+                    seconds += widened[key]
+            found[i, j] = seconds
+    return found * shape.calls
 
 
 def runs_in(shape: ProductShape, left: Operand, right: Operand, hardware: Hardware) -> tuple[str, int]:
@@ -68,8 +94,7 @@ def runs_in(shape: ProductShape, left: Operand, right: Operand, hardware: Hardwa
 
     An operand that nobody sees outside a kernel follows the other one, but is never of 8 bits.
     """
-    refused = has_odd_sizes(shape) or refused_op(shape.op, shape.batch > 1, shape.exact) is not None
-    return _runs_in(refused, shape.own, left, right, hardware)
+    return _runs_in(_is_refused(shape), shape.own, left, right, hardware)
 
 
 @lru_cache(maxsize=4096)
@@ -125,6 +150,18 @@ def step_speedup(products_speedup: float, products_share: float) -> float:
         raise ValueError(f"products_share={products_share!r}: a share of the step's time is from 0 to 1")
     left = (1 - products_share) + (products_share / products_speedup if products_speedup else inf)
     return 1 / left
+
+
+def _is_refused(shape: ProductShape) -> bool:
+    """Whether 8-bit kernels refuse this product whatever its operands are."""
+    return has_odd_sizes(shape) or refused_op(shape.op, shape.batch > 1, shape.exact) is not None
+
+
+def _widening_s(one: Operand, elements: int, format_name: str, bits: int, hardware: Hardware) -> float:
+    """Seconds to bring an operand from its own format to the one that its product runs in."""
+    if one.bits >= bits or one.format in (None, format_name):
+        return 0.0
+    return _pass_s(elements * (one.bits + bits) / 8, hardware)
 
 
 @lru_cache(maxsize=65536)

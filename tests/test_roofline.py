@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from advisor.castnames import KEEP, parse_cast
-from advisor.cost import cast_time_s, native_refusal, product_shapes, product_time_s, site_time_s, step_speedup, time_s
+from advisor.cost import (
+    cast_time_s,
+    native_refusal,
+    product_shapes,
+    product_time_s,
+    product_times_s,
+    site_time_s,
+    step_speedup,
+    time_s,
+)
 from advisor.device import Hardware
 from advisor.hardware import HARDWARE, hardware_named
 from advisor.operands import Operand, product_operands
@@ -70,6 +79,16 @@ def test_two_narrow_operands_that_no_kernel_takes_are_widened_and_gain_nothing()
     assert widened == pytest.approx(plain + 2 * (1 + 3 * 20000**2 / 1e9))  # two passes: a byte read, two written
     mixed = product_time_s(shape(20000, 20000, 20000), E4M3, BF16, PLAIN)
     assert mixed == pytest.approx(plain + 1 + 3 * 20000**2 / 1e9)
+
+
+@pytest.mark.parametrize("where", [shape(4096, 512, 1024), shape(100, 30, 50), shape(64, 64, 64, op="sdpa")])
+def test_a_table_of_pairs_is_the_pairs_one_by_one(where: ProductShape) -> None:
+    operands = [FP32, BF16, E4M3, E5M2, Operand("int8", 8), Operand("e4m3fn", 8, "row"), Operand(None, 32)]
+    for hardware in (H100, PLAIN):
+        table = product_times_s(where, operands, operands, hardware)
+        for i, j in itertools.product(range(len(operands)), repeat=2):
+            assert table[i, j] == product_time_s(where, operands[i], operands[j], hardware)
+    assert product_times_s(where, [], operands, H100).shape == (0, len(operands))
 
 
 @pytest.mark.parametrize(
