@@ -206,9 +206,12 @@ def _passes(cast: Cast, own: float, new: float, layouts: int, weight: bool) -> I
         else:
             yield own + new * layouts
     elif cast.granularity in ("row", "column"):
-        yield own + new
+        if layouts > 1 and not weight:  # the first kernel writes the transpose as well
+            yield 2 * own + new
+        else:
+            yield own + new
         if layouts > 1:
-            yield 2 * own
+            yield from [2 * own] * weight
             yield own + new
     else:
         yield from [own + new] * max(layouts, 1)
