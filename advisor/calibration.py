@@ -1,6 +1,6 @@
 """The CPU at hand as hardware to plan for, measured in about two seconds.
 
-    plan = advisor.recommend(window, hardware=measured_cpu())
+    plan = advisor.recommend(window, hardware=advisor.measured_cpu())
 
 The row `cpu` of the table is such a measurement, fixed once, so that a plan made for it is the same everywhere. This
 one is of the machine that it runs on, with torch's present number of threads, and differs a little from call to call;

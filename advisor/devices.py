@@ -132,9 +132,9 @@ ROWS = (
         launch_s=1.2e-6,
         product_start_s=1.2e-6,
         inner_layout=False,
-        source="own measurement, advisor.calibration.measured_cpu with one thread of torch 2.13: products of 512 × 512 "
+        source="own measurement, advisor.measured_cpu with one thread of torch 2.13: products of 512 × 512 "
         "matrices, a copy of 64 MiB, products of 4 × 4",
-        note="fixed figures, so that plans are the same everywhere; advisor.calibration.measured_cpu() measures the "
+        note="fixed figures, so that plans are the same everywhere; advisor.measured_cpu() measures the "
         "CPU at hand. No kernel multiplies 8-bit floats on a CPU",
     ),
     Hardware(

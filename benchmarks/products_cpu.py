@@ -1,6 +1,6 @@
 """Matrix products of this CPU beside their predicted times: `python benchmarks/products_cpu.py`.
 
-The hardware is `advisor.calibration.measured_cpu()`, measured at the start; `--fixed` takes the table's row `cpu`
+The hardware is `advisor.measured_cpu()`, measured at the start; `--fixed` takes the table's row `cpu`
 instead, which is one core of another machine perhaps. Each product is the best of a few runs, all in turns. With one
 thread (OMP_NUM_THREADS=1) it is the processor's time that counts, so that other work on the machine takes none away
 except by sharing caches and execution units. Takes half a minute.
