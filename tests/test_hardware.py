@@ -11,6 +11,7 @@ import pytest
 from advisor.calibration import measured_cpu
 from advisor.errors import AdvisorError, InvalidHardware, UnknownHardware
 from advisor.hardware import HARDWARE, Hardware, hardware_named
+from api.routes.catalogue import hardware as service_hardware
 from probes.formats import FORMATS
 
 OWN = Hardware(
@@ -147,3 +148,12 @@ def test_this_cpu_is_measured() -> None:
     assert not found.takes("e4m3fn", "e4m3fn")
     with pytest.raises(ValueError, match="repeats=0"):
         measured_cpu(repeats=0)
+
+
+def test_the_service_tells_every_figure() -> None:
+    views = {view.name: view.model_dump() for view in service_hardware().items}
+    assert views.keys() == HARDWARE.keys()
+    for name, row in HARDWARE.items():
+        for field in dataclasses.fields(row):
+            value = getattr(row, field.name)
+            assert views[name][field.name] == (sorted(value) if isinstance(value, frozenset) else value), field.name
