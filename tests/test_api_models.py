@@ -407,6 +407,7 @@ def test_the_calls_are_the_contract_s(service: Service) -> None:
         "POST /v1/models/{model_id}/plans",
         "GET /v1/models/{model_id}/plans",
         "GET /v1/plans/{plan_id}",
+        "GET /v1/plans/{plan_id}/export/{target}",
         "POST /v1/plans/{plan_id}/runs",
         "GET /v1/plans/{plan_id}/runs",
         "GET /v1/runs/{run_id}",
