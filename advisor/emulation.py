@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,25 +28,35 @@ from torch import Tensor, nn
 
 from advisor.castnames import keeps
 from advisor.errors import InvalidPlan, PlanMismatch
+from advisor.loss_scaling import BACKWARDS, LossScaler
 from advisor.plan import Plan
+from advisor.stepping import Steps
+from advisor.stored import StoredTensors
 from probes.casts import Cast, CastState
+from probes.distributed import is_sharded
 from probes.edges import await_gradient
 from probes.names import ROOT, unwrapped
 from probes.ops import Operation
 from probes.records import GRADIENT, Slot
 from probes.sites import ProductCall, SiteHook
 
+LOSS_SCALE = Slot("(loss)", "scale")
+
 
 class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, model) as applied
     """Carry out a plan while the block runs: emulated casts at every site the plan names.
 
-    `report()` says, slot by slot, how each cast is carried out and how often it was. `seed` starts the stream of
-    stochastic rounding, which is the plan's own. The optimizer is left as it is: master weights and state keep their
-    dtype, which is all that a plan asks for today. What torch.compile has compiled runs uncompiled in the block, for a
-    cast cannot be traced. Wrappers of torch (torch.compile's, DistributedDataParallel) change no site's name.
+    `report()` says, slot by slot, how each cast is carried out and how often it was; then the same of tensors that are
+    stored (`advisor.stored`) and of the loss scale (`advisor.loss_scaling`), if the plan has them. `seed` starts the
+    streams of stochastic rounding, which are the plan's own. The optimizer may be left away where the plan stores
+    nothing of its parameters and scales no loss; its dtypes stay, and tensors are rounded in place: when the block is
+    entered, and after each step. What torch.compile has compiled runs uncompiled in the block, for a cast cannot be
+    traced. Wrappers of torch (torch.compile's, DistributedDataParallel) change no site's name.
 
-    Raises PlanMismatch at once if the plan's sites are not the model's,
-    and InvalidPlan for casts that cannot be carried out here: scales by row, column or block, and e8m0.
+    Outside the block everything is as it was, but that stored tensors keep their rounded values.
+
+    Raises PlanMismatch at once if the plan's sites or tensors are not the model's and the optimizer's, and InvalidPlan
+    for what cannot be carried out here.
     """
 
     def __init__(
@@ -57,6 +67,13 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
         _require_match(plan, model)
         self._uncompiled = ExitStack()
         self.plan = plan
+        optimizer = None if optimizer is None else _innermost(optimizer)
+        self._stored = StoredTensors(plan.storage, model, optimizer, seed)
+        self.loss_scaler = None if plan.loss_scaling.kind == "none" else LossScaler(plan.loss_scaling)
+        if self.loss_scaler is not None:
+            _require_scalable(model, optimizer)
+        self._steps = Steps(optimizer, self._stored, self.loss_scaler)
+        self._optimizer, self._resumed = optimizer, False
         self.casts = {Slot(one.site, one.role): Cast.parse(one.cast) for one in plan.assignments}
         _require_possible(self.casts)
         self.states = {slot: CastState(seed=zlib.crc32(f"{seed}/{slot}".encode())) for slot in self.casts}
@@ -67,12 +84,21 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
     def __enter__(self) -> Any:
         if self._depth == 0:
             self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
+            self._stored.enter(rounded=self._resumed)
+            self._resumed = False
+            self._steps.enter()
+            if self.loss_scaler is not None:
+                self.loss_scaler.enter(self._leaves())
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> Any:
         left = super().__exit__(*error)
         if self._depth == 0:
             self._uncompiled.close()
+            self._steps.leave()
+            self._stored.leave()
+            if self.loss_scaler is not None:
+                self.loss_scaler.leave()
         return left
 
     def report(self) -> list[dict[str, Any]]:
@@ -84,6 +110,8 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
         not in the plan  a product was run that the plan does not name: nothing was cast (cast None)
         not placed       a product was recomputed in the backward pass outside any module's forward, so its site is
                          unknown and nothing was cast (site None)
+        stored           the tensor (site is its name) was rounded in place, or an epsilon lent to the optimizer
+        loss scaled, …   site (loss): how many steps were, and were `skipped`; its `changes`, as `LossScaler` has them
         """
         rows: list[dict[str, Any]] = [
             {
@@ -99,27 +127,65 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
             {"site": site, "role": None, "cast": None, "how": "not in the plan", "count": count}
             for site, count in self.unplanned.items()
         ]
+        rows += self._stored.rows()
+        if self.loss_scaler is not None:
+            rows.append(self.loss_scaler.row())
         if self.unplaced:
             rows.append({"site": None, "role": None, "cast": None, "how": "not placed", "count": self.unplaced})
         return rows
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Each slot's site, role, `calls` and `history`, as JSON can hold it: with it a training goes on bit-equal."""
-        return [
+        """Each slot's and stored tensor's site, role, `calls` and `history`, and the loss scale's, as JSON can hold it.
+
+        With it a training goes on bit-equal: load the model's, the optimizer's and this before the block is entered.
+        """
+        rows: list[dict[str, Any]] = [
             {**slot._asdict(), "calls": state.calls, "history": [float(amax) for amax in state.history]}
-            for slot, state in self.states.items()
+            for slot, state in self._all_states().items()
         ]
+        if self.loss_scaler is not None:
+            rows.append({**LOSS_SCALE._asdict(), **self.loss_scaler.state_dict()})
+        return rows
 
     def load_state_dict(self, saved: Iterable[Mapping[str, Any]]) -> None:
-        """Go on from what `state_dict` gave, under the same plan and seed. Raises PlanMismatch for another plan's."""
+        """Go on from what `state_dict` gave, under the same plan and seed. Raises PlanMismatch for another plan's.
+
+        Before the block is entered it also says that stored tensors have been rounded: they are then left as they are.
+        """
         found = {Slot(one["site"], one["role"]): one for one in saved}
-        if found.keys() != self.states.keys():
+        states = self._all_states()
+        scaled = set() if self.loss_scaler is None else {LOSS_SCALE}
+        if found.keys() != states.keys() | scaled:
             raise PlanMismatch(
                 "the saved state of the casts is of another plan: its sites and roles are not this one's"
             )
+        if self.loss_scaler is not None:
+            self.loss_scaler.load_state_dict(found.pop(LOSS_SCALE))
         for slot, one in found.items():
-            state = self.states[slot]
-            state.calls, state.history = one["calls"], deque(one["history"])
+            states[slot].calls, states[slot].history = one["calls"], deque(one["history"])
+        self._resumed = self._depth == 0
+
+    def _all_states(self) -> dict[Slot, CastState]:
+        return {**self.states, **self._stored.states}
+
+    def _leaves(self) -> Iterator[Tensor]:
+        yield from self.model.parameters()
+        for group in () if self._optimizer is None else self._optimizer.param_groups:
+            yield from group["params"]
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Where a backward pass of the user's starts, it starts with the loss scale."""
+        starts = func in BACKWARDS and not self._nested and not torch.compiler.is_compiling()
+        if self.loss_scaler is None or not starts:
+            return super().__torch_function__(func, types, args, kwargs)
+        with self.loss_scaler.scaled(func, args, kwargs or {}) as (scaled_args, scaled_kwargs):
+            return super().__torch_function__(func, types, scaled_args, scaled_kwargs)
+
+    def on_backward(self, root: Any) -> None:
+        """A backward pass starts: what the optimizer's next step does is a step of its own."""
+        self._steps.backward()
 
     def on_unplaced(self, operation: Operation) -> None:
         """Count what is recomputed where no site can be told."""
@@ -174,6 +240,21 @@ def _require_possible(casts: Mapping[Slot, Cast]) -> None:
                 f"{slot.site} {slot.role} is to be cast as {cast}, and {cast.format} is a format for scales, without a "
                 "sign and without zero"
             )
+
+
+def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside wrappers that call its step, as accelerate's do: it announces its steps."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def _require_scalable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raises InvalidPlan where a loss scale cannot be carried out."""
+    if optimizer is None:
+        raise InvalidPlan("the plan scales the loss, and steps may be skipped: give apply the optimizer")
+    if is_sharded(model):
+        raise InvalidPlan("the plan scales the loss, which cannot be done here for sharded parameters (FSDP2)")
 
 
 def _require_match(plan: Plan, model: nn.Module) -> None:

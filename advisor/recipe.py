@@ -19,7 +19,7 @@ from advisor.cost import enters_gradient
 from advisor.errors import InvalidPlan
 from advisor.hardware import hardware_named
 from advisor.menu import Row, by_slot
-from advisor.plan import Plan
+from advisor.plan import LossScaling, Plan, Stored
 from advisor.reasons import uniform_reason
 from advisor.scores import score
 from probes.casts import Cast
@@ -29,8 +29,18 @@ from probes.window import Window
 Slot = tuple[str, str]
 
 
-def uniform(window: Window, hardware: str = "h100", **casts_by_role: str | Cast) -> Plan:
+def uniform(
+    window: Window,
+    hardware: str = "h100",
+    *,
+    storage: Sequence[Stored] = (),
+    loss_scaling: LossScaling | None = None,
+    **casts_by_role: str | Cast,
+) -> Plan:
     """A plan with one cast a role, the same at every site; its cost is predicted from the window's scores.
+
+    storage       tensors that are kept in another format, as the plan is to have them
+    loss_scaling  the plan's; None: none
 
     Raises InvalidPlan for a role that no site of the window has, and for no role at all; UnknownFormat or
     InvalidCast for a cast that cannot be read; InvalidPlan for one with scales by row, column or block;
@@ -51,7 +61,7 @@ def uniform(window: Window, hardware: str = "h100", **casts_by_role: str | Cast)
     casts = {(site.name, role): recipe.get(role, keep) for site in window.sites for role in site.roles}
     rows = _scored(window, casts)
     losses = [loss for loss in window.losses if math.isfinite(loss)]
-    return assemble(
+    plan = assemble(
         Draft(
             kind="uniform",
             sites=window.sites,
@@ -67,6 +77,8 @@ def uniform(window: Window, hardware: str = "h100", **casts_by_role: str | Cast)
             notes=[*window.notes, "a recipe that was given: no limit on damage or lost batch was applied"],
         )
     )
+    given = {} if loss_scaling is None else {"loss_scaling": loss_scaling}
+    return plan.model_copy(update={"storage": tuple(storage), **given})
 
 
 def _scored(window: Window, casts: Mapping[Slot, Cast]) -> dict[Slot, Row | None]:

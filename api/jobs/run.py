@@ -6,7 +6,8 @@ baseline that diverges fails the job, for then nothing can be compared; a plan t
 job's result.
 
 A resumed arm is bit-identical to one that was not cut short: the casts' own state, stochastic rounding's place in its
-stream and delayed scaling's history, is in the checkpoint's notes.
+stream, delayed scaling's history and the loss scale, is in the checkpoint's notes; tensors that the plan stores in
+another format are in the trainer's file as they were rounded.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 import advisor
+from advisor.emulation import LOSS_SCALE
 from advisor.training import Trainer
 from advisor.zoo.spec import ArchitectureSpec
 from api import matching
@@ -112,9 +114,10 @@ class Arms:
         steps = self.wanted.steps
         done, notes = self.checkpoints.resume(trainer, name)
         counted: AppliedRows = notes["applied"] if notes else []
-        with precision() as applied:
-            if applied is not None and notes:
-                applied.load_state_dict(notes["casts"])
+        given = precision()
+        if isinstance(given, advisor.apply) and notes:
+            given.load_state_dict(notes["casts"])  # before it is entered: stored tensors have been rounded
+        with given as applied:
 
             def counts() -> AppliedRows:
                 return [] if applied is None else _add(counted, applied.report())
@@ -154,6 +157,6 @@ def _keep(run_id: str, name: str, arm: Arm) -> Callable[[Session], None]:
 
 
 def _add(before: AppliedRows, since: AppliedRows) -> AppliedRows:
-    """How often each cast was carried out, over all attempts that led here."""
-    earlier = {(row["site"], row["role"]): int(row["count"]) for row in before}
+    """How often each cast was carried out, over all attempts that led here; the loss scale counts by itself."""
+    earlier = {(row["site"], row["role"]): int(row["count"]) for row in before if row["role"] != LOSS_SCALE.role}
     return [{**row, "count": int(row["count"]) + earlier.get((row["site"], row["role"]), 0)} for row in since]
