@@ -1,18 +1,18 @@
 """Training with a plan, emulated: the site hook casts each operand, and each gradient that comes back.
 
-A product y = x·w is run as Q(x)·Q(w), so what autograd saves for the backward products are the cast operands, and a
-hook on the result casts the gradient before both of them: the three products of the plan, on any device, with the
-model's own code. A bias or an addend is given the cast gradient too. The gradient passes a cast unchanged
-(straight-through; saturated elements are given theirs); the master weights, which the optimizer updates, are the
-model's own parameters.
+A product y = x·w is run as Q(x)·Q(w). With one scale a tensor, or none, what autograd saves for the backward products
+are the cast operands, and a hook on the result casts the gradient before both of them: the three products of the plan,
+on any device, with the model's own code. A bias or an addend is given the cast gradient too. The gradient passes a cast
+unchanged (straight-through; saturated elements are given theirs); the master weights, which the optimizer updates, are
+the model's own parameters.
 
 Each slot has a CastState: its place in a random stream, and delayed scaling's history. Every time the slot is cast goes
 into it, so a history counts calls and not steps: a module that is entered twice in a step, a weight that is used twice,
 evaluation inside the block, and what activation checkpointing recomputes, which is then cast with a later scale and
 other draws than it was at first. `state_dict` and `load_state_dict` carry it from one process to the next.
 
-Refused at once: scales by row, column or block. They belong along a product's inner dimension, which is another for
-each of the three products, so an operand would have to be cast anew, from its own values, for each of them.
+Scales by row, column or block run along a product's inner dimension, which is another for each of the three products:
+there an operand is cast anew, from its own values, for each of them (`product_casts.py`), and each counts as a call.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from advisor.castnames import keeps
 from advisor.errors import InvalidPlan, PlanMismatch
 from advisor.loss_scaling import BACKWARDS, LossScaler
 from advisor.plan import Plan
+from advisor.product_casts import FOLLOWED, Dimensions, cast_along, run_by_product
 from advisor.stepping import Steps
 from advisor.stored import StoredTensors
 from probes.casts import Cast, CastState
@@ -75,7 +77,7 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
         self._steps = Steps(optimizer, self._stored, self.loss_scaler)
         self._optimizer, self._resumed = optimizer, False
         self.casts = {Slot(one.site, one.role): Cast.parse(one.cast) for one in plan.assignments}
-        _require_possible(self.casts)
+        _require_possible(plan, self.casts)
         self.states = {slot: CastState(seed=zlib.crc32(f"{seed}/{slot}".encode())) for slot in self.casts}
         self.counts: Counter[Slot] = Counter()
         self.unplanned: Counter[str] = Counter()
@@ -196,25 +198,31 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
         if Slot(call.site, call.roles[0]) not in self.casts:
             self.unplanned[call.site] += 1
             return call.run()
-        result = call.run(
-            [
-                self._cast(Slot(call.site, role), operand)
-                for role, operand in zip(call.roles, call.operands, strict=True)
-            ]
-        )
-        slot = Slot(call.site, GRADIENT)
-        for part in call.results(result) if slot in self.casts else ():
+        slots = [Slot(call.site, role) for role in call.roles]
+        arriving = Slot(call.site, GRADIENT)
+        once = frozenset(slot.role for slot in (*slots, arriving) if self._has_one_scale(slot))
+        if len(once) < len({*call.roles, GRADIENT}):
+            return run_by_product(call, partial(self._cast_role, call.site), once)
+        result = call.run([self._cast(slot, operand) for slot, operand in zip(slots, call.operands, strict=True)])
+        for part in call.results(result) if arriving in self.casts else ():
             # A hook and no autograd function: what the model then does to the result in place stays allowed.
-            await_gradient(part, lambda gradient: None if gradient is None else self._cast(slot, gradient))
+            await_gradient(part, lambda gradient: None if gradient is None else self._cast(arriving, gradient))
         return result
 
-    def _cast(self, slot: Slot, values: Tensor) -> Tensor:
+    def _cast_role(self, site: str, role: str, values: Tensor, dimensions: Dimensions) -> Tensor:
+        slot = Slot(site, role)
+        return self._cast(slot, values, dimensions) if slot in self.casts else values
+
+    def _has_one_scale(self, slot: Slot) -> bool:
+        return slot not in self.casts or self.casts[slot].has_one_scale
+
+    def _cast(self, slot: Slot, values: Tensor, dimensions: Dimensions = (-1,)) -> Tensor:
         cast = self.casts[slot]
         self.counts[slot] += 1
         if keeps(cast):
             return values
         with torch._C.DisableTorchFunction():
-            return cast(values, self.states[slot])
+            return cast_along(cast, values, dimensions, self.states[slot])
 
     def __str__(self) -> str:
         rows = self.report()
@@ -226,19 +234,21 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
         return "\n".join(lines)
 
 
-def _require_possible(casts: Mapping[Slot, Cast]) -> None:
+def _require_possible(plan: Plan, casts: Mapping[Slot, Cast]) -> None:
     """Raises InvalidPlan, naming the first slot whose cast cannot be carried out."""
+    sites = {site.site: site for site in plan.sites}
     for slot, cast in casts.items():
-        if not cast.has_one_scale:
-            raise InvalidPlan(
-                f"{slot.site} {slot.role} is to be cast as {cast}, and a scale for every {cast.granularity} cannot be "
-                "applied: such scales run along a product's inner dimension, which is another one in each of the three "
-                "products that a tensor can enter. Granularity 'none' and 'tensor' can be applied"
-            )
         if not cast.format.signed:
             raise InvalidPlan(
                 f"{slot.site} {slot.role} is to be cast as {cast}, and {cast.format} is a format for scales, without a "
                 "sign and without zero"
+            )
+        op = sites[slot.site].op
+        if not cast.has_one_scale and op not in FOLLOWED:
+            raise InvalidPlan(
+                f"{slot.site} {slot.role} is to be cast as {cast}, and scales for every {cast.granularity} run along "
+                f"the inner dimension of each product by itself, which {op!r} does not show. Granularity 'none' and "
+                "'tensor' can be applied there"
             )
 
 

@@ -138,13 +138,11 @@ def test_the_casts_state_goes_from_one_training_to_the_next() -> None:
         second.load_state_dict(first.state_dict()[1:])
 
 
-@pytest.mark.parametrize("cast", ["e4m3fn/row", "int8/column", "e4m3fn/block32/e8m0up", "e2m1/block16", "e8m0/none"])
-def test_casts_that_cannot_be_applied_are_refused_at_once(cast: str) -> None:
+def test_a_format_for_scales_is_refused_at_once() -> None:
     model = nn.Linear(8, 6)
     told = advisor.uniform(window_of(model, 5, 8), **RECIPE).to_dict()
-    told["assignments"][1]["cast"] = cast
-    says = "e8m0 is a format for scales" if cast == "e8m0/none" else f"a scale for every {cast.split('/')[1]} cannot be"
-    with pytest.raises(InvalidPlan, match=rf"\(root\) weight is to be cast as {cast}.*{says}"):
+    told["assignments"][1]["cast"] = "e8m0/none"
+    with pytest.raises(InvalidPlan, match=r"\(root\) weight is to be cast as e8m0/none.*e8m0 is a format for scales"):
         advisor.apply(Plan.from_dict(told), model)
 
 

@@ -32,7 +32,7 @@ def bilinear_products(
     gradient at an operand that was broadcast sums over what it was broadcast to, too.
     """
     first, second = operands
-    spelling = _spelling(call, first, second)
+    spelling = spelling_of(call, first, second)
     left, right = _without_broadcast(first, second, spelling)
     out = tuple(spelling.out)
     yield Contraction("forward", left, right, out)
@@ -45,7 +45,8 @@ def bilinear_products(
         yield Contraction(f"{call.roles[1]}_grad", left, arrived, right.letters)
 
 
-def _spelling(call: ProductCall, first: Tensor, second: Tensor) -> Spelling:
+def spelling_of(call: ProductCall, first: Tensor, second: Tensor) -> Spelling:
+    """The letters of a call of `BILINEAR` with two operands. Raises WindowError for one that is not followed."""
     match call.operation.name:
         case "einsum":
             equation = call.args[0] if call.args else call.kwargs.get("equation")
