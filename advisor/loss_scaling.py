@@ -28,6 +28,7 @@ from torch import Tensor
 
 from advisor.errors import InvalidPlan
 from advisor.plan import LossScaling
+from probes.loss_scale import tell
 from probes.operation import argument, replaced
 
 START = 2.0**16  # where no scale is given; as torch's GradScaler (torch 2.13)
@@ -100,6 +101,7 @@ class LossScaler:
         gradients = [given] if single and not isinstance(given, tuple | list) else list(given or [None] * len(tensors))
         with torch._C.DisableTorchFunction():
             scaled = [self._multiplied(root, one) for root, one in zip(tensors, gradients, strict=True)]
+            tell(self.scale)
             others = [leaf.register_hook(self._divided) for leaf in _leaves(tensors) if id(leaf) not in self._hooked]
         before, self._dividing, self._met = self._dividing, self.scale, True
         new = scaled[0] if single else scaled

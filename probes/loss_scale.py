@@ -1,10 +1,11 @@
 """The loss scale: by what the training multiplies its loss so that small gradients survive.
 
-Gradients are recorded as they are, scaled, and scored with the scale taken out. Three ways to know it, in this order:
+Gradients are recorded as they are, scaled, and scored with the scale taken out. Four ways to know it, in this order:
 
 - given by the user;
 - a GradScaler's: while a window is open, `scale` and `update` of torch's class tell the window of their calls. That
   also shows the steps that a GradScaler skips, which no optimizer hook sees;
+- told, by what scales the gradient that backward starts from (`tell`), as `advisor.apply` does;
 - found: what backward starts from, over the results of the loss functions before it. At 2 or more it is taken for a
   constant scale (1,024 times the loss); below, for what accumulation and averaging do.
 """
@@ -63,6 +64,10 @@ class LossScale:
         if scaler.is_enabled() and scaler._scale is not None:
             self._scaler = scaler._scale.detach().clone()
 
+    def multiplied_by(self, scale: float) -> None:
+        """Something else than a GradScaler has scaled what a backward pass starts from."""
+        self._scaler = torch.tensor(scale)
+
     def updated_by(self, _: GradScaler) -> None:
         """A GradScaler has ended its step, which it may have skipped."""
         if self.on_update is not None:
@@ -116,6 +121,12 @@ def _constant(root: float, losses: list[float]) -> float:
         power = 2.0 ** round(math.log2(found))
         return power if abs(found / power - 1) < 1e-5 else 1.0
     return found
+
+
+def tell(scale: float) -> None:
+    """Tell every open window of this process that the backward pass which now starts is scaled by this factor."""
+    for watcher in tuple(_watching):
+        watcher.multiplied_by(scale)
 
 
 _lock = threading.Lock()

@@ -242,6 +242,37 @@ def test_outside_the_block_no_hook_is_left(window: Window) -> None:
     assert not optimizer._optimizer_step_post_hooks
 
 
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_window_within_takes_the_scale_out(window: Window, kind: str) -> None:
+    def watched(how: LossScaling | None) -> list[dict[str, Any]]:
+        torch.manual_seed(0)
+        model = mlp().eval()
+        optimizer = stepper(model)
+        x, target = torch.randn(8, 16), torch.randint(0, 10, (8,))
+
+        def steps() -> Window:
+            with advisor.probe(model, optimizer, steps=3, curvature_steps=1) as found:
+                for _ in range(3):
+                    nn.functional.cross_entropy(model(x), target).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            return found
+
+        if how is None:
+            found = steps()
+        else:
+            with advisor.apply(plan_of(window, how), model, optimizer):
+                found = steps()
+        return advisor.score(found, casts=["e5m2/none", "int8"]).rows
+
+    for plain, scaled in zip(watched(None), watched(scaling(kind, 2.0**12)), strict=True):
+        for name in ("underflow", "amax", "sqnr_db", "damage", "lost_batch_share"):
+            if plain[name] is None:
+                assert scaled[name] is None
+            else:
+                assert scaled[name] == pytest.approx(plain[name], rel=1e-5), (plain["site"], plain["role"], name)
+
+
 @pytest.mark.parametrize(
     ("how", "says"),
     [
