@@ -70,8 +70,8 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
         self._uncompiled = ExitStack()
         self.plan = plan
         optimizer = None if optimizer is None else _innermost(optimizer)
-        self._stored = StoredTensors(plan.storage, model, optimizer, seed)
         self.loss_scaler = None if plan.loss_scaling.kind == "none" else LossScaler(plan.loss_scaling)
+        self._stored = StoredTensors(plan.storage, model, optimizer, seed, self._loss_scale)
         if self.loss_scaler is not None:
             _require_scalable(model, optimizer)
         self._steps = Steps(optimizer, self._stored, self.loss_scaler)
@@ -170,6 +170,9 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
     def _all_states(self) -> dict[Slot, CastState]:
         return {**self.states, **self._stored.states}
 
+    def _loss_scale(self) -> float:
+        return 1.0 if self.loss_scaler is None else self.loss_scaler.scale
+
     def _leaves(self) -> Iterator[Tensor]:
         yield from self.model.parameters()
         for group in () if self._optimizer is None else self._optimizer.param_groups:
@@ -231,6 +234,8 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
         for row in rows:
             site, role, cast = row["site"] or "", row["role"] or "", row["cast"] or ""
             lines.append(f"{site:<{width}}  {role:<11}  {row['how']:<15}  {row['count']:>7}  {cast}")
+        if self.loss_scaler is not None:
+            lines.append(str(self.loss_scaler))
         return "\n".join(lines)
 
 

@@ -175,6 +175,11 @@ class LossScaler:
             "changes": [list(one) for one in self.changes],
         }
 
+    def __str__(self) -> str:
+        changes = [f"{scale:.16g} from step {step} on" for step, scale in self.changes]
+        shown = changes if len(changes) <= 8 else [*changes[:3], "…", *changes[-4:]]
+        return f"loss scale: {', '.join(shown)}; {self.skipped} of {self.steps} steps skipped"
+
     def _multiplied(self, root: Tensor, gradient: Tensor | None) -> Tensor | None:
         if gradient is None:
             if root.numel() != 1:

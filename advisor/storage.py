@@ -11,11 +11,12 @@ from collections.abc import Iterable
 
 from advisor.errors import InvalidPlan
 from advisor.plan import Stored
-from advisor.stored import BUFFER, EPSILON, MASTER
+from advisor.stored import BUFFER, EPSILON
 from probes.casts import Cast
+from probes.parameter_records import MASTER
 from probes.window import Window
 
-_NOT_STORED = frozenset({"weight_grad", "update"})  # of a parameter too, and gone when the step ends
+_NOT_STORED = frozenset({"update"})  # of a parameter too, and nowhere kept
 
 
 def storage_of(
@@ -23,7 +24,7 @@ def storage_of(
 ) -> tuple[Stored, ...]:
     """A row for each tensor of the roles that are given, in the window's order.
 
-    casts_by_role  `master`, an optimizer state's name, `epsilon` (of every parameter) or `buffer`
+    casts_by_role  `master`, `weight_grad`, an optimizer state's name, `epsilon` (of every parameter) or `buffer`
     buffers        dotted names of those that `buffer` is for, which no window knows
 
     Raises InvalidPlan for a role that no parameter of the window has; UnknownFormat or InvalidCast.

@@ -5,12 +5,16 @@ sum in float32 as an optimizer's kernel with bf16 weights has it: an update belo
 there. An optimizer's state is rounded after the step that read it. Between two updates nothing changes, so what is
 saved and loaded is what the format holds.
 
-Three kinds of tensors and one number, by the role that a plan gives them:
+Four kinds of tensors and one number, by the role that a plan gives them:
 
     master      a parameter of the model                              after each step of the optimizer
     exp_avg, …  the optimizer's state of that name for a parameter    after each step of the optimizer
+    weight_grad the gradient that a parameter collects                after each backward pass has added to it
     buffer      a buffer of a module, as BatchNorm's running_mean     after each forward of its module, and each step
     epsilon     the optimizer's own `eps`, as a step reads it         during each step; between steps it is the user's
+
+Under a loss scale a gradient is collected scaled: what is rounded is `scale` times it (`loss_scaling.py` divides it
+before), so it overflows where a scaled one does, and the step is then skipped.
 
 `epsilon` belongs to a parameter group, so every parameter of the group is to be named with the same cast. In fp16
 Adam's usual 1e-8 becomes 0, and what it kept finite does not stay so: 0/0 for a gradient that is 0. (An optimizer
@@ -33,9 +37,10 @@ from advisor.errors import InvalidPlan, PlanMismatch
 from advisor.plan import Stored
 from probes.casts import Cast, CastState
 from probes.distributed import is_sharded
+from probes.parameter_records import MASTER, WEIGHT_GRADIENT
 from probes.records import Slot
 
-MASTER, BUFFER, EPSILON = "master", "buffer", "epsilon"
+BUFFER, EPSILON = "buffer", "epsilon"
 
 
 class StoredTensors:
@@ -43,6 +48,7 @@ class StoredTensors:
 
     optimizer  None where no row needs one: buffers alone
     seed       of the streams of stochastic rounding, one a tensor; torch's generators are not used
+    scale      gives the loss scale of now
 
     Raises PlanMismatch for a name that the model has not, and for a parameter that the optimizer has not; InvalidPlan
     for a cast that is no format to keep a tensor in (delayed scales, whose history no step of an optimizer has; e8m0),
@@ -55,7 +61,9 @@ class StoredTensors:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
         seed: int,
+        scale: Callable[[], float] = lambda: 1.0,
     ) -> None:
+        self._scale = scale
         self._model, self._optimizer = model, optimizer
         self._rows = tuple(rows)
         self.casts = {Slot(row.name, row.role): Cast.parse(row.cast) for row in rows}
@@ -82,6 +90,9 @@ class StoredTensors:
             if slot.role == BUFFER:
                 module = self._model.get_submodule(slot.site.rpartition(".")[0])
                 self._hooks.append(module.register_forward_hook(self._following(slot)))
+            elif slot.role == WEIGHT_GRADIENT and self._parameters[slot.site].requires_grad:
+                parameter = self._parameters[slot.site]
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._collecting(slot)))
 
     def leave(self) -> None:
         """Take everything off; the tensors stay as they are."""
@@ -115,7 +126,7 @@ class StoredTensors:
                 self.counts[slot] += 1
             elif slot.role == BUFFER:
                 self._follow(slot)
-            elif not self._keep(slot) and stepped(self._parameters[slot.site]):
+            elif slot.role != WEIGHT_GRADIENT and not self._keep(slot) and stepped(self._parameters[slot.site]):
                 assert self._optimizer is not None
                 known = ", ".join(map(str, self._optimizer.state.get(self._parameters[slot.site], {}))) or "none"
                 raise PlanMismatch(
@@ -132,7 +143,7 @@ class StoredTensors:
 
     def _keep(self, slot: Slot) -> bool:
         """Round one tensor in place, if it is there."""
-        if slot.role == EPSILON:
+        if slot.role in (EPSILON, WEIGHT_GRADIENT):
             return True
         tensor = self._tensor(slot)
         if tensor is None:
@@ -157,6 +168,22 @@ class StoredTensors:
 
     def _following(self, slot: Slot) -> Callable[..., None]:
         return lambda *_: self._follow(slot)
+
+    def _collecting(self, slot: Slot) -> Callable[[Tensor], None]:
+        cast, state = self.casts[slot], self.states[slot]
+
+        def collected(parameter: Tensor) -> None:
+            gradient, scale = parameter.grad, self._scale()
+            if gradient is None:
+                return
+            if gradient.layout != torch.strided:
+                raise InvalidPlan(f"the gradient of {slot.site} is sparse, and the plan keeps it as {cast}")
+            self.counts[slot] += 1
+            if not keeps(cast):
+                with torch._C.DisableTorchFunction(), torch.no_grad():
+                    gradient.copy_(cast(gradient.detach() * scale, state) / scale)
+
+        return collected
 
     def _follow(self, slot: Slot) -> None:
         """Round a buffer that holds other values than when it was last rounded.
@@ -190,6 +217,8 @@ class StoredTensors:
             raise PlanMismatch(
                 f"the plan keeps {slot.role} of {slot.site} as {self.casts[slot]}: the model has no such parameter"
             )
+        if slot.role == WEIGHT_GRADIENT:
+            return
         if self._optimizer is None:
             raise InvalidPlan(
                 f"the plan keeps {slot.role} of {slot.site} as {self.casts[slot]}, after each step of the optimizer: "

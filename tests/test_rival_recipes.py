@@ -26,7 +26,7 @@ def recipe(window: Window, roles: dict[str, str], **parts: Any) -> Plan:
 
 
 def pure_bf16(window: Window) -> Plan:
-    states = {"master": "bf16", "exp_avg": "bf16", "exp_avg_sq": "bf16"}
+    states = {"master": "bf16", "weight_grad": "bf16", "exp_avg": "bf16", "exp_avg_sq": "bf16"}
     roles = dict.fromkeys(("input", "weight", "grad_output"), "bf16")
     return recipe(window, roles, storage=storage_of(window, **states))
 
@@ -38,7 +38,8 @@ def mellempudi(window: Window) -> Plan:
         kind="dynamic", reason="sec. 3.2", scale=1024.0, growth_interval=4, minimums=((4, 512.0), (8, 2048.0))
     )
     roles = {"input": cast, "weight": cast, "grad_output": f"{cast}:inf"}
-    return recipe(window, roles, storage=storage_of(window, master="fp16"), loss_scaling=scaling)
+    storage = storage_of(window, master="fp16/none/stochastic", weight_grad=f"{cast}:inf")
+    return recipe(window, roles, storage=storage, loss_scaling=scaling)
 
 
 def int8(window: Window) -> Plan:

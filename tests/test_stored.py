@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import advisor
 from advisor.errors import InvalidPlan, PlanMismatch
-from advisor.plan import Plan, Stored
+from advisor.plan import LossScaling, Plan, Stored
 from probes.casts import Cast
 from probes.window import Window
 
@@ -148,6 +148,37 @@ def test_an_epsilon_that_underflows_shows() -> None:
 
     assert weights("bf16").isfinite().all()
     assert torch.equal(weights("fp16").isnan(), torch.tensor([[False, True, False, True]]).expand(4, 4))
+
+
+@pytest.mark.parametrize("scale", [None, 2.0**12])
+def test_gradients_are_collected_in_their_format_scaled_as_the_loss_is(window: Window, scale: float | None) -> None:
+    torch.manual_seed(0)
+    model = mlp().eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    rows = stored("fp16:inf", *((name, "weight_grad") for name, _ in model.named_parameters()))
+    scaling = None if scale is None else LossScaling(kind="dynamic", reason="", scale=scale, growth_interval=9)
+    plan = advisor.uniform(window, input="fp32", storage=rows, loss_scaling=scaling)
+    inputs = [torch.randn(4, 16) for _ in range(3)]
+    factor = scale or 1.0
+
+    def total(x: Tensor) -> Tensor:
+        return 1e-4 * model(x).sum()
+
+    expected = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    for x in inputs:
+        found = torch.autograd.grad(total(x), list(model.parameters()))
+        for kept, gradient in zip(expected, found, strict=True):
+            kept.copy_((factor * (kept + gradient)).half().float() / factor)
+    with advisor.apply(plan, model, optimizer) as applied:
+        for x in inputs:
+            total(x).backward()
+        for parameter, kept in zip(model.parameters(), expected, strict=True):
+            assert torch.allclose(parameter.grad, kept, rtol=2**-10, atol=0)  # autograd may sum in another order
+            assert torch.equal(parameter.grad * factor, (parameter.grad * factor).half().float())
+        assert {row["count"] for row in applied.report() if row["role"] == "weight_grad"} == {3}
+        (1e9 * total(inputs[0])).backward()
+        optimizer.step()
+        assert (applied.loss_scaler is not None and applied.loss_scaler.skipped) == (scale is not None)
 
 
 def test_buffers_are_rounded_after_each_forward() -> None:
