@@ -36,6 +36,7 @@ from advisor.errors import InvalidPlan
 from probes.casts import Cast, CastState
 from probes.contents import is_batch
 from probes.contractions.bilinear import BILINEAR, spelling_of
+from probes.contractions.convolution import CONVOLUTIONS
 from probes.edges import await_gradient
 from probes.errors import WindowError
 from probes.operation import argument
@@ -48,7 +49,6 @@ Dimensions = tuple[int, ...]
 RoleCast = Callable[[str, Tensor, Dimensions], Tensor]
 """Role, values, and the dimensions that scales run along → the values as they are cast."""
 
-CONVOLUTIONS = frozenset({"convolution", *(f"conv{sort}{n}d" for n in (1, 2, 3) for sort in ("", "_transpose"))})
 FOLLOWED = BILINEAR | CONVOLUTIONS | {"sdpa"}
 """Operations whose products can be cast one by one, einsum with two operands."""
 

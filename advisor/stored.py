@@ -151,7 +151,10 @@ class StoredTensors:
         self.counts[slot] += 1
         if not keeps(self.casts[slot]):
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                tensor.copy_(self.casts[slot](tensor.detach(), self.states[slot]))
+                # BatchNorm keeps its statistics for the backward pass, and does not use them there in training. Changed
+                # as data: a change in place autograd would refuse (torch 2.13).
+                target = tensor.data if slot.role == BUFFER else tensor
+                target.copy_(self.casts[slot](tensor.detach(), self.states[slot]))
         if slot.role == BUFFER:
             self._seen[slot] = tensor.clone()
         return True

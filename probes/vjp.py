@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from probes.contractions.convolution import CONVOLUTIONS, convolution_gradients
 from probes.sites import ProductCall
 
 
@@ -29,6 +30,10 @@ def vjp(call: ProductCall, operands: Sequence[Tensor], gradient: Tensor, wanted:
                 left, right = gradient.flatten(0, -2), x.flatten(0, -2)
                 found.append(left.T @ right if weight == "rows" else right.T @ left)
         return found if factor == 1 else [factor * each for each in found]
+    if call.operation.name in CONVOLUTIONS and all(given.layout == torch.strided for given in call.given):
+        quick = convolution_gradients(call, operands, gradient, wanted)
+        if quick is not None:
+            return quick
     with torch.enable_grad():
         leaves = [operand.detach().requires_grad_(i in wanted) for i, operand in enumerate(operands)]
         result = call.plain(leaves)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -58,6 +59,33 @@ def convolution_products(
         grouped = smaller.seen_as(_grouped(smaller.values, window.groups), ("sample", "group", "out", *window.places))
         left, right = (grouped, patches) if transposed else (patches, grouped)
         yield Contraction(weight_grad, left, right, ("group", "out", "in", *window.offsets))
+
+
+def convolution_gradients(
+    call: ProductCall, operands: Sequence[Tensor], gradient: Tensor, wanted: Sequence[int]
+) -> list[Tensor] | None:
+    """The gradients at the wanted operands, by the operator that autograd calls, without the forward product first.
+
+    None where the zeros around the input differ at its two ends, which that operator does not know.
+    """
+    window, x = _Window.of(call, operands[1]), operands[0]
+    if window.before != window.after:
+        return None
+    single = x.dim() < operands[1].dim()
+    found = torch.ops.aten.convolution_backward(
+        gradient[None] if single else gradient,
+        x[None] if single else x,
+        operands[1],
+        None,
+        window.stride,
+        window.before,
+        window.dilation,
+        window.transposed,
+        window.output_padding,
+        window.groups,
+        [0 in wanted, 1 in wanted, False],
+    )
+    return [found[place][0] if single and place == 0 else found[place] for place in wanted]
 
 
 @dataclass(frozen=True)
