@@ -39,6 +39,7 @@ from probes.distributed import is_sharded
 from probes.edges import await_gradient
 from probes.names import ROOT, unwrapped
 from probes.ops import Operation
+from probes.optimizer_states import innermost
 from probes.records import GRADIENT, Slot
 from probes.sites import ProductCall, SiteHook
 
@@ -69,7 +70,7 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
         _require_match(plan, model)
         self._uncompiled = ExitStack()
         self.plan = plan
-        optimizer = None if optimizer is None else _innermost(optimizer)
+        optimizer = None if optimizer is None else innermost(optimizer)
         self.loss_scaler = None if plan.loss_scaling.kind == "none" else LossScaler(plan.loss_scaling)
         self._stored = StoredTensors(plan.storage, model, optimizer, seed, self._loss_scale)
         if self.loss_scaler is not None:
@@ -255,13 +256,6 @@ def _require_possible(plan: Plan, casts: Mapping[Slot, Cast]) -> None:
                 f"the inner dimension of each product by itself, which {op!r} does not show. Granularity 'none' and "
                 "'tensor' can be applied there"
             )
-
-
-def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside wrappers that call its step, as accelerate's do: it announces its steps."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    return optimizer
 
 
 def _require_scalable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

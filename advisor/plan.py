@@ -135,7 +135,7 @@ class Stored(_Part):
     name: str
     """Dotted name of the parameter or buffer."""
     role: str
-    """`master`, an optimizer state's own name (`exp_avg`), or `buffer`."""
+    """`master`, `weight_grad`, an optimizer state's own name (`exp_avg`), `epsilon` (the optimizer's), or `buffer`."""
     cast: str
     """Canonical; fp32/none/nearest leaves the tensor in its own dtype."""
     reason: str

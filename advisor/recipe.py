@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from advisor.assemble import Draft, assemble
-from advisor.castnames import KEEP, parse_cast, require_plannable
+from advisor.castnames import KEEP, parse_cast
 from advisor.cost import enters_gradient
 from advisor.errors import InvalidPlan
 from advisor.hardware import hardware_named
@@ -43,8 +43,8 @@ def uniform(
     loss_scaling  the plan's; None: none
 
     Raises InvalidPlan for a role that no site of the window has, and for no role at all; UnknownFormat or
-    InvalidCast for a cast that cannot be read; InvalidPlan for one with scales by row, column or block;
-    UnknownHardware.
+    InvalidCast for a cast that cannot be read; CastNotScored for one with scales by row, column or block that the
+    window was not opened for (`finer`); UnknownHardware.
     """
     device = hardware_named(hardware)
     roles = sorted({role for site in window.sites for role in site.roles})
@@ -56,7 +56,6 @@ def uniform(
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise InvalidPlan(f"no site of the window has the role {role!r}: {hint}Its roles: {', '.join(roles)}.")
     recipe = {role: Cast.parse(cast) if isinstance(cast, str) else cast for role, cast in casts_by_role.items()}
-    require_plannable(recipe.values())
     keep = parse_cast(KEEP)
     casts = {(site.name, role): recipe.get(role, keep) for site in window.sites for role in site.roles}
     rows = _scored(window, casts)

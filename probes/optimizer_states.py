@@ -22,6 +22,13 @@ class Held:
     group: dict[str, Any] | None
 
 
+def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside wrappers that call its step, as accelerate's and some libraries' do: it announces steps."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
 def held_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Held]:
     """The trainable ones, each once: the model's in its order, then what the optimizer alone has.
 

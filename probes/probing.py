@@ -29,6 +29,7 @@ from probes.errors import WindowError
 from probes.loss_scale import LossScale
 from probes.measurable import why_not_measurable
 from probes.names import unwrapped
+from probes.optimizer_states import innermost
 from probes.pace import Clock, spread, steps_taken
 from probes.parameters import ParameterWatch
 from probes.recorder import Depth, Recorder
@@ -87,7 +88,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         _check(model, optimizer, steps, every, overhead, curvature_steps)
         self._group = group_of(model, group)
         self._given, self._model = model, unwrapped(model)
-        self._optimizer = optimizer = _innermost(optimizer)
+        self._optimizer = optimizer = innermost(optimizer)
         self._total, self._every, self._tiled_where_scored = steps, every, finer is None
         self._finer = checked_names(DEFAULT if finer is None else finer)
         self._recorder = Recorder(
@@ -315,13 +316,6 @@ def _require_unwatched(model: nn.Module) -> None:
                 f"another open window watches {type(other).__name__}, which shares modules with this "
                 f"{type(model).__name__}: leave its `with` block first, or watch the larger model alone"
             )
-
-
-def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside wrappers that call its step, as accelerate's and some libraries' do: it announces steps."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    return optimizer
 
 
 def candidates(casts: Sequence[str | Cast]) -> list[Cast]:

@@ -11,7 +11,7 @@ from torch import nn
 
 import advisor
 from advisor.castnames import KEEP
-from advisor.errors import InvalidPlan, UnknownHardware
+from advisor.errors import CastNotScored, InvalidPlan, UnknownHardware
 from probes.errors import UnknownFormat
 from probes.window import Window
 
@@ -81,8 +81,14 @@ def test_a_recipe_may_have_any_scale_of_a_whole_tensor(window: Window) -> None:
     }
     assert all(one.sqnr_db is not None and one.sqnr_db > 5 for one in plan.assignments if one.role == "input")
     assert advisor.Plan.from_dict(plan.to_dict()) == plan
-    with pytest.raises(InvalidPlan, match="a scale for every block32"):
-        advisor.uniform(window, input="e4m3fn/block32")
+
+
+def test_a_recipe_may_have_scales_by_block_that_the_window_was_opened_for(window: Window) -> None:
+    plan = advisor.uniform(window, input="e4m3fn/block32", weight="e4m3fn/block32", grad_output="e4m3fn/row")
+    assert all(one.sqnr_db is not None and one.sqnr_db > 20 for one in plan.assignments)
+    assert advisor.Plan.from_dict(plan.to_dict()) == plan
+    with pytest.raises(CastNotScored, match="block16"):
+        advisor.uniform(window, input="e2m1/block16")
 
 
 def test_other_wrong_names_are_refused(window: Window) -> None:

@@ -54,12 +54,20 @@ def hybrid(window: Window) -> Plan:
     )
 
 
+def mx(window: Window) -> Plan:
+    """MXFP8: e4m3 in blocks of 32 with e8m0 scales, for every tensor."""
+    return recipe(window, dict.fromkeys(("input", "weight", "grad_output"), "e4m3fn/block32/e8m0up"))
+
+
 @pytest.mark.parametrize("build", [mlp, convnet])
-@pytest.mark.parametrize("rival", [pure_bf16, mellempudi, int8, hybrid])
+@pytest.mark.parametrize("rival", [pure_bf16, mellempudi, int8, hybrid, mx])
 def test_a_recipe_trains_and_comes_back_from_its_file(build: Any, rival: Any, tmp_path: Any) -> None:
     optimizer = SGD if rival is mellempudi else torch.optim.AdamW
     _, plain, window = train(
-        build, 10, lambda model, stepper: advisor.probe(model, stepper, steps=2, curvature_steps=0), optimizer
+        build,
+        10,
+        lambda model, stepper: advisor.probe(model, stepper, steps=2, curvature_steps=0, finer=("block32",)),
+        optimizer,
     )
     rival(window).save(tmp_path / "plan.json")
     plan = advisor.load_plan(tmp_path / "plan.json")
