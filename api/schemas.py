@@ -336,9 +336,9 @@ class Verdict(View):
 class AppliedRow(View):
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    site: str
-    role: str
-    cast: str
+    site: str | None = Field(description="a site, or the name of a stored tensor; null where it is not known")
+    role: str | None = Field(description="null where the plan names no such site")
+    cast: str | None
     how: str
     count: int
 

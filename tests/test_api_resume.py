@@ -15,7 +15,7 @@ from api.jobs.attempt import Attempt
 from api.jobs.checkpoints import Checkpoints
 from api.jobs.pace import Pace
 from api.jobs.run import Arms
-from api.schemas import RunRequest
+from api.schemas import AppliedRow, RunRequest
 from db.session import Database
 
 RECIPE = {
@@ -77,3 +77,11 @@ def test_delayed_and_stochastic_casts_go_on_where_they_were(
         assert 0 < rows["scale"]["skipped"] < STEPS
         done = STEPS - rows["scale"]["skipped"]
         assert [rows[role]["count"] for role in ("master", "exp_avg", "scale")] == [done + 1, done, STEPS]
+
+
+def test_every_row_of_a_report_can_be_shown(plan: advisor.Plan) -> None:
+    trainer = Trainer(SPEC)
+    applied = advisor.apply(plan, trainer.model, trainer.optimizer)
+    applied.unplanned["blocks.9"] = applied.unplaced = 1  # a product that the plan does not name, and one of no site
+    rows = [AppliedRow.model_validate(row) for row in applied.report()]
+    assert [row.how for row in rows if row.cast is None] == ["not in the plan", "not placed"]
