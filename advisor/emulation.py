@@ -86,23 +86,33 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
 
     def __enter__(self) -> Any:
         if self._depth == 0:
-            self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
-            self._stored.enter(rounded=self._resumed)
-            self._resumed = False
-            self._steps.enter()
-            if self.loss_scaler is not None:
-                self.loss_scaler.enter(self._leaves())
+            try:
+                self._attach()
+            except BaseException:
+                self._detach()
+                raise
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> Any:
         left = super().__exit__(*error)
         if self._depth == 0:
-            self._uncompiled.close()
-            self._steps.leave()
-            self._stored.leave()
-            if self.loss_scaler is not None:
-                self.loss_scaler.leave()
+            self._detach()
         return left
+
+    def _attach(self) -> None:
+        self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
+        self._stored.enter(rounded=self._resumed)
+        self._resumed = False
+        self._steps.enter()
+        if self.loss_scaler is not None:
+            self.loss_scaler.enter(self._leaves())
+
+    def _detach(self) -> None:
+        self._uncompiled.close()
+        self._steps.leave()
+        self._stored.leave()
+        if self.loss_scaler is not None:
+            self.loss_scaler.leave()
 
     def report(self) -> list[dict[str, Any]]:
         """site, role, cast, how and count, slot by slot. How is one of

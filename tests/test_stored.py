@@ -18,6 +18,7 @@ import advisor
 from advisor.errors import InvalidPlan, PlanMismatch
 from advisor.plan import LossScaling, Plan, Stored
 from probes.casts import Cast
+from probes.errors import UnsupportedTensor
 from probes.window import Window
 
 Build = Callable[..., torch.optim.Optimizer]
@@ -281,6 +282,31 @@ def test_what_cannot_be_stored_is_refused_at_once(window: Window, rows: list[Sto
     model = mlp()
     with pytest.raises(InvalidPlan, match=says):
         advisor.apply(plan_of(window, rows), model, torch.optim.Adam(model.parameters()))
+
+
+def test_a_block_that_cannot_be_entered_or_is_cut_short_leaves_nothing(window: Window) -> None:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    names = [name for name, _ in model.named_parameters()]
+    rows = stored("fp16", *((name, "epsilon") for name in names)) + stored("bf16", *masters(model))
+    applied = advisor.apply(plan_of(window, rows), model, optimizer)
+    model.get_parameter("3.bias").data = torch.zeros(10).to(torch.float8_e4m3fn)  # which a cast does not take
+    with pytest.raises(UnsupportedTensor), applied:
+        pass
+    model.get_parameter("3.bias").data = torch.zeros(10)
+
+    def throw(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with applied:
+        model(torch.randn(4, 16)).sum().backward()
+        optimizer.register_step_pre_hook(throw)  # after the epsilon has been lent
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+        assert optimizer.param_groups[0]["eps"] == 0.0
+    assert optimizer.param_groups[0]["eps"] == 1e-8
+    assert not optimizer._optimizer_step_post_hooks
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_what_only_a_step_can_show_is_refused_then(window: Window) -> None:
