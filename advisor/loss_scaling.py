@@ -3,14 +3,15 @@
 Where the user's backward pass starts, the gradient it starts from is multiplied by the scale; where a gradient reaches
 a leaf of the graph (a parameter, or whatever else keeps a `.grad`), it is divided by it before it is added up. So the
 casts of a plan see scaled gradients, and accumulation, clipping and the optimizer true ones. Scales are powers of two:
-neither changes a mantissa. Tensors in the middle of the graph (`retain_grad`, hooks of modules) see scaled gradients,
-as with torch's GradScaler; `torch.autograd.grad` is the user's own and is not scaled.
+neither changes a mantissa. Tensors in the middle of the graph (`retain_grad`, hooks of modules), and hooks that were on
+a parameter before the block, see scaled gradients, as with torch's GradScaler; `torch.autograd.grad` is the user's own
+and is not scaled.
 
 Dynamic scaling: a step with a gradient that is not finite is skipped and the scale is halved; after `growth_interval`
 steps without one it is doubled. Skipped means that the optimizer sees no gradient at all: no moment, no weight decay
-and no count moves. A minimum that rises with the steps holds against halving (Mellempudi et al. 2019, sec. 3.2, who
-name 8,192 from step 40,000 on and 32,768 from 150,000 on for a translation model); a step below it is skipped all the
-same. A gradient overflows only where a cast lets it: with casts that saturate the scale grows up to `LARGEST`.
+and no count moves. A minimum that rises with the steps holds against halving (Mellempudi et al. 2019, sec. 3.2); a step
+that overflows at it is skipped all the same. A gradient overflows only where a cast lets it: with casts that saturate
+the scale grows up to `LARGEST`.
 
 Static scaling skips nothing.
 """

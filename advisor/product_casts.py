@@ -17,8 +17,9 @@ from g as it was cast for the first of its two products. `_Product` then takes t
 with the operands themselves saved; its backward pass cannot be differentiated again, which torch says.
 
 Attention has six products, and P = softmax(scale·Q·Kᵀ + mask) and the gradient at the scores are no slots: they are not
-cast, but calculated in float32 from what was. With dropout the forward pass is calculated here too, because a kernel's
-draws cannot be known; where the kernel does not draw as `torch.dropout` does (CUDA's fused ones), they are others.
+cast, but calculated from what was, in float32 (float64 of float64). With dropout the forward pass is calculated here
+too, because a kernel's draws cannot be known; where the kernel does not draw as `torch.dropout` does (CUDA's fused
+ones), they are others.
 """
 
 from __future__ import annotations
@@ -295,7 +296,7 @@ class _Attention:
             drops = [F.dropout(query.new_ones(*query.shape[:-1], key.shape[-2]), dropout)]
             work_with_mask = replace(work, mask=mask)  # whose gradient is autograd's
             weights = work_with_mask.probabilities(forward[0], forward[1]) * drops[0]
-            main = (weights @ work.spread(forward[2]).float()).to(forward[2].dtype)
+            main = (weights @ _wide(work.spread(forward[2]))).to(forward[2].dtype)
         else:
             main = call.run(forward)
         if not torch.is_grad_enabled() or not any(operand.requires_grad for operand in call.operands):
@@ -307,8 +308,8 @@ class _Attention:
         return result
 
     def probabilities(self, query: Tensor, key: Tensor) -> Tensor:
-        """float32 [.., query, key]; 0 for a query that may look at no key."""
-        scores = (query.float() @ self.spread(key).float().transpose(-1, -2)) * self.scale
+        """float32 or float64 [.., query, key]; 0 for a query that may look at no key."""
+        scores = (_wide(query) @ _wide(self.spread(key)).transpose(-1, -2)) * self.scale
         if self.causal:
             allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
             scores = scores.masked_fill(~allowed, -math.inf)
@@ -337,20 +338,24 @@ class _Attention:
         dropped = weights * drops[0] if drops else weights
         found: list[Tensor | None] = [None] * len(needs)
         if needs[0] or needs[1]:
-            values = self.spread(self.casts.again(2, value, (-1,))).float()
-            at_weights = along().float() @ values.transpose(-1, -2)
+            values = _wide(self.spread(self.casts.again(2, value, (-1,))))
+            at_weights = _wide(along()) @ values.transpose(-1, -2)
             if drops:
                 at_weights = at_weights * drops[0]
             at_scores = weights * (at_weights - (weights * at_weights).sum(-1, keepdim=True)) * self.scale
             if needs[0]:
-                keys = self.spread(self.casts.again(1, key, (-2,))).float()
+                keys = _wide(self.spread(self.casts.again(1, key, (-2,))))
                 found[0] = (at_scores @ keys).sum_to_size(query.shape)
             if needs[1]:
-                queries = self.casts.again(0, query, (-2,)).float()
+                queries = _wide(self.casts.again(0, query, (-2,)))
                 found[1] = self.gathered(at_scores.transpose(-1, -2) @ queries, key)
         if needs[2]:
-            found[2] = self.gathered(dropped.transpose(-1, -2) @ across().float(), value)
+            found[2] = self.gathered(dropped.transpose(-1, -2) @ _wide(across()), value)
         return along() if mask else None, *found
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _require_followed(call: ProductCall) -> None:

@@ -207,6 +207,31 @@ def test_attention_by_its_six_products_is_attention(kind: str) -> None:
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+GRADCHECKED: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "linear": (lambda x, w, b: F.linear(x, w, b), ((3, 4), (2, 4), (2,))),
+    "linear of three dimensions": (lambda x, w: F.linear(x, w).relu_(), ((2, 3, 4), (2, 4))),
+    "baddbmm": (lambda a, x, w: torch.baddbmm(a, x, w, beta=0.5, alpha=2), ((2, 3, 5), (2, 3, 4), (2, 4, 5))),
+    "conv2d": (lambda x, w, b: F.conv2d(x, w, b, 2, 1, 1, 2), ((2, 4, 5, 5), (2, 2, 3, 3), (2,))),
+    "conv_transpose1d": (lambda x, w: F.conv_transpose1d(x, w, stride=2), ((2, 3, 4), (3, 2, 3))),
+    "einsum": (lambda x, w: torch.einsum("bthd,hde->bte", x, w), ((2, 3, 2, 2), (2, 2, 3))),
+    "attention": (lambda q, k, v: attended(q, k, v, is_causal=True), ((1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4))),
+}
+
+
+@pytest.mark.parametrize("name", GRADCHECKED)
+def test_gradients_of_a_cast_that_changes_nothing_are_the_derivatives(name: str) -> None:
+    """In float64 an fp64 cast by row is the identity, and takes the way of all casts by row."""
+    function, shapes = GRADCHECKED[name]
+    generator = torch.Generator().manual_seed(0)
+    inputs = tuple(torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True) for shape in shapes)
+    model = Calls(function)
+    roles = ("input", "weight", "lhs", "rhs", "query", "key", "value", "grad_output")
+    plan = plan_of(model, inputs, dict.fromkeys(roles, "fp64/row"))
+    with advisor.apply(plan, model) as applied:
+        assert torch.autograd.gradcheck(model, inputs)
+    assert {row["how"] for row in applied.report()} == {"emulated"}
+
+
 def test_the_six_products_of_attention() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 5, 32, requires_grad=True) for _ in range(3))
