@@ -29,15 +29,15 @@ from probes.history import SlotHistory
 from probes.sketch import BIN_EDGES
 
 BIN_BITS = 3  # eight bins an octave: a lattice of up to three mantissa bits has one point a bin, its lower edge
-_ALWAYS_BITS = 5  # up to here (4 points a bin) lattice points are scored one by one
-_LATTICE_BITS = 10  # up to here (fp16, 128 points a bin) they are where the lattice shows
+ALWAYS_BITS = 5  # up to here (4 points a bin) lattice points are scored one by one
+LATTICE_BITS = 10  # up to here (fp16, 128 points a bin) they are where the lattice shows
 LATTICE_FINER = 8  # times as fine a lattice is as good as continuous: δ² is 1 + 2/8² times as large, 0.13 dB
-_FINER_TOWARD_ZERO = 64  # there it is 1 - 3/(2·64) times that: 0.10 dB
+FINER_TOWARD_ZERO = 64  # there it is 1 - 3/(2·64) times that: 0.10 dB
 _CHUNK = 2048  # bins whose points are held in memory at once
-_SAME = 2.0**-23  # so near to the format's largest value does current scaling bring the largest element
+SAME = 2.0**-23  # so near to the format's largest value does current scaling bring the largest element
 
-_SMALLEST = FORMATS["fp32"].smallest_subnormal  # a sketch holds float32
-_SMALLEST_OF_DTYPE = {"float16": FORMATS["fp16"].smallest_subnormal}  # bfloat16's is out of sight
+SMALLEST = FORMATS["fp32"].smallest_subnormal  # a sketch holds float32
+SMALLEST_OF_DTYPE = {"float16": FORMATS["fp16"].smallest_subnormal}  # bfloat16's is out of sight
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,14 +95,14 @@ class Bins:
         scale  float64 [N], in units of R
         dtype  the tensor's own, where known: fp16's subnormals are a lattice that `bits` does not tell of
         """
-        finest = _SMALLEST_OF_DTYPE.get(dtype or "", _SMALLEST)
+        finest = SMALLEST_OF_DTYPE.get(dtype or "", SMALLEST)
         low, high = self.low / scale, self.high / scale
         spacing = Grid(cast).spacing(low)
         lattice = self._lattice(finest) / scale
         on_grid = (np.frexp(scale)[0] == 0.5) & (lattice >= spacing) & (high <= cast.format.largest)
-        finer = _FINER_TOWARD_ZERO if cast.rounding == "zero" else LATTICE_FINER
-        coarse = (self.bits <= _ALWAYS_BITS) | (lattice * finer > spacing) | Grid(cast).is_cut(low, high)
-        one_by_one = ~on_grid & (coarse & (self.bits <= _LATTICE_BITS) | (self.high <= self.low))
+        finer = FINER_TOWARD_ZERO if cast.rounding == "zero" else LATTICE_FINER
+        coarse = (self.bits <= ALWAYS_BITS) | (lattice * finer > spacing) | Grid(cast).is_cut(low, high)
+        one_by_one = ~on_grid & (coarse & (self.bits <= LATTICE_BITS) | (self.high <= self.low))
         found = Expected(*(np.zeros(len(self.low)) for _ in Expected._fields))
         found.subnormal[on_grid] = self.low[on_grid] < cast.format.smallest_normal * scale[on_grid]
         (points,), (intervals,) = np.nonzero(one_by_one), np.nonzero(~on_grid & ~one_by_one)
@@ -158,12 +158,12 @@ class Bins:
         return Grid(cast).over(self.low / scale, self.high / scale)
 
     def _of_lattice_points(self, cast: Cast, scale: Array, finest: float) -> Expected:
-        points = 2 ** (np.clip(self.bits, BIN_BITS, _LATTICE_BITS) - BIN_BITS)[:, None]
+        points = 2 ** (np.clip(self.bits, BIN_BITS, LATTICE_BITS) - BIN_BITS)[:, None]
         j = np.arange(points.max())
         edge, end = BIN_EDGES[self.bin][:, None], BIN_EDGES[self.bin + 1][:, None]
         values = edge + (end - edge) / points * j
         possible = (j < points) & (values >= self.low[:, None]) & (values <= self.high[:, None])
-        if finest > _SMALLEST:
+        if finest > SMALLEST:
             possible &= values % finest == 0
         weight = possible.astype(np.float64)
         none = weight.sum(axis=1) == 0
@@ -189,4 +189,4 @@ def _in_units(values: Array, cast: Cast, scale: Array) -> Array:
         with np.errstate(over="ignore"):
             divided = u.astype(np.float32).astype(np.float64)
         return np.where(np.isinf(divided), u, divided)
-    return np.where(np.abs(u - largest) <= _SAME * largest, largest, u)
+    return np.where(np.abs(u - largest) <= SAME * largest, largest, u)

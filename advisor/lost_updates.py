@@ -21,7 +21,7 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from advisor.metrics import scales
+from advisor.tensor_scales import scales
 from probes.casts import Cast
 from probes.formats import Format
 from probes.lost_updates import UpdateSketch, update_edges, weight_edges

@@ -1,6 +1,6 @@
 """The score: what each candidate cast would do to each slot of a window.
 
-Metrics come from the sketches (`metrics.py`), for any cast. Damage and gradient noise come from the scored steps
+Metrics come from the sketches (`columns.py`), for any cast. Damage and gradient noise come from the scored steps
 where the cast was a candidate there; for any other cast they are estimated from the sketches and brought to scale by
 the slot's coherence, the ratio of the two estimates for the casts that have both:
 
@@ -11,32 +11,33 @@ Noise is divided by the minibatch's own: `lost_batch_share` = 1 − 1/(1 + ratio
 the Hessian, a few draws of it, second order in δ, and the weight gradient's noise standing for all that lies upstream.
 A delayed cast's metrics follow the window's steps, but what was measured of it was measured with the scale of the
 scored step's own tensor.
+
+All slots and casts are scored at once, as columns; the rows are made of them when they are asked for.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from advisor.confidence import confidence_of
-from advisor.lost_updates import epsilon_vanishes, lost_of
-from advisor.metrics import Metrics, PooledMetrics, has_tiles, measure, require_scored
+from numpy.typing import NDArray
+
+from advisor.metrics import require_scored
+from advisor.score_columns import ScoreColumns
+from advisor.score_rows import rows_of
 from probes.casts import Cast
-from probes.measurable import why_not_measurable
-from probes.parameter_records import MASTER, WEIGHT_GRADIENT
-from probes.records import GRADIENT, Evidence, Slot
+from probes.records import Slot
 from probes.step_table import data_frame
-from probes.tiles import Axis, axes_of, tiling_for
 from probes.window import Window
 
 DEFAULT_CASTS = tuple(map(Cast.parse, ("e4m3fn", "e5m2", "int8", "bf16", "fp16")))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
-    """`rows`: one dict a slot and cast, in the window's order.
+    """`rows`: one dict a slot and cast, in the window's order; `columns`: the same numbers as arrays.
 
     site, role, cast           the slot, and the cast's canonical string
     underflow, subnormal, overflow  shares of the non-zero elements, pooled over the window
@@ -44,6 +45,7 @@ class Scores:
     damage, damage_se          predicted rise of the loss and its standard error; None for gradients, and where no
                                known loss was met (`window.curvature_from` is not "loss")
     damage_from                "directional" (measured at the scored steps) or "sketch" (estimated)
+    coherence                  what the sketches' damage is multiplied by
     noise_ratio                noise energy that the cast adds to gradients, over the minibatch's own
     lost_batch_share           1 − 1/(1 + noise_ratio)
     lost_updates               of a parameter's master weight: share of the updates that it would not take
@@ -52,6 +54,9 @@ class Scores:
     confidence                 the chance that the next window gives this damage, or this noise, within a factor of two
                                (`confidence.py`); None with fewer than four steps
     bias                       Σx·δ/Σx²: what clipping and flushing to zero take off systematically
+    backward_error             product of the site ("forward", "input_grad", "weight_grad", …) → {"median", "p99"} of
+                               its backward error with both operands in the cast, as sampled at the scored steps; None
+                               where the cast was not among those measured there
     flags                      why the metrics may be less exact than they look
     axis                       for scales by row, column or block: the dimensions that they run along, which are those
                                of the forward product (of a gradient: of the product that gives the input's), as
@@ -59,10 +64,23 @@ class Scores:
     other_axes                 dicts of axis, underflow, subnormal, overflow, sqnr_db, flags: the other products
     """
 
-    rows: list[dict[str, Any]]
+    of_window: ScoreColumns
+
+    @cached_property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """Column → array [rows], in the rows' order: float64, with NaN for None; bool; or object, of texts.
+
+        All but backward_error, flags, axis and other_axes.
+        """
+        return {name: column.array for name, column in self.of_window.columns.items()}
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """The scores as dicts, made when they are first asked for."""
+        return rows_of(self.of_window)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.of_window)
 
     def to_pandas(self) -> Any:
         """The rows as a pandas.DataFrame. Raises MissingPackage without pandas."""
@@ -85,166 +103,4 @@ def score(window: Window, casts: Sequence[str | Cast] | None = None, *, slots: S
     """
     chosen = [Cast.parse(cast) if isinstance(cast, str) else cast for cast in casts or DEFAULT_CASTS]
     require_scored(*chosen)
-    return Scores(
-        [row for slot in (window.slots if slots is None else slots) for row in _slot_rows(window, slot, chosen)]
-    )
-
-
-def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[str, Any]]:
-    history, evidence = window.history(*slot), window.evidence(*slot)
-    dtype, is_product = window.dtype(slot), window.is_product(slot)
-    axes, dimensions = _axes(window, slot)
-    casts = [cast for cast in casts if is_product or not has_tiles(cast)]
-
-    def measured_along(cast: Cast, which: int = 0) -> Metrics:
-        tiling = tiling_for(cast, axes[which], axes, dimensions) if has_tiles(cast) else None
-        return measure(history, cast, dtype, tiling)
-
-    def by_axis(cast: Cast) -> dict[str, Any]:
-        if not has_tiles(cast):
-            return {"axis": None, "other_axes": []}
-        others = [
-            {"axis": str(axis), **_pick(measured_along(cast, which).pooled())}
-            for which, axis in enumerate(axes)
-            if which
-        ]
-        return {"axis": str(axes[0]), "other_axes": others}
-
-    measured = map(Cast.parse, {*evidence.directional, *evidence.relative_noise})
-    known = {str(cast): cast for cast in measured if why_not_measurable(cast) is None}
-    known |= {str(cast): cast for cast in casts}
-    steps = {name: measured_along(cast) for name, cast in known.items()}
-    metrics = {name: found.pooled() for name, found in steps.items()}
-    # Where the loss's curvature was not known, the training gradient stands in its place: off by up to 100 times, it
-    # is no prediction, and stays in the window's evidence.
-    forward = is_product and slot.role != GRADIENT and window.curvature_from != "gradient"
-    damage = _Estimate(
-        evidence.directional if forward else {},
-        {name: _damage_from_sketch(found, evidence) for name, found in metrics.items()} if forward else {},
-    )
-    noise = _Estimate(
-        evidence.relative_noise,
-        {name: _ratio(found.error_energy, found.signal_energy) for name, found in metrics.items()},
-    )
-    is_gradient = slot.role == WEIGHT_GRADIENT and not is_product
-    rows = [_row(slot, str(cast), metrics[str(cast)], evidence, damage, noise, is_gradient) for cast in casts]
-    for row, cast in zip(rows, casts, strict=True):
-        row |= by_axis(cast)
-        row["confidence"] = _confidence(row, steps[row["cast"]], forward)
-    if not is_product:
-        _add_parameter(rows, window, slot, casts)
-    return rows
-
-
-def _add_parameter(rows: Sequence[dict[str, Any]], window: Window, slot: Slot, casts: Sequence[Cast]) -> None:
-    """What only slots of parameters have."""
-    record = window.parameter_record(slot.site)
-    if record is None:
-        return
-    lost = lost_of(window, slot.site, casts) if slot.role == MASTER else {}
-    for row, cast in zip(rows, casts, strict=True):
-        row["lost_updates"] = lost.get(str(cast))
-        if slot.role in record.states:
-            row["epsilon_vanishes"] = epsilon_vanishes(record, cast.format)
-
-
-def _confidence(row: dict[str, Any], steps: Metrics, forward: bool) -> float | None:
-    known = row["damage"] and row["damage_se"] is not None
-    return confidence_of(steps, forward, row["damage_se"] / row["damage"] if known else None)
-
-
-def _axes(window: Window, slot: Slot) -> tuple[tuple[Axis, ...], int]:
-    """The axes of a slot's tensor in its products, and its number of dimensions; none for what is no operand."""
-    if not window.is_product(slot):
-        return (), 0
-    site = window.site(slot.site)
-    dimensions = len(site.shapes[slot.role])
-    return axes_of(site.op, site.roles, slot.role, dimensions), dimensions
-
-
-def _pick(metrics: PooledMetrics) -> dict[str, Any]:
-    """What a row says of an axis that is not its own."""
-    rates = {name: float(getattr(metrics, name)) for name in ("underflow", "subnormal", "overflow", "sqnr_db")}
-    return {**rates, "flags": list(metrics.flags)}
-
-
-@dataclass(frozen=True)
-class _Estimate:
-    """A measured value where there is one, otherwise the sketch's, times the coherence of those that have both."""
-
-    measured: dict[str, float]
-    sketched: dict[str, float | None]
-
-    @property
-    def coherence(self) -> float | None:
-        pairs = [(value, self.sketched.get(cast)) for cast, value in self.measured.items()]
-        ratios = [value / sketched for value, sketched in pairs if sketched and value > 0]
-        return statistics.median(ratios) if ratios else None
-
-    def of(self, cast: str) -> tuple[float | None, str | None]:
-        if cast in self.measured:
-            return self.measured[cast], "directional"
-        sketched = self.sketched.get(cast)
-        if sketched is None:
-            return None, None
-        return sketched * (1.0 if self.coherence is None else self.coherence), "sketch"
-
-
-def _row(
-    slot: Slot,
-    cast: str,
-    metrics: PooledMetrics,
-    evidence: Evidence,
-    damage: _Estimate,
-    noise: _Estimate,
-    is_weight_gradient: bool,
-) -> dict[str, Any]:
-    predicted, source = damage.of(cast)
-    # A weight's gradient that is itself cast has the cast's own error in it; other gradients were measured.
-    relative = noise.of(cast)[0] if evidence.relative_noise or is_weight_gradient else None
-    ratio = None if relative is None or not evidence.batch_noise else relative / evidence.batch_noise
-    return {
-        "site": slot.site,
-        "role": slot.role,
-        "cast": cast,
-        "underflow": float(metrics.underflow),
-        "subnormal": float(metrics.subnormal),
-        "overflow": float(metrics.overflow),
-        "sqnr_db": float(metrics.sqnr_db),
-        "dynamic_range_bits": float(metrics.dynamic_range_bits),
-        "exponent_bits": float(metrics.exponent_bits),
-        "amax": float(metrics.amax),
-        "rms": _ratio(metrics.signal_energy, metrics.elements, power=0.5),
-        "damage": predicted,
-        "damage_se": _spread(cast, predicted, source, evidence),
-        "damage_from": source,
-        "coherence": damage.coherence,
-        "noise_ratio": ratio,
-        "lost_batch_share": None if ratio is None else ratio / (1 + ratio),
-        "lost_updates": None,
-        "epsilon_vanishes": None,
-        "bias": _ratio(metrics.bias_energy, metrics.signal_energy),
-        "whole_batch": evidence.whole_batch,
-        "flags": list(metrics.flags),
-    }
-
-
-def _damage_from_sketch(metrics: PooledMetrics, evidence: Evidence) -> float | None:
-    if evidence.curvature is None or not metrics.elements:
-        return None
-    return 0.5 * evidence.curvature * metrics.error_energy / metrics.elements
-
-
-def _spread(cast: str, predicted: float | None, source: str | None, evidence: Evidence) -> float | None:
-    """Standard error: measured, or the relative one of the measured casts taken over."""
-    if predicted is None:
-        return None
-    if source == "directional":
-        return evidence.directional_se[cast]
-    relative = [evidence.directional_se[name] / value for name, value in evidence.directional.items() if value > 0]
-    return predicted * statistics.median(relative) if relative else None
-
-
-def _ratio(part: float, whole: float, power: float = 1.0) -> float:
-    """(part/whole)^power; NaN where the whole is nothing."""
-    return float((part / whole) ** power) if whole else float("nan")
+    return Scores(ScoreColumns.of(window, window.slots if slots is None else slots, chosen))

@@ -1,0 +1,247 @@
+"""Metrics as columns: those of every slot and cast of a window at once, arrays [slots, casts].
+
+The sketches of all slots are laid one after another and go through the compiled kernel once (`column_kernels.py`).
+Casts with scales by row, column or block are measured slot by slot (`tile_metrics.py`) and put into the same arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advisor import column_kernels as kernels
+from advisor.bins import SMALLEST, SMALLEST_OF_DTYPE
+from advisor.flags import FLAGS, THRESHOLDS, rounds_few_values
+from advisor.grid import Array
+from advisor.metrics import Metrics, has_tiles, measure
+from advisor.moments import Moments
+from advisor.outcome_kernels import Target
+from advisor.tensor_scales import scales
+from probes.casts import Cast
+from probes.history import SlotHistory
+from probes.records import Slot
+from probes.sketch import BIN_EDGES
+from probes.tiles import Axis, axes_of, tiling_for
+from probes.window import Window
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class MetricColumns:
+    """What `PooledMetrics` has, for P slots and K casts: float64 arrays [P, K], NaN where a cast was not measured.
+
+    nonzero, elements, underflows, subnormals, overflows, signal_energy, error_energy, bias_energy, amax, amin
+               as in `metrics.Measured`, pooled over the steps
+    flags      int64 [P, K]: bit i stands for FLAGS[i]
+    moments    of the error energy from step to step, which the confidence is made of
+    along      (slot, cast) → what the cast does along each of the tensor's axes, for scales by row, column or block
+    """
+
+    nonzero: Array
+    elements: Array
+    underflows: Array
+    subnormals: Array
+    overflows: Array
+    signal_energy: Array
+    error_energy: Array
+    bias_energy: Array
+    amax: Array
+    amin: Array
+    flags: NDArray[np.int64]
+    moments: Moments
+    along: dict[tuple[int, int], list[tuple[Axis, Metrics]]]
+
+
+def measure_columns(
+    window: Window, slots: Sequence[Slot], casts: Sequence[Cast], wanted: Mask, in_loss_units: Mask
+) -> MetricColumns:
+    """Measure casts on slots, where `wanted` [P, K] says so.
+
+    in_loss_units  bool [P]: whether the error energy counts an element (of damages), or over the signal's
+
+    Raises CastNotScored.
+    """
+    histories = [window.history(*slot) for slot in slots]
+    dtypes = [window.dtype(slot) for slot in slots]
+    tiled = np.array([has_tiles(cast) for cast in casts], dtype=np.bool_)
+    found = _measure_whole(histories, dtypes, casts, wanted & ~tiled, in_loss_units)
+    for p, k in zip(*np.nonzero(wanted & tiled), strict=True):
+        along = _measure_along(window, slots[p], histories[p], casts[k], dtypes[p])
+        found.along[p, k] = along
+        _put(found, int(p), int(k), along[0][1], bool(in_loss_units[p]))
+    return found
+
+
+def _measure_along(
+    window: Window, slot: Slot, history: SlotHistory, cast: Cast, dtype: str | None
+) -> list[tuple[Axis, Metrics]]:
+    """Along each axis of the slot's tensor in its products, the forward product's first."""
+    site = window.site(slot.site)
+    dimensions = len(site.shapes[slot.role])
+    axes = axes_of(site.op, site.roles, slot.role, dimensions)
+    return [(axis, measure(history, cast, dtype, tiling_for(cast, axis, axes, dimensions))) for axis in axes]
+
+
+def _put(columns: MetricColumns, p: int, k: int, metrics: Metrics, in_loss_units: bool) -> None:
+    pooled = metrics.pooled()
+    for name in _PUT:
+        getattr(columns, name)[p, k] = getattr(pooled, name)
+    columns.flags[p, k] = sum(1 << FLAGS.index(flag) for flag in pooled.flags)
+    columns.moments.put(p, k, metrics, in_loss_units)
+
+
+_OF_STEPS = ("nonzero", "elements", "nonfinite", "sum_of_squares", "amax", "amin", "gain", "significant_bits")
+_PUT = (
+    "nonzero",
+    "elements",
+    "underflows",
+    "subnormals",
+    "overflows",
+    "signal_energy",
+    "error_energy",
+    "bias_energy",
+    "amax",
+    "amin",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class _Steps:
+    """The steps of all slots one after another: [T] arrays; `starts` int64 [P + 1], `place` of each in its slot."""
+
+    starts: NDArray[np.int64]
+    place: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    bins: NDArray[np.uint16]
+    counts: NDArray[np.int64]
+    zeros: NDArray[np.int64]
+    nonfinite: Array
+    nonzero: Array
+    elements: Array
+    squares: Array
+    amax: Array
+    amin: Array
+    gain: Array
+    bits: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, histories: Sequence[SlotHistory]) -> _Steps:
+        def joined(name: str, dtype: Any) -> Any:
+            parts = [np.zeros(0, dtype), *(getattr(history, name) for history in histories)]
+            return np.concatenate(parts).astype(dtype, copy=False)
+
+        lengths = np.array([len(history.steps) for history in histories], dtype=np.int64)
+        starts = np.append(0, np.cumsum(lengths))
+        per_step = np.concatenate([np.zeros(0, np.int64), *(np.diff(history.offsets) for history in histories)])
+        offsets, counts = np.append(0, np.cumsum(per_step)), joined("counts", np.int64)
+        running = np.append(0, np.cumsum(counts))
+        nonzero = running[offsets[1:]] - running[offsets[:-1]]
+        nonfinite = joined("nans", np.int64) + joined("positive_infs", np.int64) + joined("negative_infs", np.int64)
+        zeros = joined("zeros", np.int64)
+        return cls(
+            starts=starts,
+            place=np.arange(starts[-1]) - np.repeat(starts[:-1], lengths),
+            offsets=offsets,
+            bins=joined("bins", np.uint16),
+            counts=counts,
+            zeros=zeros,
+            nonfinite=nonfinite.astype(np.float64),
+            nonzero=nonzero.astype(np.float64),
+            elements=(nonzero + zeros + nonfinite).astype(np.float64),
+            squares=joined("sum_of_squares", np.float64),
+            amax=joined("amax", np.float64),
+            amin=joined("amin", np.float64),
+            gain=joined("gain", np.float64),
+            bits=joined("significant_bits", np.int64),
+        )
+
+    def over_slots(self, each: Array, by: Any = np.add, empty: float = 0.0) -> Array:
+        """Sum (or another reduction) of a quantity of the steps over each slot's, [P]."""
+        found = np.full(len(self.starts) - 1, empty)
+        some = np.diff(self.starts) > 0
+        if some.any():
+            found[some] = by.reduceat(each, self.starts[:-1][some])
+        return found
+
+
+def _measure_whole(
+    histories: Sequence[SlotHistory],
+    dtypes: Sequence[str | None],
+    casts: Sequence[Cast],
+    wanted: Mask,
+    in_loss_units: Mask,
+) -> MetricColumns:
+    """Casts with one scale or none."""
+    steps = _Steps.of(histories)
+    shape = len(histories), len(casts)
+    sums, errors = np.zeros((*shape, kernels.SUMS)), np.zeros((len(steps.amax), len(casts)))
+    scale = np.ones((len(steps.amax), len(casts)))
+    for k in np.flatnonzero(wanted.any(axis=0)):
+        scale[:, k] = scales(steps.amax / steps.gain, casts[k], steps.place) * steps.gain
+    kernels.measure_slots(
+        steps.starts,
+        steps.offsets,
+        steps.bins,
+        steps.counts,
+        steps.amax,
+        steps.amin,
+        steps.bits,
+        np.array([SMALLEST_OF_DTYPE.get(dtype or "", SMALLEST) for dtype in dtypes], dtype=np.float64),
+        steps.gain,
+        scale,
+        np.array([Target.of(cast) for cast in casts], dtype=np.float64).reshape(-1, len(Target._fields)),
+        wanted,
+        BIN_EDGES,
+        sums,
+        errors,
+    )
+
+    def everywhere(of_slots: Array) -> Array:
+        return np.where(wanted, of_slots[:, None], np.nan)
+
+    def summed(which: int) -> Array:
+        return np.where(wanted, sums[..., which], np.nan)
+
+    nonzero = everywhere(steps.over_slots(steps.nonzero))
+    few = np.array([rounds_few_values(history) for history in histories], dtype=np.bool_)
+    smallest = np.where(steps.amin > 0, steps.amin / steps.gain, np.inf)
+    amin = steps.over_slots(smallest, np.minimum, np.inf)
+    finite = np.repeat(in_loss_units, np.diff(steps.starts))
+    whole = np.where(finite, steps.elements - steps.nonfinite, steps.squares / steps.gain**2)
+    return MetricColumns(
+        nonzero=nonzero,
+        elements=everywhere(steps.over_slots(steps.elements)),
+        underflows=summed(kernels.UNDER),
+        subnormals=summed(kernels.SUB),
+        overflows=summed(kernels.OVER),
+        signal_energy=everywhere(steps.over_slots(steps.squares / steps.gain**2)),
+        error_energy=summed(kernels.GAINED_ERROR),
+        bias_energy=summed(kernels.GAINED_BIAS),
+        amax=everywhere(steps.over_slots(steps.amax / steps.gain, np.maximum)),
+        amin=everywhere(np.where(np.isinf(amin), 0.0, amin)),
+        flags=_flags(sums, nonzero, few, casts),
+        moments=Moments.of(errors, whole, steps.nonzero, steps.starts, wanted),
+        along={},
+    )
+
+
+def _flags(sums: Array, nonzero: Array, few: Mask, casts: Sequence[Cast]) -> NDArray[np.int64]:
+    """`flags.flags_of`, for all slots and casts."""
+    error = sums[..., kernels.ERROR]
+    spread = np.sqrt(sums[..., kernels.VARIANCE])
+    few_values = (
+        (few[:, None] & (error != 0))
+        | (sums[..., kernels.RATE_SHIFT] > THRESHOLDS.rate_shift * nonzero)
+        | (sums[..., kernels.ENERGY_SHIFT] > THRESHOLDS.error_spread * error)
+    )
+    rates = sums[..., kernels.SPREAD_UNDER : kernels.SPREAD_OVER + 1].max(axis=-1)
+    few_elements = (spread > THRESHOLDS.error_spread * error) | (np.sqrt(rates) > THRESHOLDS.rate_spread * nonzero)
+    asymmetric = np.array([not cast.format.symmetric for cast in casts], dtype=np.bool_)
+    no_signs = asymmetric & (sums[..., kernels.OVER] > 0)
+    bits = few_values * 1 + few_elements * 2 + no_signs * 4
+    return np.where(nonzero > 0, bits, 0).astype(np.int64)

@@ -1,0 +1,229 @@
+"""All scores of a window as columns: what `Scores.rows` is made of. `scores.py` says what each column is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advisor.columns import MetricColumns, measure_columns
+from advisor.estimates import Estimates, row_medians, table_of
+from advisor.grid import Array
+from advisor.lost_updates import epsilon_vanishes, lost_of
+from advisor.measured import Measured
+from advisor.metrics import has_tiles
+from probes.casts import Cast
+from probes.measurable import why_not_measurable
+from probes.parameter_records import MASTER, WEIGHT_GRADIENT
+from probes.records import GRADIENT, Evidence, Slot
+from probes.window import Window
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """One column: an array [rows], and where it is None (None where it never is)."""
+
+    array: NDArray[Any]
+    missing: Mask | None = None
+
+    def to_list(self) -> list[Any]:
+        """Python's own values."""
+        if self.missing is None:
+            listed: list[Any] = self.array.tolist()
+            return listed
+        values = self.array.astype(object)
+        values[self.missing] = None
+        return list(values)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreColumns:
+    """Columns by name, each with a value a row; rows are pairs of a slot and a cast.
+
+    slots, casts  what was scored; slot_of, cast_of  int64 [rows]: which of them a row is of
+    cast_at       int64 [rows]: that cast's column in `metrics`
+    """
+
+    window: Window
+    slots: Sequence[Slot]
+    casts: Sequence[Cast]
+    slot_of: NDArray[np.int64]
+    cast_of: NDArray[np.int64]
+    cast_at: NDArray[np.int64]
+    metrics: MetricColumns
+    columns: Mapping[str, Column]
+
+    def __len__(self) -> int:
+        return len(self.slot_of)
+
+    @classmethod
+    def of(cls, window: Window, slots: Sequence[Slot], casts: Sequence[Cast]) -> ScoreColumns:
+        """Score casts on slots. Raises CastNotScored."""
+        evidence = [window.evidence(*slot) for slot in slots]
+        measured = _measured_casts(evidence)
+        every = list(dict.fromkeys([*casts, *measured]))
+        places = {str(cast): k for k, cast in enumerate(every)}
+        is_product = np.array([window.is_product(slot) for slot in slots], dtype=np.bool_)
+        # Where the loss's curvature was not known, the training gradient stands in its place: off by up to 100 times,
+        # it is no prediction, and stays in the window's evidence.
+        known = window.curvature_from != "gradient"
+        forward = is_product & np.array([slot.role != GRADIENT and known for slot in slots], dtype=np.bool_)
+
+        tiled = np.array([has_tiles(cast) for cast in every], dtype=np.bool_)
+        has_row = is_product[:, None] | ~tiled
+        asked = np.array([cast in set(casts) for cast in every], dtype=np.bool_)
+        directional, noise = (table_of([getattr(e, name) for e in evidence], places) for name in _EVIDENCE)
+        wanted = has_row & (asked | ~np.isnan(directional) | ~np.isnan(noise))
+        metrics = measure_columns(window, slots, every, wanted, forward)
+
+        cast_at = np.array([places[str(cast)] for cast in casts], dtype=np.int64)
+        slot_of, cast_of = np.nonzero(has_row[:, cast_at])
+        rows = slot_of, cast_at[cast_of]
+        columns = {
+            "site": _named([slot.site for slot in slots], slot_of),
+            "role": _named([slot.role for slot in slots], slot_of),
+            "cast": _named([str(cast) for cast in casts], cast_of),
+            **_of_metrics(metrics, rows),
+            **_of_damage(metrics, directional, forward, evidence, places, rows),
+            **_of_noise(metrics, noise, slots, is_product, evidence, rows),
+            **_of_parameters(window, slots, is_product, casts, slot_of, cast_of),
+            "bias": Column(_ratio(metrics.bias_energy, metrics.signal_energy)[rows]),
+            "whole_batch": Column(np.array([e.whole_batch for e in evidence], dtype=np.bool_)[slot_of]),
+        }
+        known_se = columns["damage_se"].array / np.where(columns["damage"].array != 0, columns["damage"].array, np.nan)
+        relative_se = np.full((len(slots), len(every)), np.nan)
+        relative_se[rows] = known_se
+        confidence = metrics.moments.confidence(forward, relative_se)[rows]
+        columns["confidence"] = Column(confidence, np.isnan(confidence))
+        return cls(window, slots, casts, slot_of, cast_of, cast_at[cast_of], metrics, columns)
+
+
+_EVIDENCE = "directional", "relative_noise"
+
+Rows = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+
+def _measured_casts(evidence: Sequence[Evidence]) -> list[Cast]:
+    """The casts that scored steps have measured anything of, in the order met; those that cannot be are left aside."""
+    names = dict.fromkeys(name for one in evidence for name in (*one.directional, *one.relative_noise))
+    return [cast for cast in map(Cast.parse, names) if why_not_measurable(cast) is None]
+
+
+def _named(names: Sequence[str], of: NDArray[np.int64]) -> Column:
+    return Column(np.array(names, dtype=object)[of])
+
+
+def _of_metrics(metrics: MetricColumns, rows: Rows) -> dict[str, Column]:
+    held = Measured(
+        **{name: getattr(metrics, name)[rows] for name in _HELD},
+        nonfinite=np.zeros(len(rows[0])),
+        error_spread=np.zeros(len(rows[0])),
+        flags=(),
+    )
+    found = {name: Column(np.asarray(getattr(held, name), dtype=np.float64)) for name in _TOLD}
+    return {**found, "rms": Column(_ratio(held.signal_energy, held.elements) ** 0.5)}
+
+
+_HELD = (
+    "nonzero",
+    "elements",
+    "underflows",
+    "subnormals",
+    "overflows",
+    "signal_energy",
+    "error_energy",
+    "bias_energy",
+    "amax",
+    "amin",
+)
+_TOLD = ("underflow", "subnormal", "overflow", "sqnr_db", "dynamic_range_bits", "exponent_bits", "amax")
+
+
+def _of_damage(
+    metrics: MetricColumns,
+    directional: Array,
+    forward: Mask,
+    evidence: Sequence[Evidence],
+    places: Mapping[str, int],
+    rows: Rows,
+) -> dict[str, Column]:
+    curvature = np.array([np.nan if e.curvature is None else e.curvature for e in evidence], dtype=np.float64)[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        sketched = np.where(metrics.elements > 0, 0.5 * curvature * metrics.error_energy / metrics.elements, np.nan)
+    here = forward[:, None]
+    estimates = Estimates(np.where(here, directional, np.nan), np.where(here, sketched, np.nan))
+    damage, is_measured = estimates.values, estimates.is_measured
+    spread = table_of([e.directional_se for e in evidence], places)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        relative = row_medians(np.where(directional > 0, spread / directional, np.nan))[:, None]
+        spread = np.where(is_measured, spread, damage * relative)
+    source = np.where(is_measured, "directional", "sketch").astype(object)
+    coherence = estimates.coherence[rows[0]]
+    return {
+        "damage": _nullable(damage[rows], ~np.isnan(sketched[rows]) | is_measured[rows], forward[rows[0]]),
+        "damage_se": _nullable(spread[rows], ~np.isnan(spread[rows]), forward[rows[0]]),
+        "damage_from": Column(source[rows], np.isnan(damage[rows])),
+        "coherence": Column(coherence, np.isnan(coherence)),
+    }
+
+
+def _of_noise(
+    metrics: MetricColumns,
+    measured: Array,
+    slots: Sequence[Slot],
+    is_product: Mask,
+    evidence: Sequence[Evidence],
+    rows: Rows,
+) -> dict[str, Column]:
+    relative = Estimates(measured, _ratio(metrics.error_energy, metrics.signal_energy)).values
+    batch = np.array([np.nan if not e.batch_noise else e.batch_noise for e in evidence], dtype=np.float64)
+    # A weight's gradient that is itself cast has the cast's own error in it; other gradients were measured.
+    own = ~is_product & np.array([slot.role == WEIGHT_GRADIENT for slot in slots], dtype=np.bool_)
+    told = (own | np.array([bool(e.relative_noise) for e in evidence], dtype=np.bool_)) & ~np.isnan(batch)
+    with np.errstate(invalid="ignore"):
+        ratio = (relative / batch[:, None])[rows]
+        share = ratio / (1 + ratio)
+    missing = ~told[rows[0]]
+    return {"noise_ratio": Column(ratio, missing), "lost_batch_share": Column(share, missing)}
+
+
+def _of_parameters(
+    window: Window,
+    slots: Sequence[Slot],
+    is_product: Mask,
+    casts: Sequence[Cast],
+    slot_of: NDArray[np.int64],
+    cast_of: NDArray[np.int64],
+) -> dict[str, Column]:
+    """What only slots of parameters have."""
+    lost, vanishes = np.full((len(slots), len(casts)), np.nan), np.full((len(slots), len(casts)), None, dtype=object)
+    for p, slot in enumerate(slots):
+        record = None if is_product[p] else window.parameter_record(slot.site)
+        if record is None:
+            continue
+        if slot.role == MASTER:
+            found = lost_of(window, slot.site, casts)
+            lost[p] = [found.get(str(cast), np.nan) for cast in casts]
+        if slot.role in record.states:
+            vanishes[p] = [epsilon_vanishes(record, cast.format) for cast in casts]
+    told = lost[slot_of, cast_of]
+    return {
+        "lost_updates": Column(told, np.isnan(told)),
+        "epsilon_vanishes": Column(vanishes[slot_of, cast_of]),
+    }
+
+
+def _nullable(values: Array, *known: Mask) -> Column:
+    missing = ~np.logical_and.reduce(known)
+    return Column(np.where(missing, np.nan, values), missing)
+
+
+def _ratio(part: Array, whole: Array) -> Array:
+    """part / whole; NaN where the whole is nothing."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(whole != 0, part / whole, np.nan)

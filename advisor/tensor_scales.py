@@ -1,0 +1,39 @@
+"""The scale of each step, for casts with one scale a tensor or none."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from advisor.grid import Array
+from probes import scaling
+from probes.casts import Cast
+
+
+def scales(amax: Array, cast: Cast, place: NDArray[np.int64] | None = None) -> Array:
+    """The scale of each of some steps [S], given their largest magnitudes: `Cast.scale_for`, for all of them at once.
+
+    place  int64 [S], where the steps of several slots follow one another: each one's place among its slot's
+
+    The history of a delayed scale is the steps before. With a scale for more than one value a tensor there is none.
+    """
+    if cast.scale is None or cast.format.largest >= scaling.FLOAT32_LARGEST:
+        return np.ones_like(amax)
+    taken = amax
+    if cast.scale.rule == "delayed":
+        before = _largest_before(amax, cast.scale.length, np.arange(len(amax)) if place is None else place)
+        taken = np.where(before > 0, before, amax) * 2.0**cast.scale.margin
+        taken = np.minimum(taken, scaling.FLOAT32_LARGEST)
+    return scaling.scale_of(torch.from_numpy(taken), cast.scale, cast.format).numpy()
+
+
+def _largest_before(amax: Array, length: int, place: NDArray[np.int64]) -> Array:
+    """The largest of the `length` values before each of the same slot, [S]; 0 before the first."""
+    largest, reach = amax.copy(), 1
+    while reach < min(length, len(amax)):
+        step = min(reach, length - reach)
+        same = place[step:] >= step
+        largest[step:] = np.where(same, np.maximum(largest[step:], largest[:-step]), largest[step:])
+        reach += step
+    return np.where(place > 0, np.append(0.0, largest)[:-1], 0.0)
