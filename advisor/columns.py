@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advisor import column_kernels as kernels
+from advisor import region_kernels as regions
 from advisor.bins import SMALLEST, SMALLEST_OF_DTYPE
-from advisor.flags import FLAGS, THRESHOLDS, rounds_few_values
+from advisor.estimates import row_medians
+from advisor.flags import FLAGS, THRESHOLDS, uncertain_of
 from advisor.grid import Array
 from advisor.metrics import Metrics, has_tiles, measure
 from advisor.moments import Moments
@@ -70,10 +72,10 @@ def measure_columns(
     dtypes = [window.dtype(slot) for slot in slots]
     tiled = np.array([has_tiles(cast) for cast in casts], dtype=np.bool_)
     found = _measure_whole(histories, dtypes, casts, wanted & ~tiled, in_loss_units)
-    for p, k in zip(*np.nonzero(wanted & tiled), strict=True):
+    for p, k in np.argwhere(wanted & tiled).tolist():
         along = _measure_along(window, slots[p], histories[p], casts[k], dtypes[p])
         found.along[p, k] = along
-        _put(found, int(p), int(k), along[0][1], bool(in_loss_units[p]))
+        _put(found, p, k, along[0][1], bool(in_loss_units[p]))
     return found
 
 
@@ -139,8 +141,8 @@ class _Steps:
         starts = np.append(0, np.cumsum(lengths))
         per_step = np.concatenate([np.zeros(0, np.int64), *(np.diff(history.offsets) for history in histories)])
         offsets, counts = np.append(0, np.cumsum(per_step)), joined("counts", np.int64)
-        running = np.append(0, np.cumsum(counts))
-        nonzero = running[offsets[1:]] - running[offsets[:-1]]
+        nonzero = np.zeros(len(per_step), np.int64)
+        kernels.count_steps(offsets, counts, nonzero)
         nonfinite = joined("nans", np.int64) + joined("positive_infs", np.int64) + joined("negative_infs", np.int64)
         zeros = joined("zeros", np.int64)
         return cls(
@@ -179,9 +181,9 @@ def _measure_whole(
     """Casts with one scale or none."""
     steps = _Steps.of(histories)
     shape = len(histories), len(casts)
-    sums, errors = np.zeros((*shape, kernels.SUMS)), np.zeros((len(steps.amax), len(casts)))
+    sums, errors = np.zeros((*shape, regions.SUMS)), np.zeros((len(steps.amax), len(casts)))
     scale = np.ones((len(steps.amax), len(casts)))
-    for k in np.flatnonzero(wanted.any(axis=0)):
+    for k in np.flatnonzero(wanted.any(axis=0)).tolist():
         scale[:, k] = scales(steps.amax / steps.gain, casts[k], steps.place) * steps.gain
     kernels.measure_slots(
         steps.starts,
@@ -208,7 +210,7 @@ def _measure_whole(
         return np.where(wanted, sums[..., which], np.nan)
 
     nonzero = everywhere(steps.over_slots(steps.nonzero))
-    few = np.array([rounds_few_values(history) for history in histories], dtype=np.bool_)
+    few = _few_values(histories)
     smallest = np.where(steps.amin > 0, steps.amin / steps.gain, np.inf)
     amin = steps.over_slots(smallest, np.minimum, np.inf)
     finite = np.repeat(in_loss_units, np.diff(steps.starts))
@@ -216,12 +218,12 @@ def _measure_whole(
     return MetricColumns(
         nonzero=nonzero,
         elements=everywhere(steps.over_slots(steps.elements)),
-        underflows=summed(kernels.UNDER),
-        subnormals=summed(kernels.SUB),
-        overflows=summed(kernels.OVER),
+        underflows=summed(regions.UNDER),
+        subnormals=summed(regions.SUB),
+        overflows=summed(regions.OVER),
         signal_energy=everywhere(steps.over_slots(steps.squares / steps.gain**2)),
-        error_energy=summed(kernels.GAINED_ERROR),
-        bias_energy=summed(kernels.GAINED_BIAS),
+        error_energy=summed(regions.GAINED_ERROR),
+        bias_energy=summed(regions.GAINED_BIAS),
         amax=everywhere(steps.over_slots(steps.amax / steps.gain, np.maximum)),
         amin=everywhere(np.where(np.isinf(amin), 0.0, amin)),
         flags=_flags(sums, nonzero, few, casts),
@@ -230,18 +232,26 @@ def _measure_whole(
     )
 
 
+def _few_values(histories: Sequence[SlotHistory]) -> Mask:
+    """`flags.rounds_few_values` of each, [P]."""
+    table = np.full((len(histories), max((len(history.steps) for history in histories), default=0)), np.nan)
+    for row, history in zip(table, histories, strict=True):
+        row[: len(history.steps)] = np.where(uncertain_of(history), history.distinct, np.nan)
+    return np.asarray(row_medians(table) < THRESHOLDS.distinct)
+
+
 def _flags(sums: Array, nonzero: Array, few: Mask, casts: Sequence[Cast]) -> NDArray[np.int64]:
     """`flags.flags_of`, for all slots and casts."""
-    error = sums[..., kernels.ERROR]
-    spread = np.sqrt(sums[..., kernels.VARIANCE])
+    error = sums[..., regions.ERROR]
+    spread = np.sqrt(sums[..., regions.VARIANCE])
     few_values = (
         (few[:, None] & (error != 0))
-        | (sums[..., kernels.RATE_SHIFT] > THRESHOLDS.rate_shift * nonzero)
-        | (sums[..., kernels.ENERGY_SHIFT] > THRESHOLDS.error_spread * error)
+        | (sums[..., regions.RATE_SHIFT] > THRESHOLDS.rate_shift * nonzero)
+        | (sums[..., regions.ENERGY_SHIFT] > THRESHOLDS.error_spread * error)
     )
-    rates = sums[..., kernels.SPREAD_UNDER : kernels.SPREAD_OVER + 1].max(axis=-1)
+    rates = sums[..., regions.SPREAD_UNDER : regions.SPREAD_OVER + 1].max(axis=-1)
     few_elements = (spread > THRESHOLDS.error_spread * error) | (np.sqrt(rates) > THRESHOLDS.rate_spread * nonzero)
     asymmetric = np.array([not cast.format.symmetric for cast in casts], dtype=np.bool_)
-    no_signs = asymmetric & (sums[..., kernels.OVER] > 0)
+    no_signs = asymmetric & (sums[..., regions.OVER] > 0)
     bits = few_values * 1 + few_elements * 2 + no_signs * 4
     return np.where(nonzero > 0, bits, 0).astype(np.int64)

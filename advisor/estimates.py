@@ -1,9 +1,25 @@
-"""Measured where it was measured, otherwise from the sketches, brought to scale by those casts that have both."""
+"""Measured where it was measured, otherwise from the sketches, brought to scale by those casts that have both.
+
+An error has two parts, δ = β·x + rest with β = Σx·δ/Σx²: the one shrinks the tensor (flushing to zero, clipping,
+rounding toward zero), the other is as good as random. What the loss makes of the two may differ by orders of magnitude:
+a weight before a BatchNorm can shrink for nothing, elsewhere all rounding errors of one sign add up. So the sketch's
+value S is split, B = S·(Σx·δ)²/(Σx²·Σδ²) of it being the shrinking part, and each part has its own coherence:
+
+    value      = coherence·(S − B) + shrink_coherence·B
+    coherence  = median of measured/S over the casts that shrink little (B < 10% of S)
+    shrink_coherence = median of (measured − coherence·(S − B))/B over those that do little else (B > 50% of S); where
+                 none of these was measured, it is taken to be `coherence`
+
+A cast that was not measured and makes the very error of one that was (e5m2fnuz beside e5m2, both scaled) has its value.
+
+Measured on held-out casts (`benchmarks/rescoring.py`): see `docs/how-it-works.md`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +28,9 @@ from advisor.grid import Array
 
 Mask = NDArray[np.bool_]
 
+LITTLE, MOSTLY = 0.1, 0.5  # share of the shrinking part up to and from which a cast tells of the one and the other. Ours
+SAME = 1e-9  # relative: errors so alike in energy and in what they shrink are one
+
 
 @dataclass(frozen=True, eq=False)
 class Estimates:
@@ -19,30 +38,65 @@ class Estimates:
 
     measured   what the scored steps measured
     sketched   the same from sketches alone
-    coherence  float64 [P]: median ratio of the two, NaN where no cast has both
+    shrinking  share of the error energy in the part that shrinks the tensor, 0 to 1
+    error      error energy
     """
 
     measured: Array
     sketched: Array
+    shrinking: Array
+    error: Array
 
-    @property
+    @cached_property
     def coherence(self) -> Array:
-        """Median of measured over sketched, [P], of the casts where both are positive; NaN where there is none."""
+        """Of the part that does not shrink, [P]; NaN where no cast is both measured and sketched, and not zero."""
+        found = self._ratio(self.shrinking < LITTLE)
+        return np.where(np.isnan(found), self._ratio(self.shrinking >= 0), found)
+
+    @cached_property
+    def shrink_coherence(self) -> Array:
+        """Of the part that shrinks, [P]; NaN where no cast that does mostly that was measured."""
+        coherence = np.where(np.isnan(self.coherence), 1.0, self.coherence)[:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
-            both = (self.measured > 0) & (np.abs(self.sketched) > 0)
-            return row_medians(np.where(both, self.measured / self.sketched, np.nan))
+            known = (self.shrinking > MOSTLY) & np.isfinite(self.sketched) & (self.sketched > 0)
+            rest = self.measured - coherence * self.sketched * (1 - self.shrinking)
+            return row_medians(np.where(known, np.maximum(rest, 0.0) / (self.sketched * self.shrinking), np.nan))
+
+    @cached_property
+    def taken_from(self) -> NDArray[np.int64]:
+        """[P, K]: the cast whose measurement a value is: its own, or another's that makes the same error; -1: none."""
+        found = np.where(np.isnan(self.measured), -1, np.arange(self.measured.shape[1]))
+        for j in np.flatnonzero(~np.isnan(self.measured).all(axis=0)).tolist():
+            with np.errstate(invalid="ignore"):
+                alike = np.abs(self.error - self.error[:, j : j + 1]) <= SAME * self.error[:, j : j + 1]
+                alike &= np.abs(self.shrinking - self.shrinking[:, j : j + 1]) <= SAME
+            alike &= ~np.isnan(self.measured[:, j : j + 1]) & (self.error > 0)
+            found = np.where(alike & (found < 0), j, found)
+        return np.asarray(found, dtype=np.int64)
 
     @property
     def is_measured(self) -> Mask:
         """[P, K]"""
-        return ~np.isnan(self.measured)
+        return np.asarray(self.taken_from >= 0)
 
-    @property
+    @cached_property
     def values(self) -> Array:
         """The best that is known, [P, K]."""
-        coherence = self.coherence[:, None]
-        scaled = self.sketched * np.where(np.isnan(coherence), 1.0, coherence)
-        return np.where(self.is_measured, self.measured, scaled)
+        coherence = np.where(np.isnan(self.coherence), 1.0, self.coherence)[:, None]
+        shrink = np.where(np.isnan(self.shrink_coherence)[:, None], coherence, self.shrink_coherence[:, None])
+        share = np.where(np.isnan(self.shrinking), 0.0, self.shrinking)
+        with np.errstate(invalid="ignore"):
+            scaled = self.sketched * (coherence * (1 - share) + shrink * share)
+        return np.where(self.is_measured, self.of_measured(self.measured), scaled)
+
+    def of_measured(self, values: Array) -> Array:
+        """What goes with a measured value, [P, K], where it is taken over from another cast; else as it is."""
+        return np.take_along_axis(values, np.maximum(self.taken_from, 0), axis=1) if values.size else values
+
+    def _ratio(self, chosen: Mask) -> Array:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            both = (self.measured > 0) & (np.abs(self.sketched) > 0) & (chosen | np.isnan(self.shrinking))
+            return row_medians(np.where(both, self.measured / self.sketched, np.nan))
 
 
 def table_of(values: Sequence[Mapping[str, float]], places: Mapping[str, int]) -> Array:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from advisor.bins import BIN_BITS, Bins
 from advisor.grid import Array, Expected, Grid
@@ -103,8 +104,13 @@ def rounds_few_values(history: SlotHistory, at: Any = slice(None)) -> bool:
 
     They are certain where all magnitudes are one, and where a bin has a single lattice point. `at`: which steps.
     """
-    uncertain = ((history.amin < history.amax) & (history.significant_bits > BIN_BITS))[at]
+    uncertain = uncertain_of(history)[at]
     return bool(uncertain.any() and np.median(history.distinct[at][uncertain]) < THRESHOLDS.distinct)
+
+
+def uncertain_of(history: SlotHistory) -> NDArray[np.bool_]:
+    """At which steps [S] it is uncertain where in their bins the elements lie."""
+    return np.asarray((history.amin < history.amax) & (history.significant_bits > BIN_BITS))
 
 
 def variance_of(expected: Expected) -> Array:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit  # type: ignore[attr-defined]
+from numba import njit
 from numpy.typing import NDArray
 from scipy.special import erf
 
@@ -74,7 +74,7 @@ class Moments:
         return np.where(self.state == EXACT, 1.0, np.where(self.state == NONE, 0.0, found))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, error_model="numpy")
 def _moments(
     errors: Array,
     whole: Array,

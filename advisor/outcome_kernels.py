@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types  # type: ignore[attr-defined]
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import njit, types
 from numba.extending import intrinsic
 
 from advisor.bins import ALWAYS_BITS, BIN_BITS, FINER_TOWARD_ZERO, LATTICE_BITS, LATTICE_FINER, SAME, SMALLEST
@@ -20,8 +20,9 @@ from probes.casts import Cast
 
 NEAREST, STOCHASTIC, TOWARD_ZERO = 0, 1, 2
 _ROUNDINGS = {"nearest": NEAREST, "stochastic": STOCHASTIC, "zero": TOWARD_ZERO}
-_EXPONENT_FIELD = 0x7FF << 52
+EXPONENT_FIELD = 0x7FF << 52
 _OCTAVE_BIAS = 127
+MAGIC = 1.5 * 2.0**52  # added to what is below 2^51 and taken off again, it rounds to the nearest integer
 
 inlined: Callable[..., Any] = njit(cache=True, nogil=True, error_model="numpy", inline="never")
 
@@ -59,8 +60,7 @@ class Target(NamedTuple):
         )
 
 
-@intrinsic  # type: ignore[misc]
-def bits_of(_: Any, x: Any) -> Any:
+def _bits_of(_: Any, x: Any) -> Any:
     """The bits of a float64 as an int64."""
 
     def code(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -69,14 +69,17 @@ def bits_of(_: Any, x: Any) -> Any:
     return types.int64(types.float64), code
 
 
-@intrinsic  # type: ignore[misc]
-def from_bits(_: Any, x: Any) -> Any:
+def _from_bits(_: Any, x: Any) -> Any:
     """The float64 of these bits."""
 
     def code(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.DoubleType())
 
     return types.float64(types.int64), code
+
+
+bits_of: Any = intrinsic(_bits_of)
+from_bits: Any = intrinsic(_from_bits)
 
 
 @inlined
@@ -95,7 +98,7 @@ def is_power_of_two(scale: float) -> bool:
 @inlined
 def octave_of(u: float, target: Target) -> float:
     """2^max(floor(log2 u), emin)."""
-    return max(from_bits(bits_of(u) & _EXPONENT_FIELD), target.bottom)
+    return max(from_bits(bits_of(u) & EXPONENT_FIELD), target.bottom)
 
 
 @inlined

@@ -156,20 +156,31 @@ def _of_damage(
     with np.errstate(invalid="ignore", divide="ignore"):
         sketched = np.where(metrics.elements > 0, 0.5 * curvature * metrics.error_energy / metrics.elements, np.nan)
     here = forward[:, None]
-    estimates = Estimates(np.where(here, directional, np.nan), np.where(here, sketched, np.nan))
+    measured, sketched = np.where(here, directional, np.nan), np.where(here, sketched, np.nan)
+    shrinking = _shrinking(metrics)
+    estimates = Estimates(measured, sketched, shrinking, metrics.error_energy)
     damage, is_measured = estimates.values, estimates.is_measured
     spread = table_of([e.directional_se for e in evidence], places)
     with np.errstate(invalid="ignore", divide="ignore"):
         relative = row_medians(np.where(directional > 0, spread / directional, np.nan))[:, None]
-        spread = np.where(is_measured, spread, damage * relative)
+        spread = np.where(is_measured, estimates.of_measured(spread), damage * relative)
     source = np.where(is_measured, "directional", "sketch").astype(object)
-    coherence = estimates.coherence[rows[0]]
+    coherence, shrink = estimates.coherence[rows[0]], estimates.shrink_coherence[rows[0]]
     return {
         "damage": _nullable(damage[rows], ~np.isnan(sketched[rows]) | is_measured[rows], forward[rows[0]]),
         "damage_se": _nullable(spread[rows], ~np.isnan(spread[rows]), forward[rows[0]]),
         "damage_from": Column(source[rows], np.isnan(damage[rows])),
         "coherence": Column(coherence, np.isnan(coherence)),
+        "shrink_coherence": Column(shrink, np.isnan(shrink)),
+        "shrinking": Column(shrinking[rows]),
     }
+
+
+def _shrinking(metrics: MetricColumns) -> Array:
+    """Share of the error energy in the part of the error that is a multiple of the tensor, [P, K]; 0 without error."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = metrics.bias_energy / metrics.error_energy * (metrics.bias_energy / metrics.signal_energy)
+    return np.where(metrics.error_energy > 0, np.minimum(np.nan_to_num(share), 1.0), 0.0)
 
 
 def _of_noise(
@@ -180,7 +191,8 @@ def _of_noise(
     evidence: Sequence[Evidence],
     rows: Rows,
 ) -> dict[str, Column]:
-    relative = Estimates(measured, _ratio(metrics.error_energy, metrics.signal_energy)).values
+    sketched = _ratio(metrics.error_energy, metrics.signal_energy)
+    relative = Estimates(measured, sketched, _shrinking(metrics), metrics.error_energy).values
     batch = np.array([np.nan if not e.batch_noise else e.batch_noise for e in evidence], dtype=np.float64)
     # A weight's gradient that is itself cast has the cast's own error in it; other gradients were measured.
     own = ~is_product & np.array([slot.role == WEIGHT_GRADIENT for slot in slots], dtype=np.bool_)

@@ -28,6 +28,8 @@ _ORDER = (
     "damage_se",
     "damage_from",
     "coherence",
+    "shrink_coherence",
+    "shrinking",
     "noise_ratio",
     "lost_batch_share",
     "lost_updates",

@@ -2,7 +2,7 @@
 
 Metrics come from the sketches (`columns.py`), for any cast. Damage and gradient noise come from the scored steps
 where the cast was a candidate there; for any other cast they are estimated from the sketches and brought to scale by
-the slot's coherence, the ratio of the two estimates for the casts that have both:
+the slot's coherence, the ratio of the two estimates for the casts that have both (`estimates.py`):
 
     damage (forward roles)  directional: ½·Σ_samples (g·δ)²          from sketches: ½·Σg²·mean(δ²) × coherence
     noise (all roles)       measured in the gradient products        from sketches: error/signal energy × coherence
@@ -44,8 +44,11 @@ class Scores:
     sqnr_db, dynamic_range_bits, exponent_bits, amax, rms
     damage, damage_se          predicted rise of the loss and its standard error; None for gradients, and where no
                                known loss was met (`window.curvature_from` is not "loss")
-    damage_from                "directional" (measured at the scored steps) or "sketch" (estimated)
-    coherence                  what the sketches' damage is multiplied by
+    damage_from                "directional" (measured at the scored steps, of this cast or of one that makes the same
+                               error) or "sketch" (estimated)
+    coherence, shrink_coherence  what the sketches' damage is multiplied by, as far as the error is random and as far
+                               as it shrinks the tensor (`estimates.py`); None where no measured cast tells
+    shrinking                  share of the error energy in the part that shrinks the tensor: (Σx·δ)²/(Σx²·Σδ²)
     noise_ratio                noise energy that the cast adds to gradients, over the minibatch's own
     lost_batch_share           1 − 1/(1 + noise_ratio)
     lost_updates               of a parameter's master weight: share of the updates that it would not take

@@ -139,7 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "casts": len(CASTS),
         "steps": asked.steps,
         "rows": count,
-        "occupied_bins_a_step": round(float(np.mean([len(window.history(*slot).bins) for slot in window.slots])) / asked.steps),
+        "occupied_bins_a_step": round(
+            float(np.mean([len(window.history(*slot).bins) for slot in window.slots])) / asked.steps
+        ),
         "score_s": round(float(np.median(columns)), 3),
         "rows_s": round(float(np.median(rows)), 3),
         "score_processor_s": round(float(np.median([a for a, _ in processor])), 3),

@@ -39,7 +39,7 @@ def test_every_slot_is_scored_for_every_cast(build: Any) -> None:
             assert 0 < row["damage_se"] < 2 * row["damage"]
         if row["noise_ratio"] is not None:
             assert row["lost_batch_share"] == pytest.approx(1 - 1 / (1 + row["noise_ratio"]))
-        assert all(type(value) in (str, float, bool, list, type(None)) for value in row.values()), row
+        assert all(type(value) in (str, float, bool, list, dict, type(None)) for value in row.values()), row
 
 
 def test_a_cast_that_was_no_candidate_is_estimated_from_the_sketches() -> None:

@@ -1,0 +1,408 @@
+"""Sums over the bins of one region of a cast's grid, for `column_kernels.py`: an even part, octaves, or bin by bin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from advisor.bins import ALWAYS_BITS, FINER_TOWARD_ZERO, LATTICE_BITS, LATTICE_FINER
+from advisor.layout_kernels import (
+    BEFORE,
+    COUNT,
+    EDGE,
+    ENERGY,
+    FIRST,
+    FOURTH,
+    FOURTH_ONE,
+    OCTAVE,
+    PER_WIDTH,
+    SECOND,
+    SHIFT,
+    THIRD,
+    UNEVEN,
+)
+from advisor.outcome_kernels import (
+    EXPONENT_FIELD,
+    MAGIC,
+    NEAREST,
+    STOCHASTIC,
+    TOWARD_ZERO,
+    Target,
+    antiderivatives,
+    bin_of,
+    bits_of,
+    from_bits,
+    in_bin,
+    in_cells,
+    inlined,
+    is_power_of_two,
+    lattice_of,
+    octave_of,
+)
+
+# What is summed up for a slot and cast. Energies are in recorded units; `GAINED_*` are without the loss scale.
+UNDER, SUB, OVER, ERROR, BIAS, VARIANCE = range(6)
+SPREAD_UNDER, SPREAD_SUB, SPREAD_OVER, RATE_SHIFT, ENERGY_SHIFT = range(6, 11)
+GAINED_ERROR, GAINED_BIAS, GAINED_VARIANCE = range(11, 14)
+SUMS = 14
+
+
+@inlined
+def add_even(
+    start: int,
+    end: int,
+    scratch: Any,
+    base: int,
+    bits: int,
+    finest: float,
+    scale: float,
+    target: Target,
+    edges: Any,
+    first: float,
+    second: float,
+    step: Any,
+) -> None:
+    """Bins of the even part of the grid, taken as continuous. `first`, `second`: from where on magnitudes are not
+    zero, and not subnormal."""
+    if start < end and scratch[PER_WIDTH, start] == 0:
+        add_each(start, start + 1, scratch, base, bits, finest, scale, target, edges, step)
+        start += 1
+    if start < end and scratch[PER_WIDTH, end - 1] == 0:
+        add_each(end - 1, end, scratch, base, bits, finest, scale, target, edges, step)
+        end -= 1
+    if start >= end:
+        return
+    to_cells = 1 / (scale * target.step)
+    _fill_cells(start, end, to_cells, target.rounding, scratch)
+    if target.rounding == STOCHASTIC:
+        _add_ramp(start, end, to_cells, target, scratch, step)
+        return
+    _add_means(
+        start,
+        end,
+        scale * target.step,
+        target.step,
+        COUNT,
+        COUNT,
+        UNEVEN,
+        scratch,
+        step,
+    )
+    whole = start  # from here on bins are subnormal as a whole
+    while whole < end and scratch[EDGE, whole] < first:
+        whole += 1
+    stop = whole
+    if second > first:
+        stop = min(max(place_of(second, base, end), whole), end)
+        step[SUB] += scratch[BEFORE, stop] - scratch[BEFORE, whole]
+    _add_cut(start, whole, scratch, first, second, step)
+    _add_cut(max(stop, whole), min(stop + 1, end), scratch, first, second, step)
+
+
+@inlined
+def _fill_cells(start: int, end: int, to_cells: float, rounding: int, scratch: Any) -> None:
+    """∫ δ², ∫ δ⁴ and ∫ v·δ up to the edges from `start` to `end`, on the even grid of spacing 1: `in_cells`, in a loop
+    that vector instructions can take."""
+    if rounding == NEAREST:
+        for i in range(np.uint64(start), np.uint64(end + 1)):
+            w = scratch[EDGE, i] * to_cells
+            n = (w + MAGIC) - MAGIC
+            t = w - n
+            square = t * t
+            cube = square * t
+            scratch[FIRST, i] = n * (1 / 12) + cube * (1 / 3)
+            scratch[SECOND, i] = n * (1 / 80) + cube * square * (1 / 5)
+            scratch[THIRD, i] = n * (1 / 24) - n * square * 0.5 - cube * (1 / 3)
+    else:
+        for i in range(start, end + 1):
+            found = in_cells(scratch[EDGE, i] * to_cells, rounding)
+            scratch[FIRST, i], scratch[SECOND, i], scratch[THIRD, i] = found
+
+
+@inlined
+def _add_means(
+    start: int,
+    end: int,
+    per_unit: float,
+    unit: float,
+    energies: int,
+    fourths: int,
+    shifts: int,
+    scratch: Any,
+    step: Any,
+) -> None:
+    """Add the means over bins, given the integrals up to their edges in FIRST, SECOND and THIRD.
+
+    per_unit  one over the width of what the integrals are over; unit  what δ is in, in units of the scale
+    energies, fourths, shifts  rows of the weights: of δ², of its variance, and of that where elements lie unevenly
+    """
+    one = np.uint64(1)
+    for i in range(np.uint64(start), np.uint64(end)):
+        per = scratch[PER_WIDTH, i] * per_unit
+        squared = (scratch[FIRST, i + one] - scratch[FIRST, i]) * per
+        variance = (scratch[SECOND, i + one] - scratch[SECOND, i]) * per - squared * squared
+        variance = variance if variance > 0 else 0.0
+        scratch[FIRST, i] = scratch[energies, i] * squared
+        scratch[THIRD, i] = scratch[energies, i] * ((scratch[THIRD, i + one] - scratch[THIRD, i]) * per)
+        scratch[SECOND, i] = scratch[fourths, i] * variance
+        scratch[FOURTH_ONE, i] = scratch[shifts, i] * variance
+    error, bias, spread, shift = 0.0, 0.0, 0.0, 0.0
+    for i in range(np.uint64(start), np.uint64(end)):
+        error += scratch[FIRST, i]
+        bias += scratch[THIRD, i]
+        spread += scratch[SECOND, i]
+        shift += scratch[FOURTH_ONE, i]
+    square = unit * unit
+    step[ERROR] += error * square
+    step[BIAS] += bias * square
+    step[VARIANCE] += spread * square * square
+    step[ENERGY_SHIFT] += shift * square * square
+
+
+@inlined
+def _add_cut(start: int, end: int, scratch: Any, first: float, second: float, step: Any) -> None:
+    """Rates of the few bins that a step of the grid cuts."""
+    for i in range(start, end):
+        if scratch[COUNT, i] == 0:
+            continue
+        width = scratch[EDGE, i + 1] - scratch[EDGE, i]
+        nonzero = min(max((scratch[EDGE, i + 1] - max(scratch[EDGE, i], first)) / width, 0.0), 1.0)
+        normal = min(max((scratch[EDGE, i + 1] - max(scratch[EDGE, i], second)) / width, 0.0), 1.0)
+        under, sub = 1 - nonzero, max(nonzero - normal, 0.0)
+        _add_rates(step, scratch[COUNT, i], under, sub, 0.0)
+        if 0 < under < 1 or 0 < sub < 1:
+            step[RATE_SHIFT] += np.sqrt(scratch[UNEVEN, i])
+
+
+@inlined
+def _add_ramp(start: int, end: int, to_cells: float, target: Target, scratch: Any, step: Any) -> None:
+    """The same of stochastic rounding, whose rates rise and fall in ramps."""
+    normal_at = target.normal / target.step
+    error, spread, shift = 0.0, 0.0, 0.0
+    for i in range(start, end):
+        if scratch[COUNT, i] == 0:
+            continue
+        w, v = scratch[EDGE, i] * to_cells, scratch[EDGE, i + 1] * to_cells
+        a_cell = 1 / (v - w)
+        squared = (scratch[FIRST, i + 1] - scratch[FIRST, i]) * a_cell
+        variance = max((scratch[SECOND, i + 1] - scratch[SECOND, i]) * a_cell - squared * squared, 0.0)
+        error += scratch[COUNT, i] * squared
+        spread += scratch[COUNT, i] * variance
+        shift += scratch[UNEVEN, i] * min(variance, _by_place(v - w, 1.0))
+        if w < normal_at:
+            nonzero = min((_ramp_up_to(v, 1.0) - _ramp_up_to(w, 1.0)) * a_cell, 1.0)
+            normal = min((_ramp_up_to(v, normal_at) - _ramp_up_to(w, normal_at)) * a_cell, 1.0)
+            under, sub = 1 - nonzero, max(nonzero - normal, 0.0)
+            _add_rates(step, scratch[COUNT, i], under, sub, 0.0)
+            if 0 < under < 1 or 0 < sub < 1:
+                step[RATE_SHIFT] += np.sqrt(scratch[UNEVEN, i]) * min(v - w, 1.0)
+    square = target.step * target.step
+    step[ERROR] += error * square
+    step[VARIANCE] += spread * square * square
+    step[ENERGY_SHIFT] += shift * square * square
+
+
+@inlined
+def _ramp_up_to(w: float, value: float) -> float:
+    """`reached_up_to` in cells."""
+    ramp = min(max(w - (value - 1), 0.0), 1.0)
+    return ramp * ramp / 2 + max(w - value, 0.0)
+
+
+@inlined
+def add_octaves(
+    start: int,
+    end: int,
+    n: int,
+    scratch: Any,
+    base: int,
+    bits: int,
+    finest: float,
+    scale: float,
+    target: Target,
+    edges: Any,
+    step: Any,
+) -> None:
+    """Bins of whole octaves of the grid, from `start` to `end`: eight stand for all. None of their rates is other than
+    zero."""
+    if start >= end:
+        return
+    finer = FINER_TOWARD_ZERO if target.rounding == TOWARD_ZERO else LATTICE_FINER
+    aligned = is_power_of_two(scale)
+    if bits > LATTICE_BITS and aligned and 2.0 ** -float(bits) >= target.mantissa_step:
+        return  # on the grid
+    last = min(start + OCTAVE, end)
+    may_show = bits <= ALWAYS_BITS or (bits <= LATTICE_BITS and 2.0 ** -float(bits) * finer > target.mantissa_step / 2)
+    if target.rounding == NEAREST and not may_show and end >= n - 1:
+        unit = from_bits(bits_of(scratch[EDGE, start] / scale) & EXPONENT_FIELD)
+        _fill_octave(start, last, scale, target, scratch)
+        _add_means(start, last, scale * unit, unit, ENERGY, FOURTH, SHIFT, scratch, step)
+        return
+    for i in range(start, last):
+        _add_eighth(i, end, n, scratch, base, bits, finest, scale, target, edges, float(finer), aligned, step)
+
+
+@inlined
+def _fill_octave(start: int, end: int, scale: float, target: Target, scratch: Any) -> None:
+    """∫ δ², ∫ δ⁴ and ∫ v·δ up to the edges from `start` to `end`, at most an octave of normal values: as
+    `antiderivatives`, in a loop that vector instructions can take."""
+    inverse, m = 1 / scale, target.mantissa_step
+    one, two, three = 1 / 12 * 6 / 7 * m * m, 1 / 80 * 30 / 31 * m * m * m * m, m * m / 24 * 6 / 7
+    per_step = 1 / m
+    unit = from_bits(
+        bits_of(scratch[EDGE, start] * inverse) & EXPONENT_FIELD
+    )  # octave of the first edge: 1 from here on
+    inverse /= unit
+    for i in range(np.uint64(start), np.uint64(end + 1)):
+        u = scratch[EDGE, i] * inverse
+        octave = 1.0 if u < 2 else 2.0 if u < 4 else 4.0
+        per_octave = 1.0 if u < 2 else 0.5 if u < 4 else 0.25
+        w = u * per_octave * per_step
+        n = (w + MAGIC) - MAGIC
+        t = w - n
+        square = t * t
+        cube = square * t
+        spacing = octave * m
+        cubes, volume = octave * octave * octave, spacing * spacing * spacing
+        scratch[FIRST, i] = (n * (1 / 12) + cube * (1 / 3)) * volume - one * cubes
+        scratch[SECOND, i] = (
+            n * (1 / 80) + cube * square * (1 / 5)
+        ) * volume * spacing * spacing - two * cubes * octave * octave
+        scratch[THIRD, i] = (n * (1 / 24) - n * square * 0.5 - cube * (1 / 3)) * volume - three * cubes
+
+
+@inlined
+def _add_eighth(
+    i: int,
+    end: int,
+    n: int,
+    scratch: Any,
+    base: int,
+    bits: int,
+    finest: float,
+    scale: float,
+    target: Target,
+    edges: Any,
+    finer: float,
+    aligned: bool,
+    step: Any,
+) -> None:
+    """One of the eight, with the same bins of all higher octaves."""
+    place = base + i
+    u, v = edges[place] / scale, edges[place + 1] / scale
+    spacing = octave_of(u, target) * target.mantissa_step
+    lattice = lattice_of(place, bits, finest) / scale
+    shows = lattice * finer > spacing if bits <= LATTICE_BITS else aligned and lattice >= spacing
+    if shows or bits <= ALWAYS_BITS:
+        _, _, _, squared, fourth, product = in_bin(
+            place, edges[place], edges[place + 1], bits, finest, scale, target, edges
+        )
+    else:
+        down, up = antiderivatives(u, target), antiderivatives(v, target)
+        squared, fourth = (up[0] - down[0]) / (v - u), (up[1] - down[1]) / (v - u)
+        product = (up[2] - down[2]) / (v - u)
+    variance = max(fourth - squared * squared, 0.0)
+    by_place = variance
+    if target.rounding == STOCHASTIC:
+        by_place = min(variance, _by_place((v - u) / spacing, spacing))
+    energy, fourths, shift = scratch[ENERGY, i], scratch[FOURTH, i], scratch[SHIFT, i]
+    if end < n - 1:  # what lies beyond the largest value is not meant
+        energy = fourths = shift = 0.0
+        square = 1.0
+        for j in range(i, end, OCTAVE):
+            energy += scratch[COUNT, j] * square
+            fourths += scratch[COUNT, j] * square * square
+            shift += scratch[UNEVEN, j] * square * square
+            square *= 4.0
+    step[ERROR] += energy * squared
+    step[BIAS] += energy * product
+    step[VARIANCE] += fourths * variance
+    step[ENERGY_SHIFT] += shift * by_place
+
+
+@inlined
+def add_last(i: int, scratch: Any, scale: float, target: Target, step: Any) -> None:
+    """A step's last bin where it is of normal values, none beyond the largest, and taken as continuous."""
+    count = scratch[COUNT, i]
+    u, v = scratch[EDGE, i] / scale, scratch[EDGE, i + 1] / scale
+    if count == 0 or v <= u:
+        return
+    a_unit = 1 / (v - u)
+    down, up = antiderivatives(u, target), antiderivatives(min(v, target.largest), target)
+    squared, fourth = (up[0] - down[0]) * a_unit, (up[1] - down[1]) * a_unit
+    variance = variance_of_square(squared, fourth)
+    step[ERROR] += count * squared
+    step[BIAS] += count * (up[2] - down[2]) * a_unit
+    step[VARIANCE] += count * variance
+    if target.rounding == STOCHASTIC:
+        spacing = octave_of(u, target) * target.mantissa_step
+        variance = min(variance, _by_place((v - u) / spacing, spacing))
+    step[ENERGY_SHIFT] += scratch[UNEVEN, i] * variance
+
+
+@inlined
+def add_each(
+    start: int,
+    end: int,
+    scratch: Any,
+    base: int,
+    bits: int,
+    finest: float,
+    scale: float,
+    target: Target,
+    edges: Any,
+    step: Any,
+) -> None:
+    """Bin by bin."""
+    for i in range(start, end):
+        count, uneven = scratch[COUNT, i], scratch[UNEVEN, i]
+        if count == 0:
+            continue
+        low, high = scratch[EDGE, i], scratch[EDGE, i + 1]
+        found = in_bin(base + i, low, high, bits, finest, scale, target, edges)
+        _add_rates(step, count, found[0], found[1], found[2])
+        step[ERROR] += count * found[3]
+        step[BIAS] += count * found[5]
+        variance = variance_of_square(found[3], found[4])
+        step[VARIANCE] += count * variance
+        cut = 0.0
+        if 0 < found[0] < 1 or 0 < found[1] < 1 or 0 < found[2] < 1:
+            cut = np.sqrt(uneven)
+        if target.rounding == STOCHASTIC:
+            spacing = octave_of(low / scale, target) * target.mantissa_step
+            cells = (high - low) / scale / spacing
+            cut *= min(cells, 1.0)
+            if found[2] <= 0:
+                variance = min(variance, _by_place(cells, spacing))
+        step[RATE_SHIFT] += cut
+        step[ENERGY_SHIFT] += uneven * variance
+
+
+@inlined
+def _by_place(cells: float, spacing: float) -> float:
+    """Under stochastic rounding, the variance of what of δ² depends on an element's place in its bin alone."""
+    deviation = spacing * spacing * min(cells / 12**0.5, 1 / 180**0.5)
+    return deviation * deviation
+
+
+@inlined
+def _add_rates(step: Any, count: float, under: float, sub: float, over: float) -> None:
+    step[UNDER] += count * under
+    step[SUB] += count * sub
+    step[OVER] += count * over
+    step[SPREAD_UNDER] += count * under * max(1 - under, 0.0)
+    step[SPREAD_SUB] += count * sub * max(1 - sub, 0.0)
+    step[SPREAD_OVER] += count * over * max(1 - over, 0.0)
+
+
+@inlined
+def variance_of_square(squared: float, fourth: float) -> float:
+    """Variance of δ²; zero where it is infinite."""
+    return max(fourth - squared * squared, 0.0) if np.isfinite(squared) else 0.0
+
+
+@inlined
+def place_of(magnitude: float, base: int, n: int) -> int:
+    """Column of the bin that a magnitude lies in, from 0 to n."""
+    return min(max(bin_of(magnitude) - base, 0), n)
