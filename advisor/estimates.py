@@ -12,7 +12,7 @@ value S is split, B = S·(Σx·δ)²/(Σx²·Σδ²) of it being the shrinking p
 
 A cast that was not measured and makes the very error of one that was (e5m2fnuz beside e5m2, both scaled) has its value.
 
-Measured on held-out casts (`benchmarks/rescoring.py`): see `docs/how-it-works.md`.
+Measured on held-out casts by `benchmarks/rescoring.py`; `docs/how-it-works.md` has the figures.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from advisor.grid import Array
 
 Mask = NDArray[np.bool_]
 
-LITTLE, MOSTLY = 0.1, 0.5  # share of the shrinking part up to and from which a cast tells of the one and the other. Ours
+LITTLE, MOSTLY = (
+    0.1,
+    0.5,
+)  # share of the shrinking part up to and from which a cast tells of the one and the other. Ours
 SAME = 1e-9  # relative: errors so alike in energy and in what they shrink are one
 
 
@@ -78,6 +81,11 @@ class Estimates:
     def is_measured(self) -> Mask:
         """[P, K]"""
         return np.asarray(self.taken_from >= 0)
+
+    @property
+    def is_told(self) -> Mask:
+        """[P, K]: whether some measured cast tells what this one's error does, or it was measured itself."""
+        return self.is_measured | (self.shrinking < LITTLE) | ~np.isnan(self.shrink_coherence)[:, None]
 
     @cached_property
     def values(self) -> Array:

@@ -168,7 +168,7 @@ def _of_damage(
     coherence, shrink = estimates.coherence[rows[0]], estimates.shrink_coherence[rows[0]]
     return {
         "damage": _nullable(damage[rows], ~np.isnan(sketched[rows]) | is_measured[rows], forward[rows[0]]),
-        "damage_se": _nullable(spread[rows], ~np.isnan(spread[rows]), forward[rows[0]]),
+        "damage_se": _nullable(spread[rows], ~np.isnan(spread[rows]), forward[rows[0]], estimates.is_told[rows]),
         "damage_from": Column(source[rows], np.isnan(damage[rows])),
         "coherence": Column(coherence, np.isnan(coherence)),
         "shrink_coherence": Column(shrink, np.isnan(shrink)),

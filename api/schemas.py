@@ -215,9 +215,18 @@ class ScoreRow(BaseModel):
     damage: Number | None = None
     damage_se: Number | None = None
     damage_from: str | None = None
+    coherence: Number | None = None
+    shrink_coherence: Number | None = None
+    shrinking: Number | None = Field(None, description="share of the error energy that shrinks the tensor as a whole")
     noise_ratio: Number | None = None
     lost_batch_share: Number | None = None
+    lost_updates: Number | None = None
+    epsilon_vanishes: bool | None = None
     bias: Number | None = None
+    backward_error: dict[str, dict[str, Number]] | None = Field(
+        None, description="product → median and p99 of its backward error, both operands in this cast"
+    )
+    confidence: Number | None = None
     flags: list[str] = []
 
 

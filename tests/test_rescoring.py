@@ -13,7 +13,7 @@ from advisor.estimates import Estimates
 from advisor.hardware import HARDWARE
 from probes.probing import probe
 from probes.window import Window
-from tests.models import encoder, mlp, train
+from tests.models import convnet, encoder, mlp, train
 
 BEFORE = ["e4m3fn", "e5m2", "int8", "bf16", "fp16"]
 LATER = ["e4m3fnuz", "e5m2fnuz", "e3m4", "bf16", "fp16"]
@@ -51,7 +51,9 @@ def test_hardware_needs_nothing_of_the_window() -> None:
     """The candidates being the same, the plan for any hardware is exactly that of a fresh window."""
     one, another = window_of(mlp, BEFORE), window_of(mlp, BEFORE)
     for name in HARDWARE:
-        plans = [advisor.recommend(window, hardware=name, tolerance=1.0, max_lost_batch=0.9) for window in (one, another)]
+        plans = [
+            advisor.recommend(window, hardware=name, tolerance=1.0, max_lost_batch=0.9) for window in (one, another)
+        ]
         assert plans[0].to_dict() == plans[1].to_dict()
 
 
@@ -67,12 +69,13 @@ def test_a_cast_that_makes_the_same_error_takes_its_measurement() -> None:
 
 
 def test_what_shrinks_a_tensor_is_told_by_a_cast_that_does_little_else() -> None:
-    """Rounding toward zero, predicted for the encoder with and without one candidate that flushes everything."""
+    """Rounding toward zero, predicted with and without one candidate that flushes everything: before a BatchNorm
+    weights shrink for nothing."""
     flush, unseen = "int4/tensor/static=1e+36", "e4m3fn/tensor/current/zero"
-    truth = advisor.score(window_of(encoder, [unseen]), [unseen]).columns["damage"]
+    truth = advisor.score(window_of(convnet, [unseen]), [unseen]).columns["damage"]
     off = []
     for casts in (BEFORE, [*BEFORE, flush]):
-        guess = advisor.score(window_of(encoder, casts), [unseen]).columns["damage"]
+        guess = advisor.score(window_of(convnet, casts), [unseen]).columns["damage"]
         known = (truth > 0) & (guess > 0)
         off.append(float(np.sqrt(np.mean(np.log2(guess[known] / truth[known]) ** 2))))
     assert off[1] < 0.5 < off[0]
