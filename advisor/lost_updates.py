@@ -21,10 +21,12 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
+from advisor.lost_kernels import POINTS, lost_elements
+from advisor.outcome_kernels import Target
 from advisor.tensor_scales import scales
 from probes.casts import Cast
 from probes.formats import Format
-from probes.lost_updates import UpdateSketch, update_edges, weight_edges
+from probes.lost_updates import UPDATE_BINS, UpdateSketch, update_edges, weight_edges
 from probes.measurable import why_not_measurable
 from probes.parameter_records import MASTER, UPDATE, ParameterRecord
 from probes.records import Slot
@@ -32,7 +34,7 @@ from probes.window import Window
 
 Array = NDArray[np.float64]
 
-_POINTS = 16  # magnitudes taken in a class of weights
+_WEIGHT_EDGES, _UPDATE_EDGES = weight_edges(), update_edges()
 
 
 def lost_updates(
@@ -48,7 +50,11 @@ def lost_updates(
     if cast.rounding != "nearest" or why_not_measurable(cast) is not None or not len(updates.cells):
         return None
     (scale,) = scales(np.array([amax]), cast)
-    return _lost(updates, cast, float(scale), amax, update_range)
+    figures, of_weights, of_updates = np.array(Target.of(cast), dtype=np.float64), _WEIGHT_EDGES, _UPDATE_EDGES
+    lost = lost_elements(
+        updates.cells, updates.counts, UPDATE_BINS, of_weights, of_updates, figures, scale, amax, *update_range
+    )
+    return float(lost / updates.total)
 
 
 def lost_by_step(window: Window, parameter: str, casts: Sequence[Cast]) -> dict[str, dict[int, tuple[float, int]]]:
@@ -90,7 +96,10 @@ def epsilon_vanishes(record: ParameterRecord, target: Format) -> bool | None:
     return record.epsilon <= target.smallest_subnormal / 2
 
 
-def _lost(updates: UpdateSketch, cast: Cast, scale: float, amax: float, update_range: tuple[float, float]) -> float:
+def plain_lost_share(
+    updates: UpdateSketch, cast: Cast, scale: float, amax: float, update_range: tuple[float, float]
+) -> float:
+    """The same once more, in arrays: what the compiled kernel is held to."""
     classes, place = np.unique(updates.weight, return_inverse=True)
     down, up = _room(_points(classes, amax) / scale, cast)
     edges = update_edges()
@@ -105,10 +114,10 @@ def _lost(updates: UpdateSketch, cast: Cast, scale: float, amax: float, update_r
 
 
 def _points(classes: NDArray[np.int64], amax: float) -> Array:
-    """Magnitudes in each class of weights, [classes, _POINTS], none above the largest weight."""
+    """Magnitudes in each class of weights, [classes, POINTS], none above the largest weight."""
     low, high = weight_edges()[classes].T
     high = np.maximum(np.minimum(high, amax), low)
-    return low[:, None] + (high - low)[:, None] * (np.arange(_POINTS) + 0.5) / _POINTS
+    return low[:, None] + (high - low)[:, None] * (np.arange(POINTS) + 0.5) / POINTS
 
 
 def _room(magnitude: Array, cast: Cast) -> tuple[Array, Array]:

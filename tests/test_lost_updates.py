@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import advisor
-from advisor.lost_updates import lost_updates
+from advisor.lost_updates import lost_updates, plain_lost_share
+from advisor.tensor_scales import scales
 from probes.casts import Cast
 from probes.errors import MalformedWindow
 from probes.lost_updates import CELLS, SAMPLE, UpdateSketch, cells_of, update_edges, weight_edges
@@ -142,6 +144,20 @@ def test_the_whole_way() -> None:
         (row,) = (row for row in advisor.score(window, [text]).of("weight", "master"))
         shares = [directly(*pair, text) for pair in zip(weights, updates, strict=True)]
         assert abs(row["lost_updates"] - np.mean(shares)) < SHARE, text
+
+
+@pytest.mark.parametrize("text", ["bf16", "fp16", "e4m3fn/none", "e4m3fn", "e5m2", "int8", "int4", "e2m1", "fp32"])
+def test_the_compiled_share_is_the_plain_one(text: str) -> None:
+    cast = Cast.parse(text)
+    for seed, size in ((0, 1e-3), (1, 1e-7), (2, 10.0)):
+        weight = torch.randn(4000, generator=generator(seed)) ** 3
+        update = size * torch.randn(4000, generator=generator(seed + 50)) * weight.abs().sqrt()
+        updates, amax = sketch(weight, update), float(weight.abs().max())
+        reach = float(update.abs().min()), float(update.abs().max())
+        (scale,) = scales(np.array([amax]), cast)
+        for limits in ((0.0, math.inf), reach):
+            plain = plain_lost_share(updates, cast, float(scale), amax, limits)
+            assert lost_updates(updates, cast, amax, limits) == pytest.approx(plain, rel=1e-12, abs=1e-15)
 
 
 def test_what_is_not_told() -> None:
