@@ -16,6 +16,7 @@ as are formats without a sign. What overflows and is saturated stays what it is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from math import inf
 
 import numpy as np
@@ -47,14 +48,10 @@ def lost_updates(
 
     None where there is no non-zero update, or the cast does not round to nearest with one scale or none.
     """
-    if cast.rounding != "nearest" or why_not_measurable(cast) is not None or not len(updates.cells):
+    if not _is_told(cast) or not len(updates.cells):
         return None
     (scale,) = scales(np.array([amax]), cast)
-    figures, of_weights, of_updates = np.array(Target.of(cast), dtype=np.float64), _WEIGHT_EDGES, _UPDATE_EDGES
-    lost = lost_elements(
-        updates.cells, updates.counts, UPDATE_BINS, of_weights, of_updates, figures, scale, amax, *update_range
-    )
-    return float(lost / updates.total)
+    return _share(updates, cast, float(scale), amax, update_range)
 
 
 def lost_by_step(window: Window, parameter: str, casts: Sequence[Cast]) -> dict[str, dict[int, tuple[float, int]]]:
@@ -70,11 +67,14 @@ def lost_by_step(window: Window, parameter: str, casts: Sequence[Cast]) -> dict[
     largest = dict(zip(master.steps.tolist(), master.amax.tolist(), strict=True))
     ranges = zip(update.amin.tolist(), update.amax.tolist(), strict=True)
     known = dict(zip(update.steps.tolist(), ranges, strict=True))
-    for step, updates in record.updates.items():
-        for cast in casts if step in largest and step in known else ():
-            share = lost_updates(updates, cast, largest[step], known[step])
-            if share is not None:
-                found[str(cast)][step] = share, updates.total
+    sketches = {step: one for step, one in record.updates.items() if step in largest and step in known}
+    sketches = {step: one for step, one in sketches.items() if len(one.cells)}
+    amax = np.array([largest[step] for step in sketches], dtype=np.float64)
+    for cast in filter(_is_told, casts):
+        of_steps = zip(sketches.items(), amax.tolist(), scales(amax, cast).tolist(), strict=True)
+        for (step, updates), at_most, scale in of_steps:
+            share = _share(updates, cast, scale, at_most, known[step])
+            found[str(cast)][step] = share, updates.total
     return found
 
 
@@ -94,6 +94,21 @@ def epsilon_vanishes(record: ParameterRecord, target: Format) -> bool | None:
     if record.epsilon is None:
         return None
     return record.epsilon <= target.smallest_subnormal / 2
+
+
+def _is_told(cast: Cast) -> bool:
+    return cast.rounding == "nearest" and why_not_measurable(cast) is None
+
+
+def _share(updates: UpdateSketch, cast: Cast, scale: float, amax: float, update_range: tuple[float, float]) -> float:
+    edges = _WEIGHT_EDGES, _UPDATE_EDGES
+    lost = lost_elements(updates.cells, updates.counts, UPDATE_BINS, *edges, _figures(cast), scale, amax, *update_range)
+    return float(lost / updates.total)
+
+
+@cache
+def _figures(cast: Cast) -> Array:
+    return np.array(Target.of(cast), dtype=np.float64)
 
 
 def plain_lost_share(
