@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import advisor
 from advisor.estimates import Estimates
 from advisor.hardware import HARDWARE
+from advisor.planner import plan_from_rows
 from probes.probing import probe
 from probes.window import Window
 from tests.models import convnet, encoder, mlp, train
@@ -55,6 +57,32 @@ def test_hardware_needs_nothing_of_the_window() -> None:
             advisor.recommend(window, hardware=name, tolerance=1.0, max_lost_batch=0.9) for window in (one, another)
         ]
         assert plans[0].to_dict() == plans[1].to_dict()
+
+
+def test_a_device_that_came_later_is_planned_for_from_the_file(tmp_path: Path) -> None:
+    """A row of the hardware table written after the recording, which multiplies formats that no candidate had."""
+    window_of(mlp, BEFORE).save(tmp_path / "window")
+    known = HARDWARE["h100"]
+    rates = {**known.tflops, "e3m4": known.tflops["e4m3fn"]}
+    later = replace(known, name="later", pairs={("fp32", "fp32"), ("e3m4", "e3m4")}, tflops=rates)
+    plans = []
+    for window in (advisor.load_window(tmp_path / "window"), window_of(mlp, ["e3m4", "bf16"])):
+        rows = advisor.score(window, ["e3m4", "bf16"], slots=window.product_slots).rows
+        plans.append(
+            plan_from_rows(
+                window.sites,
+                rows,
+                hardware=later,
+                tolerance=1.0,
+                max_lost_batch=0.9,
+                total_flops=window.total_flops,
+                mean_loss=1.0,
+            )
+        )
+    casts = [{(one.site, one.role): one.cast for one in plan.assignments} for plan in plans]
+    assert casts[0] == casts[1]
+    assert any(cast.startswith("e3m4") for cast in casts[0].values())
+    assert plans[0].predicted.damage == pytest.approx(plans[1].predicted.damage, rel=0.5)
 
 
 def test_a_cast_that_makes_the_same_error_takes_its_measurement() -> None:
