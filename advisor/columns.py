@@ -32,6 +32,8 @@ from probes.window import Window
 
 Mask = NDArray[np.bool_]
 
+AT_ONCE = 256  # slots whose sketches are laid one after another: some 5 MB, which stay in a cache
+
 
 @dataclass(frozen=True, eq=False)
 class MetricColumns:
@@ -58,6 +60,14 @@ class MetricColumns:
     moments: Moments
     along: dict[tuple[int, int], list[tuple[Axis, Metrics]]]
 
+    @classmethod
+    def joined(cls, parts: Sequence[MetricColumns]) -> MetricColumns:
+        """Those of several groups of slots, one after another; of casts that `_put` has not put there yet."""
+        if len(parts) == 1:
+            return parts[0]
+        arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in (*_PUT, "flags")}
+        return cls(**arrays, moments=Moments.joined([part.moments for part in parts]), along={})
+
 
 def measure_columns(
     window: Window, slots: Sequence[Slot], casts: Sequence[Cast], wanted: Mask, in_loss_units: Mask
@@ -71,7 +81,11 @@ def measure_columns(
     histories = [window.history(*slot) for slot in slots]
     dtypes = [window.dtype(slot) for slot in slots]
     tiled = np.array([has_tiles(cast) for cast in casts], dtype=np.bool_)
-    found = _measure_whole(histories, dtypes, casts, wanted & ~tiled, in_loss_units)
+    parts = [
+        _measure_whole(histories[some], dtypes[some], casts, wanted[some] & ~tiled, in_loss_units[some])
+        for some in (slice(at, at + AT_ONCE) for at in range(0, max(len(slots), 1), AT_ONCE))
+    ]
+    found = MetricColumns.joined(parts)
     for p, k in np.argwhere(wanted & tiled).tolist():
         along = _measure_along(window, slots[p], histories[p], casts[k], dtypes[p])
         found.along[p, k] = along
@@ -97,7 +111,6 @@ def _put(columns: MetricColumns, p: int, k: int, metrics: Metrics, in_loss_units
     columns.moments.put(p, k, metrics, in_loss_units)
 
 
-_OF_STEPS = ("nonzero", "elements", "nonfinite", "sum_of_squares", "amax", "amin", "gain", "significant_bits")
 _PUT = (
     "nonzero",
     "elements",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,12 @@ class Moments:
         found = np.zeros((4, *wanted.shape))
         _moments(errors, whole, nonzero, starts, wanted, FEWEST_STEPS, found)
         return cls(*found)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Moments]) -> Moments:
+        """Those of several groups of slots, one after another."""
+        names = ("state", "steps", "apart", "scatter")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
     def put(self, p: int, k: int, metrics: Metrics, in_loss_units: bool) -> None:
         """Those of one slot and cast, from its metrics."""
