@@ -54,14 +54,14 @@ class Met:
     """
 
     call: ProductCall
-    shape: torch.Size  # of the result
+    shapes: tuple[torch.Size, ...]  # of the results
     keys: list[Key]
     versions: list[int]
     batch: int | None
     whole_batch: bool = False
 
     @classmethod
-    def of(cls, call: ProductCall, result: Tensor, batch: int | None, copies: bool = False) -> Met:
+    def of(cls, call: ProductCall, results: Sequence[Tensor], batch: int | None, copies: bool = False) -> Met:
         """`copies`: of the weights, where their memory is given up before the backward pass (FSDP2)."""
         keys = [
             Key(Slot(call.site, role), view_of(operand) if role == "weight" else object())
@@ -71,12 +71,27 @@ class Met:
             call = replace(call, operands=[_kept(o, role) for o, role in zip(call.operands, call.roles, strict=True)])
         versions = [operand._version for operand in call.operands]
         whole = is_an_experts(call) or not _has_samples(call, batch)
-        return cls(call, result.shape, keys, versions, batch, whole)
+        return cls(call, tuple(result.shape for result in results), keys, versions, batch, whole)
 
     @property
     def intact(self) -> bool:
         """No operand has been changed in place since."""
         return self.versions == [operand._version for operand in self.call.operands]
+
+    def joined(self, parts: Sequence[Tensor | None]) -> Tensor | None:
+        """What arrived at the results, as one tensor of the shape that `call.plain` gives; None where nothing did."""
+        if all(part is None for part in parts):
+            return None
+        given = next(part for part in parts if part is not None)
+        shaped = [
+            given.new_zeros(shape) if part is None else part.reshape(shape)
+            for part, shape in zip(parts, self.shapes, strict=True)
+        ]
+        return self.call.joined(shaped)
+
+    def apart(self, joined: Tensor | None) -> list[Tensor | None]:
+        """The results that `joined` made one tensor."""
+        return [None] * len(self.shapes) if joined is None else [*self.call.apart(joined, self.shapes)]
 
 
 def _kept(operand: Tensor, role: str) -> Tensor:
@@ -91,6 +106,13 @@ def _has_samples(call: ProductCall, batch: int | None) -> bool:
 def view_of(tensor: Tensor) -> object:
     """What tells one view of a living tensor from another, and one state of it from the next."""
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor._version
+
+
+class Reached(NamedTuple):
+    """A product met, and where the gradients at its results arrive (`edges.gradient_edge`), one each."""
+
+    product: Met
+    edges: tuple[GradientEdge, ...]
 
 
 class Key(NamedTuple):
@@ -154,22 +176,21 @@ class Part:
 
 
 def curvature_sums(
-    loss: LossCall, counts: Tensor, met: Sequence[tuple[Met, GradientEdge]], casts: Sequence[Cast], seed: int
+    loss: LossCall, counts: Tensor, met: Sequence[Reached], casts: Sequence[Cast], seed: int
 ) -> dict[Slot, Sums]:
     """Sums over the products behind one loss call, mean a draw; `counts` is what each of its items counts (≥ 0).
 
-    `met`: products, each with the edge at which the gradient at its result arrives (`edges.gradient_edge`).
     A weight that enters several products of a slot has one error in all of them: their parts add up before the square.
     Call it in `undisturbed()`.
     """
-    intact = [(product, edge) for product, edge in met if product.intact]
+    intact = [one for one in met if one.product.intact]
     if not intact:
         return {}
-    reached, edges = [product for product, _ in intact], [edge for _, edge in intact]
-    draws = DRAWS_WHOLE_BATCH if any(product.whole_batch for product in reached) else DRAWS
+    draws = DRAWS_WHOLE_BATCH if any(one.product.whole_batch for one in intact) else DRAWS
+    edges = [edge for one in intact for edge in one.edges]
     generator = torch.Generator(loss.outputs[0].device).manual_seed(seed)
     sums: dict[Slot, Sums] = {}
-    uses = Counter(key for product in reached for key in product.keys)
+    uses = Counter(key for one in intact for key in one.product.keys)
     wanted = [i for i, output in enumerate(loss.outputs) if output.requires_grad]
     for start in range(0, draws, DRAWS_AT_ONCE):
         # Each draw's gradients at the products' results, so that a cast's error is computed once for all of them.
@@ -177,14 +198,16 @@ def curvature_sums(
         for _ in range(min(DRAWS_AT_ONCE, draws - start)):
             vectors = loss.vectors(generator, counts)
             outputs, starts = [loss.outputs[i] for i in wanted], [vectors[i] for i in wanted]
-            drawn.append(torch.autograd.grad(outputs, edges, starts, retain_graph=True, allow_unused=True))
+            found = torch.autograd.grad(outputs, edges, starts, retain_graph=True, allow_unused=True)
+            drawn.append(by_product(found, intact))
         parts: dict[Key, Part] = {}
         left = uses.copy()
-        for product, *gradients in zip(reached, *drawn, strict=True):
-            found = [] if gradients[0] is None else parts_of(product, gradients, casts)
-            for key, part in zip(product.keys, found, strict=False):
+        for one, *gradients in zip(intact, *drawn, strict=True):
+            arrived = [gradient for gradient in gradients if gradient is not None]
+            found_parts = parts_of(one.product, arrived, casts) if arrived else []
+            for key, part in zip(one.product.keys, found_parts, strict=False):
                 parts[key] = part if key not in parts else parts[key].plus(part)
-            for key in product.keys:
+            for key in one.product.keys:
                 left[key] -= 1
                 if not left[key] and key in parts:
                     grown = parts.pop(key).sums(draws)
@@ -192,11 +215,17 @@ def curvature_sums(
     return sums
 
 
+def by_product(parts: Sequence[Tensor | None], met: Sequence[Reached]) -> list[Tensor | None]:
+    """Of each product what arrived at its edges, as one tensor; None where nothing did."""
+    left = iter(parts)
+    return [one.product.joined([next(left) for _ in one.edges]) for one in met]
+
+
 def parts_of(product: Met, gradients: Sequence[Tensor], casts: Sequence[Cast]) -> list[Part]:
     """Each operand's part in one product, for some draws, given each draw's gradient at the product's result."""
     call, batch = product.call, None if product.whole_batch else product.batch
     operands = [operand.detach().float() for operand in call.operands]
-    gradients = [gradient.float().reshape(product.shape) for gradient in gradients]
+    gradients = [gradient.float() for gradient in gradients]
     apart = [i for i, role in enumerate(call.roles) if role == "weight" and batch is not None]
     together = [i for i in range(len(operands)) if i not in apart]
     found: dict[int, Part] = {}

@@ -63,6 +63,7 @@ def joined_evidence(ranks: Sequence[Evidence | None]) -> Evidence:
     held = [evidence for evidence in ranks if evidence is not None]
     curvatures = [evidence.curvature for evidence in held if evidence.curvature is not None]
     casts = dict.fromkeys(cast for evidence in held for cast in evidence.directional)
+    kept = dict.fromkeys(cast for evidence in held for cast in evidence.beyond)
     noisy = dict.fromkeys(cast for evidence in held for cast in evidence.relative_noise)
     batch_noises = [evidence.batch_noise for evidence in held if evidence.batch_noise is not None]
     return Evidence(
@@ -71,6 +72,7 @@ def joined_evidence(ranks: Sequence[Evidence | None]) -> Evidence:
         directional_se={
             cast: math.hypot(*(e.directional_se.get(cast, 0.0) for e in held)) / len(ranks) for cast in casts
         },
+        beyond={cast: math.fsum(e.beyond.get(cast, 0.0) for e in held) / len(ranks) for cast in kept},
         relative_noise={
             cast: _mean([e.relative_noise[cast] for e in held if cast in e.relative_noise]) for cast in noisy
         },

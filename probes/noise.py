@@ -4,6 +4,10 @@ In the training backward each cast's error enters the products that make the gra
 theirs: over the whole gradient where the optimizer takes it as it is (SGD), and channel by channel, then averaged,
 where it divides each element by its own size (Adam and its kin), because there a channel whose small gradients are
 flushed to zero loses as much as any other.
+
+Of a large gradient a part is calculated: some channels, some positions, some entries of a batch of products, each
+element of it exactly, its whole inner sum included (`cuts.py`). A ratio of energies, or a mean of ratios over channels,
+is then a sample's.
 """
 
 from __future__ import annotations
@@ -11,45 +15,52 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from probes.casts import Cast
+from probes.cuts import cuts_of
 from probes.records import GRADIENT, Slot
 from probes.sites import ProductCall
 from probes.vjp import vjp
 
 
 def noise_ratios(
-    call: ProductCall, gradient: Tensor, casts: Sequence[Cast], adaptive: bool
+    call: ProductCall, gradient: Tensor, casts: Sequence[Cast], adaptive: bool, seed: int = 0
 ) -> dict[Slot, dict[str, Tensor]]:
     """For each role and cast: the energy of the cast's error in the gradients it enters, over those gradients' energy.
 
     Numbers on the device, float64, NaN where the gradients are zero. `adaptive`: the optimizer divides each element by
     its own size. `grad_output` enters the weight gradient (both gradients where neither operand is a parameter); an
     operand enters the other's gradient. Attention is not bilinear: there the error is the difference of two backward
-    passes. Call it in `undisturbed()`.
+    passes. `seed`: of the parts that are calculated. Call it in `undisturbed()`.
     """
-    operands = [operand.detach().float() for operand in call.operands]
-    gradient = gradient.detach().float()
+    tensors = [*(operand.detach().float() for operand in call.operands), gradient.detach().float()]
     trained = [i for i, operand in enumerate(call.operands) if operand.requires_grad]
-    ratios: dict[Slot, dict[str, Tensor]] = defaultdict(dict)
-    exact = dict(zip(trained, vjp(call, operands, gradient, trained), strict=True))
     by_channel = adaptive and call.parameter is not None
-    for cast in casts:
-        for i, role in enumerate([*call.roles, GRADIENT]):
-            wanted = _enters(call, i, trained)
-            if not wanted:
-                continue
-            if i == len(operands):
-                errors = vjp(call, operands, cast(gradient) - gradient, wanted)
-            elif not call.operation.multilinear:
-                changed = [cast(operand) if j == i else operand for j, operand in enumerate(operands)]
-                errors = [new - exact[j] for j, new in zip(wanted, vjp(call, changed, gradient, wanted), strict=True)]
-            else:
-                changed = [cast(operand) - operand if j == i else operand for j, operand in enumerate(operands)]
-                errors = vjp(call, changed, gradient, wanted)
-            pairs = [(error, exact[j]) for j, error in zip(wanted, errors, strict=True)]
+    cuts = cuts_of(call, tensors, trained, np.random.default_rng(seed))
+    parts = [cut.of_all(tensors) for cut in cuts]
+    exact: dict[int, Tensor] = {}
+    for cut, part in zip(cuts, parts, strict=True):
+        exact |= zip(cut.targets, vjp(call, part[:-1], part[-1], cut.targets), strict=True)
+    ratios: dict[Slot, dict[str, Tensor]] = defaultdict(dict)
+    for i, role in enumerate([*call.roles, GRADIENT]):
+        entered = _enters(call, i, trained)
+        if not entered:
+            continue
+        linear = i == len(call.operands) or call.operation.multilinear
+        for cast in casts:
+            moved = cast(tensors[i])
+            pairs = []
+            for cut, part in zip(cuts, parts, strict=True):
+                wanted = [j for j in cut.targets if j in entered]
+                if not wanted:
+                    continue
+                there = cut.of(i, moved)
+                changed = [(there - one if linear else there) if k == i else one for k, one in enumerate(part)]
+                for j, found in zip(wanted, vjp(call, changed[:-1], changed[-1], wanted), strict=True):
+                    pairs.append((found if linear else found - exact[j], exact[j]))
             ratios[Slot(call.site, role)][str(cast)] = _relative(pairs, by_channel)
     return ratios
 

@@ -88,6 +88,14 @@ class Operation:
         """The tensors of the result whose gradients are the site's grad_output."""
         return [result[0] if isinstance(result, tuple) else result]
 
+    def joined(self, results: Sequence[Tensor], args: tuple[Any, ...]) -> Tensor:
+        """The results, or what arrives at them, as one tensor of the shape that `plain` gives."""
+        return results[0]
+
+    def apart(self, joined: Tensor, shapes: Sequence[torch.Size], args: tuple[Any, ...]) -> list[Tensor]:
+        """The results of these shapes that `joined` made one tensor."""
+        return [joined.reshape(shapes[0])]
+
     def flops(self, operands: Sequence[Tensor], result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         """FLOPs of the forward product, a multiply-add counted as two; those of zeros that are not stored are none."""
         first, second = operands[0], operands[1]

@@ -299,7 +299,7 @@ class Recorder(SiteHook):
         tilings = self._tilings(call, GRADIENT, results[0].dim()) if results else ()
         if self.depth.scored and (results or call.opaque):
             if call.replayable:
-                met = self.scoring.meet(call, results[0], self._batch, self.stack.frames)
+                met = self.scoring.meet(call, results, self._batch, self.stack.frames)
             else:
                 why = "in a custom autograd function " * call.opaque
                 self.note(f"{call.site}: {call.operation.name} {why}is recorded, and its damage is not predicted")

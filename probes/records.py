@@ -93,8 +93,10 @@ class Evidence:
 
     curvature       Σ E[g²] over the slot's elements, g the gradient of a Gauss-Newton draw; loss units, mean a step.
                     Where the window's `curvature_from` is "gradient": of the training gradient, times the batch size
-    directional     cast → ½·Σ_samples (g·δ)² with the cast's real error δ; loss units, mean over the draws
+    directional     cast → ½·Σ_samples (g·δ)² with the cast's real error δ, and `beyond`; loss units, mean of draws
     directional_se  cast → standard error of that mean
+    beyond          cast → the part of `directional` that is the network's own second derivative; empty where only the
+                    Gauss-Newton part could be had
     relative_noise  cast → energy of the error that the cast puts into the site's gradients, over those gradients'
     batch_noise     energy of the minibatch noise in the site's weight gradient, over that gradient's
     whole_batch     samples mix behind this site (BatchNorm, MoE), so the batch was taken as one sample
@@ -103,6 +105,7 @@ class Evidence:
     curvature: float | None = None
     directional: dict[str, float] = field(default_factory=dict)
     directional_se: dict[str, float] = field(default_factory=dict)
+    beyond: dict[str, float] = field(default_factory=dict)
     relative_noise: dict[str, float] = field(default_factory=dict)
     batch_noise: float | None = None
     whole_batch: bool = False
@@ -122,6 +125,7 @@ class Evidence:
             curvature=number(data["curvature"]),
             directional=directional,
             directional_se=spread,
+            beyond=numbers(data.get("beyond", {})),
             relative_noise=numbers(data["relative_noise"]),
             batch_noise=number(data["batch_noise"]),
             whole_batch=bool(data["whole_batch"]),

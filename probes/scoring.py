@@ -11,9 +11,11 @@ a mean over the batch of the logarithms of probabilities. Whatever fails becomes
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,19 +23,23 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from probes.casts import Cast
-from probes.curvature import Met, Sums, curvature_sums, parts_of, total_of
+from probes.curvature import Met, Reached, Sums, curvature_sums, parts_of, total_of
 from probes.distributed import is_sharded
 from probes.edges import gradient_edge
 from probes.losscall import LossCall
 from probes.losses import WITHOUT_CURVATURE
 from probes.names import Frame, in_backward
+from probes.network_curvature import Beyond, network_curvature, share
 from probes.noise import noise_ratios
 from probes.product_errors import ProductError, pooled, site_backward_errors
 from probes.records import Evidence, Slot
 from probes.samples import crosses_samples, mixes_samples, picks_rows
+from probes.shrinking import Ratio, believed
 from probes.sites import ProductCall
 from probes.undisturbed import unchanged, undisturbed
 
+ALONE = "damage is Gauss-Newton's alone, without the network's own curvature"
+LONGEST = 200  # characters of an error that a note repeats
 UNTOLD_SHARE = 0.01  # of the total that no known loss accounts for, from which on the window says so
 
 
@@ -50,19 +56,23 @@ class Scoring:
         self._model, self._adaptive, self._seed, self._note = model, adaptive, seed, note
         self._sharded = is_sharded(model)
         self._found: dict[str, dict[Slot, list[Tensor]]] = {"loss": defaultdict(list), "gradient": defaultdict(list)}
+        self._network: dict[Slot, list[Tensor]] = defaultdict(list)
         self._noise: dict[Slot, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._errors: list[ProductError] = []
-        self._generation = 0
+        self._generation, self._numbers = 0, itertools.count()
         self._start_step()
 
     def _start_step(self) -> None:
         self._generation += 1  # a hook that outlives its step finds another
         # SyncBatchNorm calls no function that an override meets.
         self._synchronized = any(isinstance(m, nn.SyncBatchNorm) and m.training for m in self._model.modules())
-        self._met: list[tuple[Met, GradientEdge]] = []
+        self._met: list[Reached] = []
+        # Of losses, by number: kept here, because a hook on a result that held its node would be a ring.
+        self._results: dict[int, GradientEdge] = {}
         self._spent = False
         self._declared: set[Any] = set()
         self._drawn: list[dict[Slot, Sums]] = []
+        self._beyond: list[dict[Slot, Beyond]] = []
         self._gradients: list[dict[Slot, Sums]] = []
         self._ratios: list[tuple[Slot, str, Tensor]] = []
         self._roots: list[Tensor] = []
@@ -71,13 +81,14 @@ class Scoring:
 
     # What the recorder meets.
 
-    def meet(self, call: ProductCall, result: Tensor, batch: int | None, frames: Sequence[Frame]) -> Met:
+    def meet(self, call: ProductCall, results: Sequence[Tensor], batch: int | None, frames: Sequence[Frame]) -> Met:
         """Keep a product of this step, for the curvature backward."""
         if self._spent and not in_backward():
-            self._met, self._spent = [], False  # those of a forward pass that has been gone back through
-        met = Met.of(call, result, batch, copies=self._sharded)
+            # Those of a forward pass that has been gone back through.
+            self._met, self._results, self._spent = [], {}, False
+        met = Met.of(call, results, batch, copies=self._sharded)
         met.whole_batch = met.whole_batch or self._synchronized or any(frame.routed for frame in frames)
-        self._met.append((met, gradient_edge(result)))
+        self._met.append(Reached(met, tuple(map(gradient_edge, results))))
         if crosses_samples(call.operation.name, call.operands):
             self._mix()
         return met
@@ -101,8 +112,8 @@ class Scoring:
                 self._mix()
 
     def _mix(self) -> None:
-        for met, _ in self._met:
-            met.whole_batch = True
+        for one in self._met:
+            one.product.whole_batch = True
 
     def on_loss(self, loss: LossCall, result: Tensor, step: int) -> None:
         """A loss function with a known curvature has returned: when its gradient comes, the curvature backward runs."""
@@ -110,7 +121,8 @@ class Scoring:
         outputs = {get_gradient_edge(output) for output in loss.outputs if output.requires_grad}
         if loss.name == "declared":
             self._declared |= outputs
-        generation, value = self._generation, result.detach()
+        generation, value, number = self._generation, result.detach(), next(self._numbers)
+        self._results[number] = get_gradient_edge(result)
 
         def reached(gradient: Tensor) -> None:
             if self.drawing or generation != self._generation:
@@ -120,11 +132,11 @@ class Scoring:
                 return
             with undisturbed():
                 self._told.append((gradient.double() * value.double()).sum())
-                self._draw(loss, gradient, step)
+                self._draw(loss, gradient, self._results.get(number), step)
 
         result.register_hook(reached)
 
-    def _draw(self, loss: LossCall, gradient: Tensor, step: int) -> None:
+    def _draw(self, loss: LossCall, gradient: Tensor, result: GradientEdge | None, step: int) -> None:
         if not loss.intact:
             self._note(f"no curvature of a {loss.name}: what it took was changed in place afterwards")
             return
@@ -142,13 +154,35 @@ class Scoring:
                 seed = self._seed + 1_000_003 * step + len(self._drawn)
                 with unchanged(self._model):
                     found = curvature_sums(loss, counts, self._met, self.casts, seed)
+                    beyond = self._beyond_gauss_newton(loss, gradient / largest, result, found, seed)
                 self._drawn.append({slot: sums.times(largest) for slot, sums in found.items()})
-                self.whole_batch |= {met.call.site for met, _ in self._met if met.whole_batch}
+                self._beyond.append({slot: one.times(largest) for slot, one in beyond.items()})
+                self.whole_batch |= {one.product.call.site for one in self._met if one.product.whole_batch}
             self._reached_a_loss = True
         except Exception as error:  # whatever it was, the user's training goes on, and the window says so
             self._note(f"no curvature: the extra backward pass failed with {type(error).__name__}: {error}")
         finally:
             self.drawing = False
+
+    def _beyond_gauss_newton(
+        self, loss: LossCall, gradient: Tensor, result: GradientEdge | None, known: dict[Slot, Sums], seed: int
+    ) -> dict[Slot, Beyond]:
+        """What Gauss-Newton leaves out; nothing, with a note, where the network has no second derivative to give."""
+        if self._sharded:
+            self._note(f"{ALONE}: the model is sharded")
+        if self._sharded or result is None or not known:
+            return {}
+        outputs = [output for output in loss.outputs if output.requires_grad]
+        try:
+            slopes = torch.autograd.grad([result], outputs, [gradient], retain_graph=True)
+            found = network_curvature(
+                outputs, slopes, [one for one in self._met if one.product.intact], self.casts, known, seed
+            )
+        except Exception as error:  # an operation without a second derivative, or too little memory
+            said = str(error).strip().partition("\n")[0][:LONGEST]
+            self._note(f"{ALONE}: {type(error).__name__}: {said}")
+            return {}
+        return found
 
     def on_backward(self, root: Tensor) -> None:
         """A backward pass starts from this loss."""
@@ -171,7 +205,7 @@ class Scoring:
             self._note(f"{what}: {type(error).__name__}: {error}")
 
     def _measure_noise(self, met: Met, gradient: Tensor) -> None:
-        for slot, ratios in noise_ratios(met.call, gradient, self.casts, self._adaptive).items():
+        for slot, ratios in noise_ratios(met.call, gradient, self.casts, self._adaptive, self._generation).items():
             self._ratios += [(slot, cast, ratio) for cast, ratio in ratios.items()]
         if not self._reached_a_loss:
             self._keep_gradient(met, gradient)
@@ -189,6 +223,7 @@ class Scoring:
     def end_step(self, step: int, loss_scale: float) -> None:
         """Settle a scored step: curvature in units of the loss without its scale."""
         self.tried += 1
+        self._settle_network(loss_scale)
         drawn = self._settle("loss", total_of(self._drawn), loss_scale)
         passes = max(len(self._roots), 1)
         self._settle("gradient", total_of(self._gradients), loss_scale**2 / passes)
@@ -210,6 +245,17 @@ class Scoring:
         for slot, row in zip(sums, rows, strict=True):
             self._found[kind][slot].append(row)
         return True
+
+    def _settle_network(self, loss_scale: float) -> None:
+        """As `_settle`, slot by slot; where one of several losses has no second derivative, the step has none."""
+        together: dict[Slot, Beyond] = {}
+        for part in self._beyond if all(self._beyond) else ():
+            for slot, one in part.items():
+                together[slot] = together[slot].plus(one) if slot in together else one
+        rows = _read([one.times(1 / loss_scale).numbers() for one in together.values()])
+        for slot, row in zip(together, rows, strict=True):
+            if bool(row.isfinite().all()):
+                self._network[slot].append(row)
 
     def _say_what_is_untold(self) -> None:
         if not self._roots:
@@ -239,24 +285,55 @@ class Scoring:
 
     def evidence(self, slot: Slot, batch_noise: float | None) -> Evidence:
         """What was measured of a slot."""
-        kind = self.curvature_from
-        rows = self._found[kind].get(slot, []) if kind is not None else []
         noise = {cast: math.fsum(found) / len(found) for cast, found in self._noise.get(slot, {}).items()}
-        whole = slot.site in self.whole_batch
-        if not rows:
-            return Evidence(relative_noise=noise, batch_noise=batch_noise, whole_batch=whole)
-        names, total = [str(cast) for cast in self.casts], torch.stack(rows).sum(0)
-        curvature, directional, squares = total.split([1, len(names), len(names)])
-        # For a normal a, the variance of a² is two thirds of E[a⁴].
-        spread = (2 / 3 * squares).sqrt() / len(rows)
+        mixed = slot.site in self.whole_batch
+        found = self._gauss_newton(slot)
+        if found is None:
+            return Evidence(relative_noise=noise, batch_noise=batch_noise, whole_batch=mixed)
+        names, (curvature, directional, variance) = [str(cast) for cast in self.casts], found
+        beyond: dict[str, float] = {}
+        ratio = self._believed.get(slot)
+        if ratio is not None:
+            unit, energy = self._unit(slot)
+            more = ratio.value * unit * energy
+            directional, variance = directional + more, variance + ratio.variance * (unit * energy).square()
+            beyond = dict(zip(names, more.tolist(), strict=True))
         return Evidence(
-            curvature=float(curvature) / len(rows),
-            directional=dict(zip(names, (directional / len(rows)).tolist(), strict=True)),
-            directional_se=dict(zip(names, spread.tolist(), strict=True)),
+            curvature=curvature,
+            directional=dict(zip(names, directional.tolist(), strict=True)),
+            directional_se=dict(zip(names, variance.sqrt().tolist(), strict=True)),
+            beyond=beyond,
             relative_noise=noise,
             batch_noise=batch_noise,
-            whole_batch=whole,
+            whole_batch=mixed,
         )
+
+    def _gauss_newton(self, slot: Slot) -> tuple[float, Tensor, Tensor] | None:
+        """Curvature, damage [casts] and that mean's variance [casts]; None where nothing reached the slot."""
+        kind = self.curvature_from
+        rows = self._found[kind].get(slot, []) if kind is not None else []
+        if not rows:
+            return None
+        count = len(self.casts)
+        curvature, directional, squares = torch.stack(rows).sum(0).split([1, count, count])
+        # For a normal a, the variance of a² is two thirds of E[a⁴].
+        return float(curvature) / len(rows), directional / len(rows), 2 / 3 * squares / len(rows) ** 2
+
+    @cached_property
+    def _believed(self) -> dict[Slot, Ratio]:
+        """Of the network's own curvature to Gauss-Newton's, for slots that have both; asked once the window closes."""
+        found: dict[Slot, list[Ratio]] = {}
+        for slot, rows in self._network.items():
+            unit = self._unit(slot)[0] if self.curvature_from == "loss" else 0.0
+            if unit > 0:
+                found[slot] = [Ratio(float(row[0]) / unit, float(row[1]) / unit**2) for row in rows]
+        return believed(found)
+
+    def _unit(self, slot: Slot) -> tuple[float, Tensor]:
+        """Gauss-Newton's damage of an error of length one, and ‖δ‖² for each cast, both means over the steps."""
+        found = self._gauss_newton(slot)
+        energy = torch.stack([row[2:] for row in self._network[slot]]).mean(0)
+        return 0.0 if found is None else float(share(found[1], energy)), energy
 
 
 def _read(rows: Sequence[Tensor]) -> list[Tensor]:

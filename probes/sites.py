@@ -81,6 +81,14 @@ class ProductCall:
         """The product of other operands, without bias, addend or dropout; where `operation.replayable`."""
         return self.operation.plain(self.function, self.args, self.kwargs, self._laid_out(operands))
 
+    def joined(self, results: Sequence[Tensor]) -> Tensor:
+        """The call's results as one tensor of the shape that `plain` gives."""
+        return self.operation.joined(results, self.args)
+
+    def apart(self, joined: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+        """The results of these shapes that `joined` made one tensor."""
+        return self.operation.apart(joined, shapes, self.args)
+
     def results(self, result: Any) -> list[Tensor]:
         """The tensors of the result that have a gradient: the site's grad_output."""
         parts = (hookable(part) for part in self.operation.results(result))

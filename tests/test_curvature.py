@@ -13,7 +13,7 @@ from torch.autograd.functional import hessian
 
 from probes import curvature
 from probes.casts import Cast
-from probes.curvature import Met, Sums, curvature_sums
+from probes.curvature import Met, Reached, Sums, curvature_sums
 from probes.edges import gradient_edge
 from probes.losscall import LossCall
 from probes.losses import loss_call
@@ -38,7 +38,7 @@ class Catcher(SiteHook):
 
     def on_product(self, call: ProductCall) -> Tensor:
         result = call.run()
-        self.met.append((Met.of(call, result, self.batch), gradient_edge(result)))
+        self.met.append(Reached(Met.of(call, [result], self.batch), (gradient_edge(result),)))
         return result
 
     def on_other(self, function: Any, args: Any, kwargs: Any) -> Any:
@@ -139,7 +139,7 @@ def test_products_that_the_loss_does_not_reach_get_nothing() -> None:
     with Catcher(model, 2) as caught:
         model(torch.randn(2, 4))
         loss = cross_entropy(model[1](torch.randn(2, 4)))
-    caught.met = [(met, edge) for met, edge in caught.met if met.call.site == "0"]
+    caught.met = [one for one in caught.met if one.product.call.site == "0"]
     assert caught.sums(loss) == {}
 
 
@@ -151,7 +151,7 @@ def test_an_operand_changed_in_place_is_left_out() -> None:
         loss_input = model(x)
         x.add_(1)
         loss = cross_entropy(loss_input)
-    assert not caught.met[0][0].intact
+    assert not caught.met[0].product.intact
     assert caught.sums(loss) == {}
 
 
@@ -226,7 +226,7 @@ def test_noise_is_that_of_the_gradients_computed_with_the_cast() -> None:
         result = model(x)
     g = torch.randn(5, 6)
     with undisturbed():
-        ratios = noise_ratios(caught.met[0][0].call, g, [CAST], adaptive=False)
+        ratios = noise_ratios(caught.met[0].product.call, g, [CAST], adaptive=False)
     w = model.weight.detach()
     x = x.detach()
     assert result.shape == g.shape
@@ -253,7 +253,7 @@ def test_a_channel_that_is_flushed_counts_where_each_element_has_its_own_step() 
 
     def of(adaptive: bool) -> float:
         with undisturbed():
-            ratios = noise_ratios(caught.met[0][0].call, g, [cast], adaptive)
+            ratios = noise_ratios(caught.met[0].product.call, g, [cast], adaptive)
         return float(ratios[Slot("(root)", "grad_output")][str(cast)])
 
     assert of(adaptive=False) < 0.001

@@ -103,7 +103,11 @@ def both(rank: int, wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
         "notes": window.notes,
         "from": window.curvature_from,
         "curvature": {site: found.curvature for site, found in evidence.items()},
-        "directional": {site: dict(found.directional) for site, found in evidence.items()},
+        "directional": {
+            site: {cast: value - found.beyond.get(cast, 0.0) for cast, value in found.directional.items()}
+            for site, found in evidence.items()
+        },
+        "beyond": {site: dict(found.beyond) for site, found in evidence.items()},
         "noise": {site: dict(found.relative_noise) for site, found in evidence.items()},
     }
 
@@ -118,13 +122,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 def test_processes_train_as_they_would_unwatched(way: str, found: dict[str, dict[str, Any]]) -> None:
     """A static graph is not scored before DistributedDataParallel knows it, but is afterwards."""
     assert found[way]["same"]
-    assert found[way]["notes"] == ()
+    assert len(found[way]["notes"]) == (way == "sharded")
+    assert all(map(bool, found[way]["beyond"].values())) == (way != "sharded")
     assert found[way]["from"] == "loss"
     assert all(curvature > 0 for curvature in found[way]["curvature"].values())
 
 
 def test_a_rank_that_holds_no_weight_whole_measures_the_same(found: dict[str, dict[str, Any]]) -> None:
-    """FSDP2: a weight is there while it is used, forward and backward."""
+    """FSDP2: a weight is there while it is used, forward and backward. Its damage is Gauss-Newton's alone."""
     sharded, replicated = found["sharded"], found["replicated"]
     for kind in ("directional", "noise"):
         for site in SITES:

@@ -56,10 +56,11 @@ def gauss_newton(model: nn.Module, x: Tensor, name: str, loss: Callable[[Tensor]
 
 def close(window: Window, site: str, role: str, exact: float) -> None:
     evidence = window.evidence(site, role)
-    (measured,), (spread,) = evidence.directional.values(), evidence.directional_se.values()
+    (whole,), (spread,) = evidence.directional.values(), evidence.directional_se.values()
+    measured = whole - sum(evidence.beyond.values())
     assert exact > 0
     assert abs(measured - exact) < 5 * spread + 0.02 * exact
-    assert spread < 0.25 * exact
+    assert spread < 0.4 * exact
 
 
 def targets(z: Tensor) -> Tensor:

@@ -1,0 +1,120 @@
+"""Which part of a product's gradients is calculated for its noise: enough of it, and each element of that whole.
+
+    weight gradient of a matrix or a convolution   some output channels by some input channels
+    input gradient of either                       some samples and positions, some input channels
+    products of two activations, attention         some entries of the batch
+
+An inner sum is never cut: how much rounding noise is left of it depends on its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probes.contractions.sampling import some
+from probes.operation import argument
+from probes.sites import ProductCall
+from probes.vjp import matrix_weight
+
+CHANNELS = 96  # of a gradient's side. A mean over them of ratios between 0 and 1 has a spread of at most 0.05
+ENTRIES = 4  # of a batch of products
+SAMPLES = 16  # of an input gradient: entries of its first dimension
+ROWS = 512  # of a layer's input gradient, in all
+
+Index = dict[int, Tensor]  # dimension → which of its entries, int64
+
+
+@dataclass(frozen=True)
+class Cut:
+    """For the gradients of `targets`, operands by their place: what of each tensor of the product they need.
+
+    `indices`: one an operand, then one for the gradient at the result.
+    """
+
+    targets: tuple[int, ...]
+    indices: tuple[Index, ...]
+
+    def of(self, place: int, values: Tensor) -> Tensor:
+        """That part of the tensor at this place."""
+        for dimension, index in self.indices[place].items():
+            values = values.index_select(dimension, index)
+        return values
+
+    def of_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """That part of every tensor."""
+        return [self.of(place, values) for place, values in enumerate(tensors)]
+
+
+def cuts_of(
+    call: ProductCall, tensors: Sequence[Tensor], trained: Sequence[int], generator: np.random.Generator
+) -> list[Cut]:
+    """The cuts that together have every trained operand as a target once; `tensors`: operands, and the gradient."""
+    if not trained:
+        return []
+    device = tensors[0].device
+
+    def chosen(size: int, most: int) -> Tensor | None:
+        return None if size <= most else torch.tensor(some(size, most, generator), device=device)
+
+    kind = matrix_weight(call)
+    if kind is not None:
+        out, inner = (0, 1) if kind == "rows" else (1, 0)
+        return [_of_layer(target, tensors, out, inner, tensors[0].dim() - 1, chosen) for target in trained]
+    if _is_plain_convolution(call, tensors):
+        return [_of_layer(target, tensors, 0, 1, 1, chosen) for target in trained]
+    whole: list[Index] = [{} for _ in tensors]
+    entries = chosen(tensors[0].shape[0], ENTRIES) if _is_batched(call, tensors) else None
+    if entries is not None:
+        whole = [{0: entries} for _ in tensors]
+    return [Cut(tuple(trained), tuple(whole))]
+
+
+Chosen = Callable[[int, int], Tensor | None]
+
+
+def _of_layer(target: int, tensors: Sequence[Tensor], out: int, inner: int, feature: int, chosen: Chosen) -> Cut:
+    """Of an input and a weight: the weight's dimensions of output and input channels, and theirs in the activations."""
+    x, weight, _ = tensors
+    columns = chosen(x.shape[feature], CHANNELS)
+    if target == 1:
+        rows = chosen(weight.shape[out], CHANNELS)
+        return Cut((1,), (_index({feature: columns}), _index({out: rows, inner: columns}), _index({feature: rows})))
+    places: dict[int, Tensor | None] = {}
+    if feature == 1 and x.dim() > 2:
+        places[0] = chosen(x.shape[0], SAMPLES)
+    elif feature == 1:
+        places[0] = chosen(x.shape[0], ROWS)
+    else:
+        places[0] = chosen(x.shape[0], SAMPLES)
+        kept = min(x.shape[0], SAMPLES)
+        for dimension in range(1, feature):
+            places[dimension] = chosen(x.shape[dimension], max(1, ROWS // kept))
+            kept *= min(x.shape[dimension], max(1, ROWS // kept))
+    return Cut((0,), (_index({**places, feature: columns}), _index({inner: columns}), _index(places)))
+
+
+def _index(chosen: dict[int, Tensor | None]) -> Index:
+    return {dimension: index for dimension, index in chosen.items() if index is not None}
+
+
+def _is_plain_convolution(call: ProductCall, tensors: Sequence[Tensor]) -> bool:
+    """One of a batch, without groups, not transposed."""
+    name, (x, weight) = call.operation.name, tensors[:2]
+    return name in ("conv1d", "conv2d", "conv3d") and x.dim() == weight.dim() and x.shape[1] == weight.shape[1]
+
+
+def _is_batched(call: ProductCall, tensors: Sequence[Tensor]) -> bool:
+    """Several products side by side, along every tensor's first dimension, that no parameter enters."""
+    if call.parameter is not None or call.operation.name not in ("matmul", "bmm", "sdpa"):
+        return False
+    if any(tensor.dim() < 3 or len(tensor) != len(tensors[0]) for tensor in tensors):
+        return False
+    if call.operation.name == "sdpa":
+        mask = argument(call.args, call.kwargs, 3, "attn_mask")
+        return tensors[0].dim() == 4 and (mask is None or mask.dim() < 4 or len(mask) == 1)
+    return len({tensor.dim() for tensor in tensors}) == 1
