@@ -64,7 +64,7 @@ class Met:
     def of(cls, call: ProductCall, results: Sequence[Tensor], batch: int | None, copies: bool = False) -> Met:
         """`copies`: of the weights, where their memory is given up before the backward pass (FSDP2)."""
         keys = [
-            Key(Slot(call.site, role), view_of(operand) if role == "weight" else object())
+            Key(Slot(call.site, role), view_of(operand) if is_weight(role) else object())
             for role, operand in zip(call.roles, call.operands, strict=True)
         ]
         if copies:
@@ -77,6 +77,12 @@ class Met:
     def intact(self) -> bool:
         """No operand has been changed in place since."""
         return self.versions == [operand._version for operand in self.call.operands]
+
+    def regroup(self, batch: int) -> None:
+        """The batch has another size than it was taken for; where samples mix already, they still do."""
+        mixed = self.whole_batch and _has_samples(self.call, self.batch)
+        self.batch = batch
+        self.whole_batch = mixed or is_an_experts(self.call) or not _has_samples(self.call, batch)
 
     def joined(self, parts: Sequence[Tensor | None]) -> Tensor | None:
         """What arrived at the results, as one tensor of the shape that `call.plain` gives; None where nothing did."""
@@ -95,12 +101,27 @@ class Met:
 
 
 def _kept(operand: Tensor, role: str) -> Tensor:
-    return operand.detach().clone().requires_grad_(operand.requires_grad) if role == "weight" else operand
+    return operand.detach().clone().requires_grad_(operand.requires_grad) if is_weight(role) else operand
+
+
+def is_weight(role: str) -> bool:
+    """Whether a tensor in this role is the same for all samples: `weight`, or a recurrent layer's `weight_ih_l0`."""
+    return role.startswith("weight")
 
 
 def _has_samples(call: ProductCall, batch: int | None) -> bool:
-    activations = [o for o, role in zip(call.operands, call.roles, strict=True) if role != "weight"]
-    return all(sample_dimension(o, batch, o) is not None for o in activations)
+    return all(
+        _samples_of(call, place, batch) is not None for place, role in enumerate(call.roles) if not is_weight(role)
+    )
+
+
+def _samples_of(call: ProductCall, place: int, batch: int | None) -> int | None:
+    """The dimension of an operand that holds the samples."""
+    operand = call.operands[place]
+    told = call.operation.batch_dimension(place, operand, call.args)
+    if told is not None and operand.shape[told] == batch:
+        return told
+    return sample_dimension(operand, batch, operand)
 
 
 def view_of(tensor: Tensor) -> object:
@@ -226,12 +247,12 @@ def parts_of(product: Met, gradients: Sequence[Tensor], casts: Sequence[Cast]) -
     call, batch = product.call, None if product.whole_batch else product.batch
     operands = [operand.detach().float() for operand in call.operands]
     gradients = [gradient.float() for gradient in gradients]
-    apart = [i for i, role in enumerate(call.roles) if role == "weight" and batch is not None]
+    apart = [i for i, role in enumerate(call.roles) if is_weight(role) and batch is not None]
     together = [i for i in range(len(operands)) if i not in apart]
     found: dict[int, Part] = {}
     at_operands = [vjp(call, operands, gradient, together) for gradient in gradients]
     for place, i in enumerate(together):
-        dimension = sample_dimension(operands[i], batch, call.operands[i])
+        dimension = _samples_of(call, i, batch)
         drawn = torch.stack([at_operand[place] for at_operand in at_operands])
         rows = torch.stack([by_sample(gradient, dimension, batch) for gradient in drawn], dim=1)  # [B, draws, n]
         terms = []
@@ -249,7 +270,7 @@ def _weight_part(
 ) -> Part:
     """A weight's part, sample by sample: ⟨Gₛ, δ⟩, Gₛ the sample's own weight gradient, or ⟨gradientₛ, inputₛ·δᵀ⟩."""
     assert batch is not None
-    activation = next(o for o, role in zip(call.operands, call.roles, strict=True) if role != "weight")
+    activation = next(o for o, role in zip(call.operands, call.roles, strict=True) if not is_weight(role))
     errors = (cast(operands[i]) - operands[i] for cast in casts)
     kind = matrix_weight(call) if i == 1 else None
     dimension = sample_dimension(activation, batch, activation)
@@ -262,10 +283,15 @@ def _weight_part(
             ]
             terms = torch.stack([terms for _, terms in drawn])
             return Part(torch.stack([gradient for gradient, _ in drawn]), terms)
-    dimension = sample_dimension(gradients[0], batch, activation)
+    linear = call.operation.multilinear
+    dimension = sample_dimension(gradients[0], batch, activation) if linear else 0
+    here = None if linear else call.plain(operands)
     found = []
     for error in errors:
-        moved = call.plain([error if j == i else other for j, other in enumerate(operands)])
+        if here is None:
+            moved = call.plain([error if j == i else other for j, other in enumerate(operands)])
+        else:
+            moved = call.plain([other + error if j == i else other for j, other in enumerate(operands)]) - here
         moved = by_sample(moved, dimension, batch).unsqueeze(-1)
         rows = torch.stack([by_sample(gradient, dimension, batch) for gradient in gradients], dim=1)
         found.append((rows @ moved).squeeze(-1).T)

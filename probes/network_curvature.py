@@ -129,14 +129,15 @@ class _Moved:
             return
         call = product.call
         operands = [operand.detach().float() for operand in call.operands]
+        here = None if call.operation.multilinear else call.plain(operands)
         for i, key in enumerate(product.keys):
             mixed, length = self._mixed(key, operands[i])
-            if call.operation.multilinear:
+            if here is None:
                 change = call.plain([mixed if j == i else other for j, other in enumerate(operands)]) / length
             else:
-                ahead, back, here = (
+                ahead, back = (
                     call.plain([one + sign * mixed if j == i else one for j, one in enumerate(operands)])
-                    for sign in (1, -1, 0)
+                    for sign in (1, -1)
                 )
                 change = (ahead - back) / (2 * length)
                 bent = (arrived.detach().float() * (ahead + back - 2 * here)).sum().double() / (2 * length.square())

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from probes.casts import Cast
+from probes.curvature import is_weight
 from probes.cuts import cuts_of
 from probes.records import GRADIENT, Slot
 from probes.sites import ProductCall
@@ -34,11 +35,12 @@ def noise_ratios(
     Numbers on the device, float64, NaN where the gradients are zero. `adaptive`: the optimizer divides each element by
     its own size. `grad_output` enters the weight gradient (both gradients where neither operand is a parameter); an
     operand enters the other's gradient. Attention is not bilinear: there the error is the difference of two backward
-    passes. `seed`: of the parts that are calculated. Call it in `undisturbed()`.
+    passes. Of a recurrent layer `grad_output` alone is measured: each operand would take it as often forward and back.
+    `seed`: of the parts that are calculated. Call it in `undisturbed()`.
     """
     tensors = [*(operand.detach().float() for operand in call.operands), gradient.detach().float()]
     trained = [i for i, operand in enumerate(call.operands) if operand.requires_grad]
-    by_channel = adaptive and call.parameter is not None
+    by_channel = adaptive and (call.parameter is not None or _is_recurrent(call))
     cuts = cuts_of(call, tensors, trained, np.random.default_rng(seed))
     parts = [cut.of_all(tensors) for cut in cuts]
     exact: dict[int, Tensor] = {}
@@ -68,11 +70,17 @@ def noise_ratios(
 def _enters(call: ProductCall, i: int, trained: Sequence[int]) -> list[int]:
     """The operands whose gradients the tensor in role i enters; i == len(operands) is grad_output."""
     if i == len(call.operands):
-        weights = [j for j in trained if call.roles[j] == "weight"]
+        weights = [j for j in trained if is_weight(call.roles[j])]
         return weights or list(trained)
+    if _is_recurrent(call):
+        return []
     if not call.operation.multilinear:
         return list(trained)
     return [j for j in trained if j != i]
+
+
+def _is_recurrent(call: ProductCall) -> bool:
+    return not call.operation.multilinear and any(map(is_weight, call.roles))
 
 
 def _relative(pairs: Sequence[tuple[Tensor, Tensor]], by_channel: bool) -> Tensor:

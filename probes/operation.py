@@ -88,6 +88,14 @@ class Operation:
         """The tensors of the result whose gradients are the site's grad_output."""
         return [result[0] if isinstance(result, tuple) else result]
 
+    def can_replay(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this call can be calculated again."""
+        return self.replayable
+
+    def batch_dimension(self, place: int, values: Tensor, args: tuple[Any, ...]) -> int | None:
+        """The dimension of an operand that holds the samples, where the operation decides it."""
+        return None
+
     def joined(self, results: Sequence[Tensor], args: tuple[Any, ...]) -> Tensor:
         """The results, or what arrives at them, as one tensor of the shape that `plain` gives."""
         return results[0]

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from probes.losses import loss_call
 from probes.names import Frame, in_backward
 from probes.records import GRADIENT, Coverage, Product, Site, Slot
 from probes.rows import SlotRows
-from probes.samples import batch_size
+from probes.samples import leading_sizes
 from probes.scoring import Scoring
 from probes.sites import UNREAD, ProductCall, SiteHook
 from probes.tiles import Tiling, tilings_of
@@ -108,6 +109,7 @@ class Recorder(SiteHook):
         self._weights_seen: dict[Slot, set[object]] = defaultdict(set)
         self._loss: list[Tensor] = []
         self._batch: int | None = None
+        self._after_batch: int | None = None
         self.began = False
 
     def note(self, text: str) -> None:
@@ -146,7 +148,7 @@ class Recorder(SiteHook):
 
     def on_forward(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the batch size off the model's inputs."""
-        self._batch = batch_size(*args, *kwargs.values())
+        self._batch, self._after_batch = leading_sizes(*args, *kwargs.values())
         self.began = self.began or torch.is_grad_enabled()
         self.forwards += 1
 
@@ -299,16 +301,17 @@ class Recorder(SiteHook):
         tilings = self._tilings(call, GRADIENT, results[0].dim()) if results else ()
         if self.depth.scored and (results or call.opaque):
             if call.replayable:
+                self._batch = self.scoring.batch_told_by(call, self._batch, self._after_batch)
                 met = self.scoring.meet(call, results, self._batch, self.stack.frames)
             else:
                 why = "in a custom autograd function " * call.opaque
                 self.note(f"{call.site}: {call.operation.name} {why}is recorded, and its damage is not predicted")
         backward = -1
 
-        def received(gradient: Tensor | None) -> None:
-            self._tried(f"{slot.role} of {slot.site} could not be recorded", self._locked, recorded, gradient)
+        def received(place: int, gradient: Tensor | None) -> None:
+            self._tried(f"{slot.role} of {slot.site} could not be recorded", self._locked, recorded, place, gradient)
 
-        def recorded(gradient: Tensor | None) -> None:
+        def recorded(place: int, gradient: Tensor | None) -> None:
             nonlocal backward
             if gradient is None or step != self.step or self.scoring.drawing:  # None: the loss does not use this result
                 return
@@ -317,10 +320,10 @@ class Recorder(SiteHook):
             if backward != (backward := torch._C._current_graph_task_id()):  # once, however many results it arrives at
                 self._count(slot.site, self.reached(products, leaves))
             if met is not None:
-                self.scoring.on_gradient(met, gradient)
+                self.scoring.on_gradient(met, gradient, place)
 
-        for part in results:
-            await_gradient(part, received)
+        for place, part in enumerate(results):
+            await_gradient(part, partial(received, place))
 
     # Coverage.
 

@@ -9,10 +9,11 @@ layers) and "gates_grad" live inside: no slot holds them, so no cast reaches the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from probes.operation import Arguments, Operation
@@ -34,12 +35,55 @@ class Weight(NamedTuple):
 class Recurrent(Operation):
     """`lstm`, `gru`, `rnn_tanh`, `rnn_relu` over a sequence, padded or packed.
 
-    Recorded and cast, but not calculated again in a scored step: the gradient at an operand depends on all that
-    happens inside, and on which of the results the loss uses.
+    In a scored step it is calculated again as a whole, its results side by side, [B, everything of a sample]: not where
+    it is packed, and not with dropout between its layers, which would draw anew.
     """
 
     multilinear: ClassVar[bool] = False
-    replayable: ClassVar[bool] = False
+
+    def can_replay(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        after = _state_at(args) + 2
+        return not _is_packed(args) and not (args[after + 2] and args[after + 3])
+
+    def plain(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        operands: Sequence[Tensor],
+    ) -> Tensor:
+        """Its results, joined."""
+        changed, keywords = self.replace(args, kwargs, operands)
+        return self.joined(self.results(function(*_in_dtype(changed, operands[0].dtype), **keywords)), args)
+
+    def batch_dimension(self, place: int, values: Tensor, args: tuple[Any, ...]) -> int | None:
+        if place == 0:
+            return None if values.dim() < 3 else int(not args[-1])
+        return 1 if values.dim() == 3 and place <= len(self._states(args)) else None
+
+    def joined(self, results: Sequence[Tensor], args: tuple[Any, ...]) -> Tensor:
+        parts = [self._by_sample(one, at, args) for at, one in enumerate(results)]
+        return torch.cat([part.flatten(1) for part in parts], dim=1)
+
+    def apart(self, joined: Tensor, shapes: Sequence[torch.Size], args: tuple[Any, ...]) -> list[Tensor]:
+        found = []
+        for at, shape in enumerate(shapes):
+            like = self._by_sample(joined.new_empty(shape), at, args)
+            part, joined = joined.split([like[0].numel(), joined.shape[1] - like[0].numel()], dim=1)
+            dimension = self._dimension(len(shape), at, args)
+            part = part.reshape(like.shape)
+            found.append(part[0] if dimension is None else part.movedim(0, dimension))
+        return found
+
+    def _by_sample(self, result: Tensor, at: int, args: tuple[Any, ...]) -> Tensor:
+        dimension = self._dimension(result.dim(), at, args)
+        return result[None] if dimension is None else result.movedim(dimension, 0)
+
+    def _dimension(self, dimensions: int, at: int, args: tuple[Any, ...]) -> int | None:
+        """The batch's, of a result: the sequence comes first, then the last states."""
+        if dimensions < 3:
+            return None
+        return int(not args[-1]) if at == 0 else 1
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
         if kwargs or len(args) < _ARGUMENTS:
@@ -118,6 +162,15 @@ class Recurrent(Operation):
 class Cell(Recurrent):
     """`lstm_cell`, `gru_cell`, `rnn_tanh_cell`, `rnn_relu_cell`: one step of one layer."""
 
+    def can_replay(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return True
+
+    def batch_dimension(self, place: int, values: Tensor, args: tuple[Any, ...]) -> int | None:
+        return 0 if values.dim() == 2 and place <= len(self._states(args)) else None
+
+    def _dimension(self, dimensions: int, at: int, args: tuple[Any, ...]) -> int | None:
+        return 0 if dimensions == 2 else None
+
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
         return None if kwargs or len(args) < 4 else [args[0], *self._states(args), *args[2:4]]
 
@@ -155,6 +208,13 @@ class Cell(Recurrent):
 
 
 _ARGUMENTS = 9
+
+
+def _in_dtype(values: Any, dtype: torch.dtype) -> Any:
+    """Every floating tensor in it of this dtype: biases are no operands."""
+    if isinstance(values, Tensor):
+        return values.to(dtype) if values.is_floating_point() else values
+    return type(values)(_in_dtype(one, dtype) for one in values) if isinstance(values, (list, tuple)) else values
 
 
 def _is_packed(args: tuple[Any, ...]) -> bool:

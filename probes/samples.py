@@ -26,21 +26,36 @@ from probes.ops import operation_of
 from probes.sites import ProductCall
 
 
-def batch_size(*inputs: Any) -> int | None:
-    """First dimension of the first tensor among a model's inputs, looked for inside of lists and mappings."""
+def leading_sizes(*inputs: Any) -> tuple[int | None, int | None]:
+    """First two dimensions of the first tensor among a model's inputs, looked for inside of lists and mappings.
+
+    The first is the batch's size, as far as anyone knows; None where there is no such dimension.
+    """
     for value in inputs:
         if isinstance(value, Tensor):
             if value.dim():
-                return value.shape[0]
+                return value.shape[0], value.shape[1] if value.dim() > 1 else None
         elif isinstance(value, dict):
-            found = batch_size(*value.values())
-            if found is not None:
+            found = leading_sizes(*value.values())
+            if found[0] is not None:
                 return found
         elif isinstance(value, (list, tuple)):
-            found = batch_size(*value)
-            if found is not None:
+            found = leading_sizes(*value)
+            if found[0] is not None:
                 return found
-    return None
+    return None, None
+
+
+def told_batch(call: ProductCall) -> tuple[int, int] | None:
+    """Sizes of the batch and of what comes before it in the model's inputs, told by a call whose layout is known.
+
+    A recurrent layer's with time first, and attention's [B, heads, T, features]; None for any other.
+    """
+    first = call.operands[0]
+    if call.operation.name == "sdpa" and first.dim() == 4:
+        return first.shape[0], first.shape[2]
+    dimension = call.operation.batch_dimension(0, first, call.args)
+    return (first.shape[1], first.shape[0]) if dimension == 1 else None
 
 
 def sample_dimension(values: Tensor, batch: int | None, like: Tensor | None) -> int | None:

@@ -33,7 +33,7 @@ from probes.network_curvature import Beyond, network_curvature, share
 from probes.noise import noise_ratios
 from probes.product_errors import ProductError, pooled, site_backward_errors
 from probes.records import Evidence, Slot
-from probes.samples import crosses_samples, mixes_samples, picks_rows
+from probes.samples import crosses_samples, mixes_samples, picks_rows, told_batch
 from probes.shrinking import Ratio, believed
 from probes.sites import ProductCall
 from probes.undisturbed import unchanged, undisturbed
@@ -92,6 +92,15 @@ class Scoring:
         if crosses_samples(call.operation.name, call.operands):
             self._mix()
         return met
+
+    def batch_told_by(self, call: ProductCall, batch: int | None, after: int | None) -> int | None:
+        """The batch's size: what it was taken for, or what this call tells of a model whose inputs have time first."""
+        told = told_batch(call)
+        if told is None or told != (after, batch) or batch == after:
+            return batch
+        for one in self._met:
+            one.product.regroup(told[0])
+        return told[0]
 
     def on_other(
         self,
@@ -189,12 +198,16 @@ class Scoring:
         self._roots.append(root.detach())
         self._reached_a_loss = False
 
-    def on_gradient(self, met: Met, gradient: Tensor) -> None:
-        """The training's gradient has arrived at a product of this step."""
+    def on_gradient(self, met: Met, gradient: Tensor, place: int = 0) -> None:
+        """The training's gradient has arrived at a product of this step, at its result of this number."""
         self._spent = True
         if not met.intact:
             return
         with undisturbed():
+            if len(met.shapes) > 1:
+                joined = met.joined([gradient if at == place else None for at in range(len(met.shapes))])
+                assert joined is not None
+                gradient = joined
             self._noting(f"no gradient noise at {met.call.site}", self._measure_noise, met, gradient)
             self._noting(f"no backward error at {met.call.site}", self._measure_errors, met, gradient)
 

@@ -102,7 +102,8 @@ class ProductCall:
     @property
     def replayable(self) -> bool:
         """Whether `plain` works and a gradient reaches the result, as the measurements of scored steps need."""
-        return self.operation.replayable and not self.opaque and not any(map(is_batch, self.given))
+        replayable = self.operation.can_replay(self.args, self.kwargs)
+        return replayable and not self.opaque and not any(map(is_batch, self.given))
 
     def products(self, result: Any) -> list[Product]:
         """The forward product and the backward products that autograd will ask for, with their FLOPs."""
