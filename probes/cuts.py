@@ -1,6 +1,6 @@
 """Which part of a product's gradients is calculated for its noise: enough of it, and each element of that whole.
 
-    weight gradient of a matrix or a convolution   some output channels by some input channels
+    weight gradient of a matrix or a convolution   some output channels, whole; and some input channels, whole
     input gradient of either                       some samples and positions, some input channels
     products of two activations, attention         some entries of the batch
 
@@ -21,8 +21,8 @@ from probes.operation import argument
 from probes.sites import ProductCall
 from probes.vjp import matrix_weight
 
-CHANNELS = 96  # of a gradient's side. A mean over them of ratios between 0 and 1 has a spread of at most 0.05
-ENTRIES = 4  # of a batch of products
+CHANNELS = 48  # of a gradient's side. A mean over them of ratios between 0 and 1 has a spread of at most 0.07
+ENTRIES = 8  # of a batch of products
 SAMPLES = 16  # of an input gradient: entries of its first dimension
 ROWS = 512  # of a layer's input gradient, in all
 
@@ -33,11 +33,13 @@ Index = dict[int, Tensor]  # dimension → which of its entries, int64
 class Cut:
     """For the gradients of `targets`, operands by their place: what of each tensor of the product they need.
 
-    `indices`: one an operand, then one for the gradient at the result.
+    `indices`: one an operand, then one for the gradient at the result. `channels`: of the target's gradient, the
+    dimensions each of whose entries here is whole, or a fair part.
     """
 
     targets: tuple[int, ...]
     indices: tuple[Index, ...]
+    channels: tuple[int, ...] = (0, 1)
 
     def of(self, place: int, values: Tensor) -> Tensor:
         """That part of the tensor at this place."""
@@ -53,7 +55,7 @@ class Cut:
 def cuts_of(
     call: ProductCall, tensors: Sequence[Tensor], trained: Sequence[int], generator: np.random.Generator
 ) -> list[Cut]:
-    """The cuts that together have every trained operand as a target once; `tensors`: operands, and the gradient."""
+    """The cuts that together have every trained operand as a target; `tensors`: operands, and the gradient."""
     if not trained:
         return []
     device = tensors[0].device
@@ -64,9 +66,9 @@ def cuts_of(
     kind = matrix_weight(call)
     if kind is not None:
         out, inner = (0, 1) if kind == "rows" else (1, 0)
-        return [_of_layer(target, tensors, out, inner, tensors[0].dim() - 1, chosen) for target in trained]
+        return [cut for one in trained for cut in _of_layer(one, tensors, out, inner, tensors[0].dim() - 1, chosen)]
     if _is_plain_convolution(call, tensors):
-        return [_of_layer(target, tensors, 0, 1, 1, chosen) for target in trained]
+        return [cut for one in trained for cut in _of_layer(one, tensors, 0, 1, 1, chosen)]
     whole: list[Index] = [{} for _ in tensors]
     entries = chosen(tensors[0].shape[0], ENTRIES) if _is_batched(call, tensors) else None
     if entries is not None:
@@ -77,13 +79,20 @@ def cuts_of(
 Chosen = Callable[[int, int], Tensor | None]
 
 
-def _of_layer(target: int, tensors: Sequence[Tensor], out: int, inner: int, feature: int, chosen: Chosen) -> Cut:
-    """Of an input and a weight: the weight's dimensions of output and input channels, and theirs in the activations."""
+def _of_layer(target: int, tensors: Sequence[Tensor], out: int, inner: int, feature: int, chosen: Chosen) -> list[Cut]:
+    """Of an input and a weight: the weight's dimensions of output and input channels, and theirs in the activations.
+
+    A few rows can hold most of a weight gradient's energy (those of the tokens that occur): a column is told by all.
+    """
     x, weight, _ = tensors
     columns = chosen(x.shape[feature], CHANNELS)
     if target == 1:
         rows = chosen(weight.shape[out], CHANNELS)
-        return Cut((1,), (_index({feature: columns}), _index({out: rows, inner: columns}), _index({feature: rows})))
+        by_row = Cut((1,), ({}, _index({out: rows}), _index({feature: rows})), (out,))
+        by_column = Cut((1,), (_index({feature: columns}), _index({inner: columns}), {}), (inner,))
+        if rows is None and columns is None:
+            return [Cut((1,), ({}, {}, {}))]
+        return [by_row, by_column]
     places: dict[int, Tensor | None] = {}
     if feature == 1 and x.dim() > 2:
         places[0] = chosen(x.shape[0], SAMPLES)
@@ -95,7 +104,7 @@ def _of_layer(target: int, tensors: Sequence[Tensor], out: int, inner: int, feat
         for dimension in range(1, feature):
             places[dimension] = chosen(x.shape[dimension], max(1, ROWS // kept))
             kept *= min(x.shape[dimension], max(1, ROWS // kept))
-    return Cut((0,), (_index({**places, feature: columns}), _index({inner: columns}), _index(places)))
+    return [Cut((0,), (_index({**places, feature: columns}), _index({inner: columns}), _index(places)))]
 
 
 def _index(chosen: dict[int, Tensor | None]) -> Index:

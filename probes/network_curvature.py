@@ -35,7 +35,7 @@ from probes.curvature import Key, Met, Reached, Sums, by_product
 from probes.records import Slot
 from probes.second_derivatives import require_whole, second_derivatives
 
-DRAWS = 4  # a scored step and loss call; at least two, from which the spread is taken
+DRAWS = 2  # a scored step and loss call; at least two, from which the spread is taken
 FLUSHED = 0.5  # an error's norm over its tensor's, from which on it is no small one
 
 

@@ -43,9 +43,10 @@ def noise_ratios(
     by_channel = adaptive and (call.parameter is not None or _is_recurrent(call))
     cuts = cuts_of(call, tensors, trained, np.random.default_rng(seed))
     parts = [cut.of_all(tensors) for cut in cuts]
-    exact: dict[int, Tensor] = {}
-    for cut, part in zip(cuts, parts, strict=True):
-        exact |= zip(cut.targets, vjp(call, part[:-1], part[-1], cut.targets), strict=True)
+    exact = [
+        dict(zip(cut.targets, vjp(call, part[:-1], part[-1], cut.targets), strict=True))
+        for cut, part in zip(cuts, parts, strict=True)
+    ]
     ratios: dict[Slot, dict[str, Tensor]] = defaultdict(dict)
     for i, role in enumerate([*call.roles, GRADIENT]):
         entered = _enters(call, i, trained)
@@ -55,14 +56,14 @@ def noise_ratios(
         for cast in casts:
             moved = cast(tensors[i])
             pairs = []
-            for cut, part in zip(cuts, parts, strict=True):
+            for cut, part, whole in zip(cuts, parts, exact, strict=True):
                 wanted = [j for j in cut.targets if j in entered]
                 if not wanted:
                     continue
                 there = cut.of(i, moved)
                 changed = [(there - one if linear else there) if k == i else one for k, one in enumerate(part)]
                 for j, found in zip(wanted, vjp(call, changed[:-1], changed[-1], wanted), strict=True):
-                    pairs.append((found if linear else found - exact[j], exact[j]))
+                    pairs.append((found if linear else found - whole[j], whole[j], cut.channels))
             ratios[Slot(call.site, role)][str(cast)] = _relative(pairs, by_channel)
     return ratios
 
@@ -83,14 +84,14 @@ def _is_recurrent(call: ProductCall) -> bool:
     return not call.operation.multilinear and any(map(is_weight, call.roles))
 
 
-def _relative(pairs: Sequence[tuple[Tensor, Tensor]], by_channel: bool) -> Tensor:
-    """Energy of errors over that of exact values; by channel, the larger mean over the first two dimensions."""
+def _relative(pairs: Sequence[tuple[Tensor, Tensor, tuple[int, ...]]], by_channel: bool) -> Tensor:
+    """Energy of errors over that of exact values; by channel, the larger mean over each of the named dimensions."""
     if not by_channel:
-        noise = torch.stack([_energy(error) for error, _ in pairs]).sum()
-        return noise / torch.stack([_energy(exact) for _, exact in pairs]).sum()
+        noise = torch.stack([_energy(error) for error, *_ in pairs]).sum()
+        return noise / torch.stack([_energy(exact) for _, exact, _ in pairs]).sum()
     found = []
-    for error, exact in pairs:
-        for dimension in range(min(exact.dim(), 2)):
+    for error, exact, channels in pairs:
+        for dimension in channels[: exact.dim()]:
             noise, signal = (_channel_energy(values, dimension) for values in (error, exact))
             found.append((noise / signal).where(signal > 0, torch.nan).nanmean())
     means = torch.stack(found)
