@@ -12,6 +12,7 @@ from advisor.hardware import Hardware, hardware_named
 from advisor.plan import Plan
 from advisor.planner import DEFAULT_TOLERANCE_SHARE, plan_from_rows
 from advisor.scores import DEFAULT_CASTS, score
+from advisor.watching import watched
 from probes.casts import Cast
 from probes.errors import WindowError
 from probes.formats import FORMATS
@@ -71,7 +72,7 @@ def recommend(
         notes += _left_out(target)
     candidates = [Cast.parse(cast) if isinstance(cast, str) else cast for cast in casts or DEFAULT_CASTS]
     require_plannable(candidates)
-    return plan_from_rows(
+    plan = plan_from_rows(
         last.sites,
         _worst([score(each, candidates, slots=each.product_slots).rows for each in windows]),
         hardware=target,
@@ -82,6 +83,7 @@ def recommend(
         model_name=last.model_name,
         notes=notes,
     )
+    return watched(plan, windows)
 
 
 def _left_out(target: Hardware) -> list[str]:

@@ -11,6 +11,7 @@ from advisor.castnames import KEEP, parse_cast
 from advisor.cost import APPROXIMATIONS as COST_APPROXIMATIONS
 from advisor.cost import WEIGHT, has_backward, memory, own_operand, shares
 from advisor.hardware import Hardware
+from advisor.intervals import interval_of, interval_of_sum
 from advisor.menu import Row, lost_share
 from advisor.plan import Assignment, FrontPoint, LossScaling, Plan, PlannedSite, Predicted
 from probes.casts import Cast
@@ -52,6 +53,7 @@ class Draft:
     optimal: bool | None = None
     front: tuple[FrontPoint, ...] = ()
     notes: Sequence[str] = field(default_factory=tuple)
+    summary: Sequence[str] = ()
 
 
 def assemble(draft: Draft) -> Plan:
@@ -75,6 +77,7 @@ def assemble(draft: Draft) -> Plan:
         predicted=Predicted(
             damage=draft.damage,
             damage_se=_joint_error(assignments),
+            damage_interval=_joint_interval(draft),
             noise_ratio=draft.noise_ratio,
             lost_batch_share=None if draft.noise_ratio is None else lost_share(draft.noise_ratio),
             share_8bit=narrow.flops_8bit / total if total else 0.0,
@@ -91,6 +94,7 @@ def assemble(draft: Draft) -> Plan:
         assignments=tuple(assignments),
         sites=tuple(_planned_site(site) for site in draft.sites),
         front=draft.front,
+        summary=tuple(draft.summary),
         notes=(*draft.notes, *_notes(draft, seen, total)),
         approximations=APPROXIMATIONS,
     )
@@ -114,6 +118,7 @@ def _assignment(draft: Draft, site: Site, role: str) -> Assignment:
         cast=str(cast),
         damage=value("damage", 0.0) if forward else None,
         damage_se=value("damage_se", 0.0) if forward else None,
+        damage_interval=((0.0, 0.0) if kept else interval_of(score)) if forward else None,
         damage_from=None if kept else score.get("damage_from"),
         noise_ratio=noise,
         lost_batch_share=None if noise is None else lost_share(noise),
@@ -144,6 +149,14 @@ def _joint_error(assignments: Sequence[Assignment]) -> float | None:
     errors = [one.damage_se for one in assignments if one.role != GRADIENT]
     known = [error for error in errors if error is not None]
     return math.hypot(*known) if len(known) == len(errors) else None
+
+
+def _joint_interval(draft: Draft) -> tuple[float, float] | None:
+    """The interval of the sum of damages; None where that of a forward slot is unknown."""
+    cast = [slot for slot, given in draft.casts.items() if slot[1] != GRADIENT and str(given) != KEEP]
+    rows = [draft.rows[slot] for slot in cast]
+    known = [row for row in rows if row is not None]
+    return interval_of_sum(known) if len(known) == len(rows) else None
 
 
 def _loss_scaling(draft: Draft) -> str:

@@ -146,6 +146,18 @@ class Stored(_Part):
         return _canonical(text)
 
 
+class Watch(_Part):
+    """A number to watch while a training runs with the plan, and from where on it calls the plan into question."""
+
+    site: str
+    role: str
+    metric: str
+    """`amax`; `crest`, which is amax over the RMS; `underflow` of the slot's cast."""
+    threshold: Number
+    """The plan was made for values below it; of `amax` in the tensor's own units, of rates a share from 0 to 1."""
+    sentence: str
+
+
 class FrontPoint(_Part):
     """The most 8-bit FLOPs within a tolerance, and the least damage that reaches them."""
 
@@ -181,6 +193,10 @@ class Plan(_Part):
     sites: tuple[PlannedSite, ...]
     front: tuple[FrontPoint, ...]
     """Points of the exact Pareto front of damage against 8-bit share, at the same limit on lost batch."""
+    summary: tuple[str, ...] = ()
+    """What limits the plan, what holds it back, and what would change it, in sentences."""
+    watch: tuple[Watch, ...] = ()
+    """What to watch in a training with the plan; the most telling first."""
     notes: tuple[str, ...]
     approximations: tuple[str, ...]
 

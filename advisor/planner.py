@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from advisor.assemble import Draft, assemble
 from advisor.castnames import KEEP, parse_cast
 from advisor.hardware import Hardware
+from advisor.holding_back import Spent, plan_sentences
 from advisor.knapsack import Choice, Group, solve
 from advisor.menu import Candidate, Limits, Menu, Row, by_slot, candidate, lost_share, menus
 from advisor.plan import FrontPoint, Plan
@@ -70,6 +71,8 @@ def plan_from_rows(
         picked = {role: selection.chosen[name, role] for role in menu.site.roles}
         for role in menu.site.roles:
             reasons[name, role] = reason(Case(menu, role, picked, table[name, role], limits))
+    points = front(options, limits, tolerance or _front_unit(mean_loss), total)
+    spent = Spent(selection.damage, selection.noise_ratio)
     return assemble(
         Draft(
             kind="planned",
@@ -86,7 +89,8 @@ def plan_from_rows(
             damage=selection.damage,
             noise_ratio=selection.noise_ratio,
             optimal=selection.proven,
-            front=tuple(front(options, limits, tolerance or _front_unit(mean_loss), total)),
+            front=tuple(points),
+            summary=plan_sentences(options, selection.chosen, limits, spent, points, total),
             notes=[*notes, *_unknown(options, table)],
         )
     )

@@ -22,6 +22,7 @@ from advisor.menu import Row, by_slot
 from advisor.plan import LossScaling, Plan, Stored
 from advisor.reasons import uniform_reason
 from advisor.scores import score
+from advisor.watching import watched
 from probes.casts import Cast
 from probes.records import GRADIENT, Site
 from probes.window import Window
@@ -77,7 +78,7 @@ def uniform(
         )
     )
     given = {} if loss_scaling is None else {"loss_scaling": loss_scaling}
-    return plan.model_copy(update={"storage": tuple(storage), **given})
+    return watched(plan, [window]).model_copy(update={"storage": tuple(storage), **given})
 
 
 def _scored(window: Window, casts: Mapping[Slot, Cast]) -> dict[Slot, Row | None]:

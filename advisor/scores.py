@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from advisor.confidence import confidence_of
+from advisor.confidence import confidence_of, loss_octaves
+from advisor.intervals import interval_of
 from advisor.lost_updates import epsilon_vanishes, lost_of
 from advisor.metrics import Metrics, PooledMetrics, has_tiles, measure, require_scored
 from probes.casts import Cast
@@ -43,6 +44,7 @@ class Scores:
     sqnr_db, dynamic_range_bits, exponent_bits, amax, rms
     damage, damage_se          predicted rise of the loss and its standard error; None for gradients, and where no
                                known loss was met (`window.curvature_from` is not "loss")
+    damage_interval            [lower, upper]: where the damage lies with 95% probability (`intervals.py`), or None
     damage_from                "directional" (measured at the scored steps) or "sketch" (estimated)
     noise_ratio                noise energy that the cast adds to gradients, over the minibatch's own
     lost_batch_share           1 − 1/(1 + noise_ratio)
@@ -117,6 +119,7 @@ def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[s
     metrics = {name: found.pooled() for name, found in steps.items()}
     # Where the loss's curvature was not known, the training gradient stands in its place: off by up to 100 times, it
     # is no prediction, and stays in the window's evidence.
+    moves = loss_octaves(window.losses)
     forward = is_product and slot.role != GRADIENT and window.curvature_from != "gradient"
     damage = _Estimate(
         evidence.directional if forward else {},
@@ -130,7 +133,9 @@ def _slot_rows(window: Window, slot: Slot, casts: Sequence[Cast]) -> list[dict[s
     rows = [_row(slot, str(cast), metrics[str(cast)], evidence, damage, noise, is_gradient) for cast in casts]
     for row, cast in zip(rows, casts, strict=True):
         row |= by_axis(cast)
-        row["confidence"] = _confidence(row, steps[row["cast"]], forward)
+        row["confidence"] = _confidence(row, steps[row["cast"]], forward, moves)
+        ends = interval_of(row)
+        row["damage_interval"] = None if ends is None else list(ends)
     if not is_product:
         _add_parameter(rows, window, slot, casts)
     return rows
@@ -148,9 +153,9 @@ def _add_parameter(rows: Sequence[dict[str, Any]], window: Window, slot: Slot, c
             row["epsilon_vanishes"] = epsilon_vanishes(record, cast.format)
 
 
-def _confidence(row: dict[str, Any], steps: Metrics, forward: bool) -> float | None:
+def _confidence(row: dict[str, Any], steps: Metrics, forward: bool, moves: float) -> float | None:
     known = row["damage"] and row["damage_se"] is not None
-    return confidence_of(steps, forward, row["damage_se"] / row["damage"] if known else None)
+    return confidence_of(steps, forward, row["damage_se"] / row["damage"] if known else None, moves)
 
 
 def _axes(window: Window, slot: Slot) -> tuple[tuple[Axis, ...], int]:
