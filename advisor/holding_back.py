@@ -11,9 +11,10 @@ from advisor.cost import site_shares
 from advisor.intervals import interval_of_sum
 from advisor.menu import Candidate, Limits, Menu, lost_share
 from advisor.plan import FrontPoint
+from advisor.site_names import joint_name, without_number
 from probes.records import GRADIENT
 
-NAMED = 3  # slots that a sentence names
+NAMED = 3  # slots, or sites of repeated blocks, that a sentence names
 NEARLY = 1e-9  # relative: sums that are equal but for rounding
 
 Slot = tuple[str, str]
@@ -29,12 +30,20 @@ class Spent:
 
 @dataclass(frozen=True)
 class _Held:
-    """A site that has fewer FLOPs in 8 bits than the hardware would take of it, and why."""
+    """A site that has fewer FLOPs in 8 bits than the hardware would take of it, and why.
+
+    flops                    that it holds back
+    damage, noise_ratio      of the site with all of them in 8 bits
+    more_damage, more_noise  than it has
+    cause                    "tolerance", "lost batch", both, or "the limits together"
+    """
 
     menu: Menu
     flops: float
     damage: float
     noise_ratio: float
+    more_damage: float
+    more_noise: float
     cause: str
 
 
@@ -53,6 +62,7 @@ def plan_sentences(
     return [
         *_limited_by(menus, held, limits, total_flops),
         *_held_back(held, limits, total_flops),
+        *_all_in(held, limits, spent),
         *_bought(front, limits, _narrow(menus, chosen) / total_flops),
         *_spenders(chosen, limits, spent),
         *_certainty(chosen, limits, spent),
@@ -75,7 +85,7 @@ def _held(menu: Menu, chosen: Mapping[Slot, Candidate], limits: Limits, spent: S
         )
         if used + more > limit * (1 + NEARLY)
     ]
-    return _Held(menu, missing, damage, noise, " and ".join(over) or "the limits together")
+    return _Held(menu, missing, damage, noise, more_damage, more_noise, " and ".join(over) or "the limits together")
 
 
 def _flops(menu: Menu, picked: Mapping[str, Candidate]) -> float:
@@ -115,13 +125,36 @@ def _limit_named(cause: str, limits: Limits) -> str:
 
 
 def _held_back(held: Sequence[_Held], limits: Limits, total: float) -> list[str]:
-    """The sites that keep most FLOPs from 8 bits, each with its dearest slot."""
-    most = sorted(held, key=lambda found: (-found.flops, found.menu.site.name))[:NAMED]
+    """The sites that keep most FLOPs from 8 bits, those of repeated blocks together, each with its dearest slot."""
+    families: dict[tuple[str, str], list[_Held]] = {}
+    for found in held:
+        families.setdefault((without_number(found.menu.site.name)[0], found.cause), []).append(found)
+    most = sorted(families.values(), key=lambda sites: (-_sum(sites, "flops"), _name(sites)))[:NAMED]
     return [
-        f"{found.menu.site.name} holds back {_share(found.flops, total)}: its products in 8 bits would cost "
-        f"{_costs(found.damage, found.noise_ratio, limits)}{_dearest(found, limits)}"
-        for found in most
+        f"{_name(sites)} {'holds' if len(sites) == 1 else 'hold'} back {_share(_sum(sites, 'flops'), total)}: in 8 "
+        f"bits {'it' if len(sites) == 1 else 'they'} would cost "
+        f"{_costs(_sum(sites, 'damage'), _sum(sites, 'noise_ratio'), limits)}{_dearest(sites, limits)}"
+        for sites in most
     ]
+
+
+def _name(sites: Sequence[_Held]) -> str:
+    return joint_name([found.menu.site.name for found in sites])
+
+
+def _sum(sites: Sequence[_Held], what: str) -> float:
+    return math.fsum(getattr(found, what) for found in sites)
+
+
+def _all_in(held: Sequence[_Held], limits: Limits, spent: Spent) -> list[str]:
+    """The limits at which all that is held back would be in 8 bits."""
+    if not held:
+        return []
+    damage = spent.damage + _sum(held, "more_damage")
+    noise = spent.noise_ratio + _sum(held, "more_noise")
+    parts = [f"a tolerance of {damage:.1e}"] if damage > limits.tolerance else []
+    parts += [f"a limit of {_share(lost_share(noise), 1)} on lost batch"] if noise > limits.noise else []
+    return [f"{' and '.join(parts)} would let all of it in"] if parts else []
 
 
 def _costs(damage: float, noise: float, limits: Limits) -> str:
@@ -132,18 +165,14 @@ def _costs(damage: float, noise: float, limits: Limits) -> str:
     return " and ".join(parts) or "nothing"
 
 
-def _dearest(found: _Held, limits: Limits) -> str:
-    """The slot whose cheapest cast of 8 bits takes the most of a limit."""
-    options = []
-    for role in found.menu.site.roles:
-        narrow = [option for option in found.menu.candidates[role] if option.cast.bits <= 8 and option.row is not None]
-        if narrow:
-            best = min(narrow, key=lambda option: (_part(option, limits), str(option.cast)))
-            options.append((_part(best, limits), role, best))
-    if not options:
-        return ""
-    _, role, best = max(options, key=lambda entry: (entry[0], entry[1]))
-    return f"; its {role} takes most ({short_cast(best.cast)}: {_costs(best.damage, best.noise_ratio, limits)})"
+def _dearest(sites: Sequence[_Held], limits: Limits) -> str:
+    """The slot that takes the most of a limit in what the sites would cost."""
+    site, role, option = max(
+        ((found.menu.site.name, role, pick) for found in sites for role, pick in found.menu.fullest(limits).items()),
+        key=lambda entry: (_part(entry[2], limits), *entry[:2]),
+    )
+    costs = _costs(option.damage, option.noise_ratio, limits)
+    return f"; {site} {role} takes most ({short_cast(option.cast)}: {costs})"
 
 
 def _part(option: Candidate, limits: Limits) -> float:

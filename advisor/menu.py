@@ -132,12 +132,26 @@ class Menu:
 
         Of several, the one that takes the smallest part of the limit it comes closest to.
         """
+        index = self._fullest(limits)
+        flops, costs = self.group.gains[:, 0], self.group.costs
+        return float(flops[index]), float(costs[index, 0]), float(costs[index, 1])
+
+    def fullest(self, limits: Limits) -> dict[str, Candidate]:
+        """The candidates of that combination, by role."""
+        return self.picked(self._fullest(limits))
+
+    def least_for(self, flops: float) -> tuple[float, float]:
+        """The least damage, and the least noise, of any combination with so many FLOPs in 8 bits; inf if none has."""
+        enough = self.group.costs[self.group.gains[:, 0] >= flops * (1 - 1e-9)]
+        damage, noise = enough[:, :2].min(axis=0, initial=math.inf)
+        return float(damage), float(noise)
+
+    def _fullest(self, limits: Limits) -> int:
         flops, costs = self.group.gains[:, 0], self.group.costs
         best = np.flatnonzero(flops == flops.max())
         with np.errstate(divide="ignore", invalid="ignore"):
             parts = np.nan_to_num(costs[best] / np.array([limits.tolerance, limits.noise]), posinf=math.inf)
-        index = best[np.lexsort((costs[best, 1], costs[best, 0], parts.max(axis=1)))[0]]
-        return float(flops[index]), float(costs[index, 0]), float(costs[index, 1])
+        return int(best[np.lexsort((costs[best, 1], costs[best, 0], parts.max(axis=1)))[0]])
 
     def _sum(self, value: Any) -> Array:
         total = np.zeros(self.shape)

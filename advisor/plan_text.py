@@ -7,7 +7,6 @@ each number. Nothing is left out: a clause that only some of them have makes a r
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from advisor.castnames import KEEP, short_cast
 from advisor.clauses import merged, told_once
 from advisor.plan import Assignment, Plan, PlannedSite, Predicted
+from advisor.site_names import joint_name, ranges, without_number
 from probes.casts import Cast
 
 WIDTH = 100
@@ -60,41 +60,16 @@ def _groups(plan: Plan) -> list[_Group]:
     found: dict[object, list[PlannedSite]] = {}
     for site in plan.sites:
         kind = tuple((one.role, one.cast) for one in casts[site.site])
-        found.setdefault((_without_number(site.site)[0], site.op, kind), []).append(site)
+        found.setdefault((without_number(site.site)[0], site.op, kind), []).append(site)
     return [
         _Group(
-            name=_joint_name([site.site for site in sites]),
+            name=joint_name([site.site for site in sites]),
             sites=tuple(sites),
             assigned=tuple(tuple(casts[site.site]) for site in sites),
-            numbers=tuple(_without_number(site.site)[1] for site in sites),
+            numbers=tuple(without_number(site.site)[1] for site in sites),
         )
         for sites in found.values()
     ]
-
-
-def _without_number(name: str) -> tuple[str, str]:
-    """The name with the first number that is a whole part of it left out, and that number; "" where there is none."""
-    found = re.search(r"(?<=\.)\d+(?=[./]|$)|^\d+(?=[./])", name)
-    return (name, "") if found is None else (f"{name[: found.start()]}#{name[found.end() :]}", found.group())
-
-
-def _joint_name(names: Sequence[str]) -> str:
-    """ "blocks.0-11.mlp.up" for many, the name itself for one."""
-    if len(names) == 1:
-        return names[0]
-    shape = _without_number(names[0])[0]
-    return shape.replace("#", ranges([_without_number(name)[1] for name in names]), 1)
-
-
-def ranges(numbers: Sequence[str]) -> str:
-    """ "0-3,5" for 0, 1, 2, 3 and 5."""
-    runs: list[list[int]] = []
-    for number in sorted(map(int, numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(f"{low}-{high}" if high > low else str(low) for low, high in runs)
 
 
 def _reasons(group: _Group) -> Iterator[str]:

@@ -147,8 +147,7 @@ def _turning_point(case: Case) -> list[str]:
     now = case.gain_with(case.chosen)[0] * case.site.flops
     if case.chosen.row is None or now <= 0:
         return []
-    group = case.menu.group
-    damage, noise = group.costs[group.gains[:, 0] >= now * (1 - 1e-9)].min(axis=0)
+    damage, noise = case.menu.least_for(now)
     parts = [f"a tolerance of {damage:.1e}"] if damage > 0 else []
     parts += [f"a limit of {_percent(lost_share(noise))} on lost batch"] if noise > 0 else []
     return [f"below {' or '.join(parts)} this site would go back to {_fallback(case)}"] if parts else []
