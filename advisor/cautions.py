@@ -3,8 +3,8 @@
 Each is a sentence where its cause shows in the window, with its numbers: a training that is young (the loss falls, the
 updates grow with a learning rate that warms up), largest values that grow, tensors that are not there at every step
 (experts, rare tokens), and too few steps for what is estimated from step to step. What never shows in a window, and so
-is always said, is that outliers can come late: SwiGLU's in trillion-token runs (Fishman et al. 2024, "Scaling FP8
-training to trillion-token LLMs", sec. 3: after 200 billion tokens).
+is always said, is that outliers can come late: SwiGLU's in trillion-token runs, after 200 billion tokens (Fishman et
+al. 2024, "Scaling FP8 training to trillion-token LLMs").
 """
 
 from __future__ import annotations
@@ -183,8 +183,8 @@ def _late_outliers(window: Window, cast: Sequence[Assignment]) -> list[str]:
     already = f" Outliers stand out already in {named}." if named else ""
     return [
         (
-            f"outliers can come after any window: gated products (SwiGLU) and attention grew them late in long runs."
-            f"{already} `watch` has thresholds"
+            "a short window cannot certify a long run, and outliers can come after any: SwiGLU's did after 200 billion "
+            f"tokens.{already} `watch` has thresholds"
         )
     ]
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from advisor.assemble import WATCH_NOTE
 from advisor.castnames import KEEP, short_cast
 from advisor.cautions import cautions, growth_of, in_steps
 from advisor.metrics import measure, scales
@@ -37,8 +38,9 @@ FURTHEST = 64.0  # times its present size: a largest value that must grow so far
 
 def watched(plan: Plan, windows: Sequence[Window]) -> Plan:
     """The plan with what to watch and what its windows cannot have seen, the windows being those it was made from."""
-    notes = (*plan.notes, *cautions(plan, windows))
-    return plan.model_copy(update={"watch": tuple(watch_list(plan, windows)), "notes": notes})
+    warned = cautions(plan, windows)
+    kept = [note for note in plan.notes if note != WATCH_NOTE or not warned]  # what is said of this plan stands for it
+    return plan.model_copy(update={"watch": tuple(watch_list(plan, windows)), "notes": (*kept, *warned)})
 
 
 def watch_list(plan: Plan, windows: Sequence[Window]) -> list[Watch]:

@@ -131,7 +131,7 @@ def test_a_steady_window_warns_of_nothing_but_what_never_shows(steady: Window) -
     assert not growth.certain
     for having in ("grow within", "young", "updates become", "only some of", "are few to tell"):
         assert not notes(plan, having)
-    assert len(notes(plan, "outliers can come after any window")) == 1
+    assert len(notes(plan, "outliers can come after any")) == 1
 
 
 def test_a_learning_rate_that_warms_up_is_seen_in_the_updates() -> None:
@@ -151,7 +151,7 @@ def test_outliers_that_stand_out_already_are_named() -> None:
         x[0, 0] = 100.0
         return x
 
-    (note,) = notes(advisor.uniform(fed(planted), input="int8"), "outliers can come")
+    (note,) = notes(advisor.uniform(fed(planted), input="int8"), "outliers can come after any")
     assert "stand out already in 0 input" in note
 
 
