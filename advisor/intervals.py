@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from advisor.confidence import octaves_of, octaves_of_draws
+from probes.records import GRADIENT
 
 Array = NDArray[np.float64]
 
@@ -67,6 +68,7 @@ CALIBRATION: dict[tuple[str, str], Calibration] = {
     ("weight", "whole batch"): Calibration(ratio=13.0, common=1.6, own=1.0),
 }
 UNKNOWN_WINDOW = 1.5  # octaves, where a window has too few steps for a confidence. Ours
+NOISE_CALIBRATION = 0.5  # octaves, of a gradient's noise ratio: 95% within half to twice. Ours, not measured
 OWN_FLOOR = 0.3  # octaves of a window's part that are a slot's own, whatever the others do. Ours
 
 _KINDS = tuple(CALIBRATION)
@@ -143,6 +145,19 @@ def interval_of(row: Mapping[str, Any]) -> tuple[float, float] | None:
         return None
     lower, upper = damage_intervals(*_columns([row]))[0].tolist()
     return None if math.isnan(lower) else (lower, upper)
+
+
+def noise_interval(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Where a gradient's noise ratio lies with 95% probability; None where it is unknown.
+
+    Of an operand, whose confidence is that of its damage, none is told.
+    """
+    ratio = row.get("noise_ratio")
+    if ratio is None or math.isnan(ratio) or row["role"] != GRADIENT:
+        return None
+    window = float(_window_octaves(_columns([row])[2])[0])
+    reach = DEVIATIONS * math.hypot(window, NOISE_CALIBRATION)
+    return (ratio * 2.0**-reach, ratio * 2.0**reach) if math.isfinite(reach) else (0.0, math.inf)
 
 
 def interval_of_sum(rows: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:

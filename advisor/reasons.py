@@ -19,7 +19,7 @@ from advisor.castnames import KEEP, parse_cast, short_cast
 from advisor.cost import operand, own_operand, role_bytes, site_shares
 from advisor.failures import OUTLIER_RATIO, cause, crest_of, outlier_clause
 from advisor.hardware import Hardware
-from advisor.intervals import interval_of
+from advisor.intervals import interval_of, noise_interval
 from advisor.menu import Candidate, Limits, Menu, Row, candidate, lost_share
 from advisor.settling import settling
 from probes.casts import Cast
@@ -142,6 +142,15 @@ def _unsettled(case: Case, row: Row, name: str) -> list[str]:
     ]
 
 
+def _noise_unsettled(case: Case, row: Row) -> list[str]:
+    """Where a gradient's noise may be on either side of the limit: that the window was too short."""
+    ends = noise_interval(row)
+    if ends is None or not ends[0] < case.limits.noise < ends[1]:
+        return []
+    low, high = (_percent(lost_share(end)) for end in ends)
+    return [f"not settled: it may lose {low} to {high}; a longer window (steps=) narrows that"]
+
+
 def _turning_point(case: Case) -> list[str]:
     """Below which limits this site could not keep its FLOPs in 8 bits, whatever the others do."""
     now = case.gain_with(case.chosen)[0] * case.site.flops
@@ -213,10 +222,11 @@ def _why_lost(case: Case, text: str) -> str:
         verdict = f"{said} is {_percent(option.damage / limits.tolerance)} of the tolerance{_because(row)}"
         return "; ".join([verdict, *_unsettled(case, row, name)])
     if option.noise_ratio > limits.noise:
-        return (
+        verdict = (
             f"{name} fails: {_quality(row)}, it loses {_percent(lost_share(option.noise_ratio))} of the "
             f"batch and the limit is {_percent(limits.max_lost_batch)}{_because(row)}"
         )
+        return "; ".join([verdict, *_noise_unsettled(case, row)])
     now, then = case.gain_with(case.chosen), case.gain_with(option)
     if then[0] < now[0]:
         return _unpaired(case, text) or (

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from advisor.confidence import DAMAGE
-from advisor.intervals import interval_of, spread_of
+from advisor.hardware import hardware_named
+from advisor.intervals import interval_of, noise_interval, spread_of
+from advisor.planner import plan_from_rows
 from advisor.settling import MOST_TIMES, settling
-from tests.planned import score
+from tests.planned import linear, score
 
 
 def row(draws: float, drift: float = 0.3, damage: float = 1e-4) -> dict[str, Any]:
@@ -59,3 +61,30 @@ def test_too_few_steps_ask_for_more() -> None:
     found = settling(row(0.5) | {"confidence": None}, 2e-4)
     assert found is not None
     assert "record 4 steps or more" in found.clause
+
+
+def test_gradient_noise_near_its_limit_asks_for_a_longer_window() -> None:
+    """At twice the limit it is not settled, at a hundred times it is, and more confidence narrows it."""
+    site = linear()
+
+    def reason(noise: float, confidence: float) -> str:
+        rows = [score("up", role, "e4m3fn", 1e-7, confidence=0.9) for role in site.roles]
+        rows[2] |= {"noise_ratio": noise, "confidence": confidence}
+        plan = plan_from_rows(
+            [site],
+            rows,
+            hardware=hardware_named("h100"),
+            tolerance=1e-3,
+            max_lost_batch=0.02,
+            total_flops=site.flops,
+            mean_loss=2.3,
+        )
+        return next(one.reason for one in plan.assignments if one.role == "grad_output")
+
+    assert "not settled: it may lose" in reason(0.03, 0.9)
+    assert "a longer window (steps=) narrows that" in reason(0.03, 0.9)
+    assert "not settled" not in reason(2.0, 0.9)
+    lower, upper = noise_interval(score("up", "grad_output", "e4m3fn", 0.03, confidence=0.9)) or (0.0, 0.0)
+    doubtful = noise_interval(score("up", "grad_output", "e4m3fn", 0.03, confidence=0.3)) or (0.0, 0.0)
+    assert doubtful[0] < lower < 0.03 < upper < doubtful[1]
+    assert noise_interval(score("up", "input", "e4m3fn", 0.03)) is None
