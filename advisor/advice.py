@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from advisor.castnames import require_plannable
-from advisor.errors import InvalidPlan
+from advisor.cost import shared_tensors
+from advisor.errors import CastNotScored, InvalidPlan
 from advisor.hardware import Hardware, hardware_named
+from advisor.loss_scale_choice import LossScale, is_bare, loss_scale_for, scaled_rows, under
+from advisor.objectives import Budget, Objective, Task
 from advisor.plan import Plan
-from advisor.planner import DEFAULT_TOLERANCE_SHARE, plan_from_rows
+from advisor.planner import DEFAULT_TOLERANCE_SHARE, Extras, plan_from_rows
+from advisor.restrictions import Restrictions, globs
 from advisor.scores import DEFAULT_CASTS, score
+from advisor.storing import AS_IS, storage_of
+from advisor.watching import watched
 from probes.casts import Cast
 from probes.errors import WindowError
 from probes.formats import FORMATS
+from probes.records import GRADIENT
 from probes.window import Window
+
+BY_ROW = Cast.parse("e4m3fn/row")
 
 WORST = (
     "damage",
@@ -31,49 +40,70 @@ WORST = (
 
 def recommend(
     window: Window | Sequence[Window],
-    hardware: str = "h100",
+    hardware: str | Hardware = "h100",
     tolerance: float | None = None,
     max_lost_batch: float = 0.02,
     casts: Sequence[str | Cast] | None = None,
+    *,
+    objective: Objective = "share_8bit",
+    budget: Mapping[str, float] | None = None,
+    uniform_roles: bool = False,
+    keep: str | Sequence[str] | None = None,
+    only: str | Sequence[str] | None = None,
+    first_last: int | bool = 0,
+    native_only: bool = False,
+    master_weights: str = AS_IS,
+    optimizer_state: str = AS_IS,
 ) -> Plan:
-    """The plan that puts most work into 8 bits within the limits, and says why.
+    """The plan that puts most work into 8 bits within the limits, or is best at another objective, and says why.
 
     window          one window, or several of the same model (early and late, say): each cast then counts with the
                     worst that any of them saw
-    hardware        a name of the hardware table: which pairs of formats its matrix units take
+    hardware        a name of the hardware table, or a Hardware: which pairs of formats its matrix units take, how fast
     tolerance       rise of the loss that all casts together may cost, in loss units; default 0.1% of the window's
-                    mean loss
+                    mean loss, and none for the objective "damage"
     max_lost_batch  share of the batch that rounding noise in the gradients may cost, at least 0 and below 1
-    casts           candidates; default: e4m3fn, e5m2 and int8 per tensor, bf16 and fp16
+    casts           candidates; default: e4m3fn, e5m2 and int8 per tensor, bf16 and fp16, and e4m3fn with a scale a row
+                    where the hardware multiplies that and the window tells of it
+    objective       "share_8bit", "time" (of matrix products and casts), "memory", or "damage": the least, within a
+                    budget
+    budget          what the plan must reach: {"share_8bit": at least, "time_s": at most, "memory_bytes": at most}
+    uniform_roles   one cast a role, the same at every site that is cast at all
+    keep            globs of modules or sites that stay as they are
+    only            globs of those that may be touched
+    first_last      how many sites at the beginning and at the end of the model stay as they are; True: 1
+    native_only     casts to 8 bits only at sites all of whose products native kernels run
+    master_weights, optimizer_state
+                    "as-is"; a cast such as "bf16" or "fp16", for all; or "auto": 16 bits where the window shows that
+                    nothing is lost by it
 
-    Raises InvalidPlan for limits that make no sense, UnknownHardware, CastNotScored for a candidate that a window does
-    not tell enough of (scales by row, column or block), and WindowError for windows of different models.
+    Raises InvalidPlan for limits and demands that make no sense or cannot be kept, and for globs that match nothing;
+    UnknownHardware; CastNotScored for a candidate that a window does not tell enough of (scales by row or block without
+    `finer`), and WindowError for windows of different models.
     """
     windows = [window] if isinstance(window, Window) else list(window)
     if not windows:
         raise WindowError("recommend needs a window, or a list of at least one")
     target = hardware_named(hardware)
+    task = Task(objective, Budget.of(budget))
+    restrictions = Restrictions(globs(keep), globs(only), int(first_last), uniform_roles, native_only)
     last = windows[-1]
     _require_same_model(windows)
     losses = [loss for each in windows for loss in each.losses if math.isfinite(loss)]
     mean_loss = math.fsum(losses) / len(losses) if losses else math.nan
-    if tolerance is None:
-        if not losses:
-            raise InvalidPlan(
-                "the window has no finite loss (no backward call on a scalar was seen, or the loss was NaN or "
-                "infinite), so there is no default tolerance: give tolerance=… in loss units"
-            )
-        tolerance = DEFAULT_TOLERANCE_SHARE * abs(mean_loss)
+    if tolerance is None and objective != "damage":
+        tolerance = _default_tolerance(mean_loss)
     notes = [note for each in windows for note in each.notes]
     if len(windows) > 1:
         notes.append(f"made from {len(windows)} windows; each cast counts with the worst that any of them saw")
     if not casts:
         notes += _left_out(target)
-    candidates = [Cast.parse(cast) if isinstance(cast, str) else cast for cast in casts or DEFAULT_CASTS]
+    candidates = [Cast.parse(cast) if isinstance(cast, str) else cast for cast in casts or _usual(windows, target)]
     require_plannable(candidates)
-    return plan_from_rows(
+    scale = loss_scale_for(windows, candidates)
+    plan = plan_from_rows(
         last.sites,
-        _worst([score(each, candidates, slots=each.product_slots).rows for each in windows]),
+        _worst([_rows(each, candidates, scale) for each in windows]),
         hardware=target,
         tolerance=tolerance,
         max_lost_batch=max_lost_batch,
@@ -81,7 +111,50 @@ def recommend(
         mean_loss=mean_loss,
         model_name=last.model_name,
         notes=notes,
+        task=task,
+        restrictions=restrictions,
+        extras=Extras(
+            loss_scale=scale,
+            storage=storage_of(windows, master_weights, optimizer_state),
+            records=last.parameter_records,
+            shared=shared_tensors(last),
+        ),
     )
+    return watched(plan, windows)
+
+
+def _default_tolerance(mean_loss: float) -> float:
+    if math.isnan(mean_loss):
+        raise InvalidPlan(
+            "the window has no finite loss (no backward call on a scalar was seen, or the loss was NaN or "
+            "infinite), so there is no default tolerance: give tolerance=… in loss units"
+        )
+    return DEFAULT_TOLERANCE_SHARE * abs(mean_loss)
+
+
+def _usual(windows: Sequence[Window], target: Hardware) -> list[Cast]:
+    """The usual candidates, and scales by row where they can be multiplied and every window tells of them."""
+    found = list(DEFAULT_CASTS)
+    if target.takes(BY_ROW.format.name, BY_ROW.format.name) and target.takes_scales("row", "row"):
+        try:
+            for each in windows:
+                score(each, [BY_ROW], slots=each.product_slots)
+        except CastNotScored:
+            return found
+        found.append(BY_ROW)
+    return found
+
+
+def _rows(window: Window, casts: Sequence[Cast], scale: LossScale | None) -> list[dict[str, Any]]:
+    """The scores of a window's products, gradients without a scale of their own under the loss scale."""
+    rows: list[dict[str, Any]] = score(window, casts, slots=window.product_slots).rows
+    if scale is None:
+        return rows
+    gradients = [slot for slot in window.product_slots if slot.role == GRADIENT]
+    bare = {str(cast): cast for cast in casts if is_bare(cast)}
+    scaled = score(window, [under(cast, scale.factor) for cast in bare.values()], slots=gradients).rows
+    others = [row for row in rows if row["role"] != GRADIENT or row["cast"] not in bare]
+    return [*others, *scaled_rows(scaled, scale.factor)]
 
 
 def _left_out(target: Hardware) -> list[str]:

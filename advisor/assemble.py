@@ -9,21 +9,36 @@ from typing import Any
 
 from advisor.castnames import KEEP, parse_cast
 from advisor.cost import APPROXIMATIONS as COST_APPROXIMATIONS
-from advisor.cost import WEIGHT, has_backward, memory, own_operand, shares
+from advisor.cost import (
+    RECORDED_APPROXIMATIONS,
+    TIME_APPROXIMATIONS,
+    WEIGHT,
+    has_backward,
+    memory,
+    own_operand,
+    shares,
+    time_s,
+)
 from advisor.hardware import Hardware
+from advisor.intervals import interval_of, interval_of_sum
+from advisor.loss_scale_choice import LossScale, is_bare
 from advisor.menu import Row, lost_share
+from advisor.objectives import Objective
 from advisor.plan import Assignment, FrontPoint, LossScaling, Plan, PlannedSite, Predicted
+from advisor.storing import KEPT_AS_IT_IS, Storage
 from probes.casts import Cast
+from probes.parameter_records import ParameterRecord
 from probes.records import GRADIENT, Site
 
 APPROXIMATIONS = (
     "damage: second order in the loss (Gauss-Newton curvature, few draws); damages of different slots add up",
     "lost batch: noise ratios of all slots add up, which bounds the first layer and is too high behind it",
     "bias: systematic errors of clipping and flushing to zero are reported by slot and are in neither sum",
-    *COST_APPROXIMATIONS,
 )
 
-SPEED_NOTE = "speedup is null: no speed is predicted; share_8bit and share_16bit say how much work gets narrower"
+SPEED_NOTE = (
+    "speedup is null: the hardware's entry has no rates; share_8bit and share_16bit say how much work gets narrower"
+)
 WATCH_NOTE = (
     "a short window cannot certify a long run: largest values can grow late in training. Watch the loss, "
     "and the overflow and underflow of the sites with the largest damage"
@@ -50,8 +65,16 @@ class Draft:
     damage: float | None = None
     noise_ratio: float | None = None
     optimal: bool | None = None
+    optimal_gap: float | None = None
+    objective: Objective = "share_8bit"
+    constraints: Sequence[str] = ()
     front: tuple[FrontPoint, ...] = ()
     notes: Sequence[str] = field(default_factory=tuple)
+    loss_scale: LossScale | None = None
+    storage: Storage = KEPT_AS_IT_IS
+    records: Sequence[ParameterRecord] = ()
+    shared: Mapping[Slot, Slot] = field(default_factory=dict)
+    summary: Sequence[str] = ()
 
 
 def assemble(draft: Draft) -> Plan:
@@ -61,7 +84,11 @@ def assemble(draft: Draft) -> Plan:
     assignments = [_assignment(draft, site, role) for site in draft.sites for role in site.roles]
     narrow = shares(draft.sites, draft.casts, draft.hardware)
     keep = parse_cast(KEEP)
-    before = memory(draft.sites, dict.fromkeys(draft.casts, keep))
+    as_is = dict.fromkeys(draft.casts, keep)
+    before = memory(draft.sites, as_is, draft.records, shared=draft.shared)
+    after = memory(draft.sites, draft.casts, draft.records, draft.storage.casts, draft.shared)
+    time_before_s = time_s(draft.sites, as_is, draft.hardware) if draft.hardware.has_rates else None
+    time_after_s = time_s(draft.sites, draft.casts, draft.hardware) if draft.hardware.has_rates else None
     widths = {own_operand(site, WEIGHT).format or "fp32" for site in draft.sites if WEIGHT in site.roles}
     own_weights = "+".join(sorted(widths)) or "fp32"
     return Plan(
@@ -71,28 +98,40 @@ def assemble(draft: Draft) -> Plan:
         hardware=draft.hardware.name,
         tolerance=draft.tolerance,
         max_lost_batch=draft.max_lost_batch,
+        objective=draft.objective,
+        constraints=tuple(draft.constraints),
         mean_loss=draft.mean_loss,
         predicted=Predicted(
             damage=draft.damage,
             damage_se=_joint_error(assignments),
+            damage_interval=_joint_interval(draft),
             noise_ratio=draft.noise_ratio,
             lost_batch_share=None if draft.noise_ratio is None else lost_share(draft.noise_ratio),
             share_8bit=narrow.flops_8bit / total if total else 0.0,
             share_16bit=narrow.flops_16bit / total if total else 0.0,
             flops=total,
-            speedup=None,
-            memory_bytes=memory(draft.sites, draft.casts).total_bytes,
+            speedup=time_before_s / time_after_s if time_before_s and time_after_s else None,
+            time_s=time_after_s,
+            time_before_s=time_before_s,
+            memory_bytes=after.total_bytes,
             memory_bytes_before=before.total_bytes,
             optimal=draft.optimal,
+            optimal_gap=draft.optimal_gap,
         ),
-        loss_scaling=LossScaling(kind="none", reason=_loss_scaling(draft)),
-        master_weights=own_weights,
-        optimizer_state=own_weights,
+        loss_scaling=_loss_scaling(draft),
+        master_weights=draft.storage.master_weights or own_weights,
+        optimizer_state=draft.storage.optimizer_state or own_weights,
+        storage=draft.storage.rows,
         assignments=tuple(assignments),
         sites=tuple(_planned_site(site) for site in draft.sites),
         front=draft.front,
+        summary=tuple(draft.summary),
         notes=(*draft.notes, *_notes(draft, seen, total)),
-        approximations=APPROXIMATIONS,
+        approximations=(
+            *APPROXIMATIONS,
+            *(RECORDED_APPROXIMATIONS if draft.records else COST_APPROXIMATIONS),
+            *(TIME_APPROXIMATIONS if draft.hardware.has_rates else ()),
+        ),
     )
 
 
@@ -114,6 +153,7 @@ def _assignment(draft: Draft, site: Site, role: str) -> Assignment:
         cast=str(cast),
         damage=value("damage", 0.0) if forward else None,
         damage_se=value("damage_se", 0.0) if forward else None,
+        damage_interval=((0.0, 0.0) if kept else interval_of(score)) if forward else None,
         damage_from=None if kept else score.get("damage_from"),
         noise_ratio=noise,
         lost_batch_share=None if noise is None else lost_share(noise),
@@ -146,19 +186,26 @@ def _joint_error(assignments: Sequence[Assignment]) -> float | None:
     return math.hypot(*known) if len(known) == len(errors) else None
 
 
-def _loss_scaling(draft: Draft) -> str:
-    """Why there is none: each gradient has a scale of its own, or was scored without one."""
-    bare = [slot for slot, cast in draft.casts.items() if slot[1] == GRADIENT and _bare(cast)]
+def _joint_interval(draft: Draft) -> tuple[float, float] | None:
+    """The interval of the sum of damages; None where that of a forward slot is unknown."""
+    cast = [slot for slot, given in draft.casts.items() if slot[1] != GRADIENT and str(given) != KEEP]
+    rows = [draft.rows[slot] for slot in cast]
+    known = [row for row in rows if row is not None]
+    return interval_of_sum(known) if len(known) == len(rows) else None
+
+
+def _loss_scaling(draft: Draft) -> LossScaling:
+    """The loss scale that the scores were made for, where a chosen cast needs it; why there is none otherwise."""
+    bare = [slot for slot, cast in draft.casts.items() if slot[1] == GRADIENT and is_bare(cast)]
     if not bare:
-        return "every gradient that is cast has a scale of its own or a format with fp32's exponents"
+        why = "every gradient that is cast has a scale of its own or a format with fp32's exponents"
+        return LossScaling(kind="none", reason=why)
+    scale = draft.loss_scale
+    if scale is not None:
+        return LossScaling(kind="static", scale=scale.factor, reason=scale.told(len(bare)))
     shares = [row["underflow"] for slot in bare if (row := draft.rows[slot]) is not None]
     worst = f"; at worst {100 * max(shares):.2g}% of a gradient underflows" if shares else ""
-    return f"{len(bare)} gradients are cast without a scale and were scored so{worst}"
-
-
-def _bare(cast: Cast) -> bool:
-    """Whether a cast has no scale and fewer exponents than fp32."""
-    return cast.scale is None and cast.format.exponent_bits < 8
+    return LossScaling(kind="none", reason=f"{len(bare)} gradients are cast without a scale and were scored so{worst}")
 
 
 def _notes(draft: Draft, seen: float, total: float) -> list[str]:
@@ -171,5 +218,21 @@ def _notes(draft: Draft, seen: float, total: float) -> list[str]:
     if any(not has_backward(site) for site in draft.sites):
         names = [site.name for site in draft.sites if not has_backward(site)]
         notes.append(f"no gradient reached {len(names)} sites in the window ({', '.join(names[:3])})")
-    notes.append("master weights and optimizer state stay as they are")
-    return [*notes, SPEED_NOTE, WATCH_NOTE]
+    notes += draft.storage.notes
+    if draft.optimal is False and draft.optimal_gap is not None:
+        notes.append(_gap_note(draft))
+    if not draft.hardware.has_rates:
+        notes.append(SPEED_NOTE)
+    return [*notes, WATCH_NOTE]
+
+
+def _gap_note(draft: Draft) -> str:
+    """By how much a plan that the solver did not find could be better."""
+    gap = draft.optimal_gap
+    unit = {
+        "share_8bit": f"{100 * (gap or 0):.2g}% of the matrix FLOPs more in 8 bits",
+        "time": f"{gap:.2g} s a step less",
+        "memory": f"{gap:.2g} bytes less",
+        "damage": f"{gap:.2g} less loss",
+    }
+    return f"the solver stopped before its proof was complete: another plan might have {unit[draft.objective]} at most"

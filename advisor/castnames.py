@@ -24,13 +24,15 @@ def keeps(cast: Cast) -> bool:
 
 
 def require_plannable(casts: Iterable[Cast]) -> None:
-    """Raises InvalidPlan for the first cast that no plan can be made with: it has scales by row, column or block."""
+    """Raises InvalidPlan for the first cast that no plan can be made with: one with scales by column.
+
+    Scales by row and block run along the inner dimension of each product by itself; those by column along none.
+    """
     for cast in casts:
-        if not cast.has_one_scale:
+        if cast.granularity == "column":
             raise InvalidPlan(
-                f"{cast} has a scale for every {cast.granularity}. What it does can be scored (advisor.score, from a "
-                "window opened with `finer`), but a plan cannot carry it out: such scales run along another axis in "
-                "each product that a tensor enters. Granularity 'none' and 'tensor' can be planned with"
+                f"{cast} has a scale for every column, and products want scales along their inner dimension: along a "
+                "row. Granularity 'none', 'tensor', 'row' and blocks can be planned with"
             )
 
 

@@ -35,6 +35,7 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array
 
 from advisor.errors import AdvisorError
+from advisor.pruning import undominated
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
@@ -49,11 +50,16 @@ MOST_CUTS = 8
 TIGHTENED = 1.0 - 4e-6
 # Part of a goal's regret by which two choices count as equal when the next goal is served.
 TIE = 1e-8
-# Items beyond one a group in the first core and in the largest that is tried; nodes of one search;
-# rounding of the bound, as a share of the range.
+# Items beyond one a group in the first core and in the largest that is tried; nodes of one search, and nodes times
+# items, of which goals after the first get a part; how near to the best is near enough for these and for goals that are
+# no whole numbers, as a share of their range; rounding of the bound, as a share of the range.
 CORE_SIZE = 400
 LARGEST_CORE = 3_200
 MOST_NODES = 200_000
+FEWEST_NODES = 20
+MOST_WORK = 2_000_000
+LATER_EFFORT = 0.1
+NEAR = 1e-6
 BOUND_SLACK = 1e-12
 # Rounding of a sum, as a share of its limit.
 ROUNDING = 1e-13
@@ -81,42 +87,28 @@ class Group:
 class Choice:
     """One item index for every group, and its exact sums.
 
-    `proven`, goal by goal: no choice that leaves 4e-6 of every limit free is better (see the module).
+    `proven`, goal by goal: no choice that leaves 4e-6 of every limit free is better (see the module), where there are
+    many items by more than NEAR of the range of goals after the first and of those that are not whole. `gap`: by how
+    much the first goal may be better at most, 0 where that is proven.
     """
 
     items: tuple[int, ...]
     gains: tuple[float, ...]
     costs: tuple[float, ...]
     proven: tuple[bool, ...]
+    gap: float = 0.0
 
 
-def undominated(group: Group) -> NDArray[np.intp]:
-    """Indices of the items that no other item equals or beats in every goal and every cost, ascending.
-
-    Of items alike in everything, the first stays. Leaving the others out cannot lower what a choice reaches,
-    because exchanging an item for the one that dominates it raises no cost and lowers no gain.
-    """
-    table = np.hstack([-group.gains, group.costs])
-    order = np.lexsort((np.arange(len(table)), *reversed(table.T)))
-    table = table[order]
-    kept = np.ones(len(table), dtype=bool)
-    # In this order an item can be dominated only by one that came before it, and by one that is kept.
-    for place in range(len(table) - 1):
-        if kept[place]:
-            kept[place + 1 :] &= (table[place + 1 :] < table[place]).any(axis=1)
-    return np.sort(order[kept])
-
-
-def solve(groups: Sequence[Group], limits: Sequence[float], *, prune: bool = True) -> Choice | None:
+def solve(groups: Sequence[Group], limits: Sequence[float], *, prune: bool = True, apart: float = 0.0) -> Choice | None:
     """The best choice, or None where no choice keeps the limits.
 
     `limits`: one number a cost, 0 or more. Goals are served in the order of the columns of `gains`. The same
-    groups and limits give the same choice. `prune=False` keeps dominated items, for the test that they change
-    nothing.
+    groups and limits give the same choice. `apart`: goals that differ by less than this share of their range count as
+    equal, where there are many items. `prune=False` keeps dominated items, for the test that they change nothing.
     """
     if not groups:
         return Choice((), (), tuple(0.0 for _ in limits), ())
-    kept = [undominated(group) if prune else np.arange(len(group.gains)) for group in groups]
+    kept = [undominated(group.gains, group.costs) if prune else np.arange(len(group.gains)) for group in groups]
     gains = np.concatenate([group.gains[index] for group, index in zip(groups, kept, strict=True)])
     costs = np.concatenate([group.costs[index] for group, index in zip(groups, kept, strict=True)])
     starts = np.cumsum([0] + [len(index) for index in kept[:-1]])
@@ -124,12 +116,18 @@ def solve(groups: Sequence[Group], limits: Sequence[float], *, prune: bool = Tru
     rows = [_Row(costs[:, column], group_of, float(limit)) for column, limit in enumerate(limits)]
     picked = _frugal(rows, starts)
     proven: list[bool] = []
+    gap = 0.0
     for goal in range(gains.shape[1]):
         regret = np.maximum.reduceat(gains[:, goal], starts)[group_of] - gains[:, goal]
-        picked, exact = _least(_Task(regret, group_of, starts, rows), picked)
+        exact = goal == 0 and _step(regret) > 0
+        effort, near = 1.0 if goal == 0 else LATER_EFFORT, apart if exact else max(apart, NEAR)
+        task = _Task(regret, group_of, starts, rows, effort, near)
+        picked, finished = _least(task, picked)
         if picked is None:
             return None
-        proven.append(exact and all(proven))
+        if goal == 0 and not finished:
+            gap = max(0.0, math.fsum(regret[picked]) - _priced(task)[0])
+        proven.append(finished and all(proven))
         rows.append(_Row(regret, group_of, math.fsum(regret[picked]), slack=TIE))
     assert picked is not None
     return Choice(
@@ -137,6 +135,7 @@ def solve(groups: Sequence[Group], limits: Sequence[float], *, prune: bool = Tru
         gains=tuple(math.fsum(column) for column in gains[picked].T),
         costs=tuple(math.fsum(column) for column in costs[picked].T),
         proven=tuple(proven),
+        gap=gap,
     )
 
 
@@ -196,6 +195,18 @@ class _Task:
     group_of: Indices
     starts: Indices
     rows: list[_Row]
+    effort: float = 1.0
+    near: float = 0.0
+
+    @property
+    def is_large(self) -> bool:
+        """Whether there are more items than the first core has: in smaller ones everything is exact."""
+        return len(self.regret) > len(self.starts) + CORE_SIZE
+
+    @property
+    def good_enough(self) -> float:
+        """Regret that is no matter."""
+        return self.near * self.span if self.is_large else 0.0
 
     @property
     def span(self) -> float:
@@ -255,7 +266,7 @@ def _least(task: _Task, fallback: Indices | None) -> tuple[Indices | None, bool]
     """
     if fallback is not None and math.fsum(task.regret[fallback]) == 0.0:
         return fallback, True
-    if len(task.regret) <= len(task.starts) + CORE_SIZE:
+    if not task.is_large:
         return _within(task, np.ones(len(task.regret), dtype=bool), fallback)
     bound, reduced = _priced(task)
     if not np.isfinite(np.minimum.reduceat(reduced, task.starts)).all():
@@ -272,14 +283,16 @@ def _least(task: _Task, fallback: Indices | None) -> tuple[Indices | None, bool]
     while True:
         size = min(len(task.starts) + extra, len(finite))
         reach = float(finite[size - 1]) if fallback is None else min(float(finite[size - 1]), room(fallback))
-        if reach < 0:
+        if reach < 0 or (fallback is not None and math.fsum(task.regret[fallback]) <= bound + task.good_enough):
             return fallback, True
         picked, proven = _within(task, reduced <= reach, fallback)
         if picked is None and reach >= finite[-1]:
             return None, proven
+        if picked is not None and math.fsum(task.regret[picked]) <= bound + task.good_enough:
+            return picked, True
         if picked is not None and (room(picked) <= reach or reach >= finite[-1]):
             return picked, proven
-        if extra >= LARGEST_CORE:
+        if extra >= LARGEST_CORE * min(task.effort, 1.0):
             return picked, False
         fallback = picked
         extra = min(4 * extra, LARGEST_CORE)
@@ -388,10 +401,11 @@ def _program(task: _Task, core: NDArray[np.bool_], tightened: float) -> tuple[In
         integrality=np.ones(len(free)),
         bounds=Bounds(0.0, 1.0),
         constraints=constraints,
-        options={"mip_rel_gap": 0.0, "node_limit": MOST_NODES},
+        options={"mip_rel_gap": task.near if task.is_large else 0.0, "node_limit": _nodes(len(free), task.effort)},
     )
     if result.x is None:
-        if result.status in (1, 2):
+        # scipy 1.17 calls HiGHS's "solution limit reached", its word for the limit on nodes, unrecognized.
+        if result.status in (1, 2) or "limit reached" in str(result.message):
             return None, result.status == 2
         raise AdvisorError(f"the solver stopped without an answer: {result.message}")
     order = np.lexsort((-result.x, task.group_of[free]))
@@ -399,6 +413,11 @@ def _program(task: _Task, core: NDArray[np.bool_], tightened: float) -> tuple[In
     taken = free[order][first]
     picked[task.group_of[taken]] = taken
     return picked, result.status == 0
+
+
+def _nodes(items: int, effort: float) -> int:
+    """How many nodes a search may have: the more items, the fewer."""
+    return int(min(MOST_NODES, max(FEWEST_NODES, effort * MOST_WORK / items)))
 
 
 def _one_a_group(group_of: Indices) -> csr_array:

@@ -1,13 +1,18 @@
-"""What a site can choose from: every combination of its roles' candidate casts, with gains and costs.
+"""What a site can choose from: combinations of its roles' candidate casts, with gains and costs.
 
 A cast whose damage or noise is unknown, NaN or infinite is no candidate. Every role may stay as it is
 (`fp32/none/nearest`) at no damage and no noise.
+
+What cannot be in a best plan is left out before anything is solved, in two steps. Of a role's casts: one that another
+equals or beats in damage and noise, and in what it brings whatever the other roles are (`consequences.py`). Of a site's
+combinations: one that another equals or beats in every goal and every cost. Of 40 casts about 8 stay a role, and of
+their combinations about 50 a site.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,22 +21,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advisor.castnames import KEEP, parse_cast
-from advisor.cost import (
-    Operand,
-    enters_gradient,
-    operand,
-    own_operand,
-    product_bits,
-    role_bytes,
-)
+from advisor.consequences import MEASURES, Consequences, Forms, along
+from advisor.cost import enters_gradient
 from advisor.errors import InvalidPlan
 from advisor.hardware import Hardware
 from advisor.knapsack import Group
+from advisor.objectives import LARGER_IS_BETTER, Task
+from advisor.product_casts import FOLLOWED
+from advisor.pruning import undominated
 from probes.casts import Cast
 from probes.records import GRADIENT, Site
 
 Array = NDArray[np.float64]
 Row = Mapping[str, Any]
+
+SHARE_8BIT = Task()
 
 
 @dataclass(frozen=True)
@@ -46,27 +50,38 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Limits:
-    """`tolerance`: loss units; `max_lost_batch`: share of the batch, from 0 to below 1."""
+    """`tolerance`: loss units, infinite for none; `max_lost_batch`: share of the batch, from 0 to below 1."""
 
     tolerance: float
     max_lost_batch: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
-            raise InvalidPlan(
-                f"tolerance={self.tolerance!r} is not possible: give a finite predicted rise of the loss, "
-                "0 or more, in the loss's own units, or None for 0.1% of the window's mean loss"
-            )
+        if not self.tolerance >= 0:
+            raise InvalidPlan(_impossible(self.tolerance))
         if not 0 <= self.max_lost_batch < 1:
             raise InvalidPlan(
                 f"max_lost_batch={self.max_lost_batch!r} is not possible: give a share of the batch "
                 "from 0 to below 1, for example 0.02"
             )
 
+    @classmethod
+    def of(cls, tolerance: float | None, max_lost_batch: float) -> Limits:
+        """Of a user's numbers, None for no tolerance. Raises InvalidPlan for those that are not possible."""
+        if tolerance is not None and math.isinf(tolerance):
+            raise InvalidPlan(_impossible(tolerance))
+        return cls(math.inf if tolerance is None else tolerance, max_lost_batch)
+
     @property
     def noise(self) -> float:
         """The largest sum of noise ratios."""
         return self.max_lost_batch / (1 - self.max_lost_batch)
+
+
+def _impossible(tolerance: float) -> str:
+    return (
+        f"tolerance={tolerance!r} is not possible: give a finite predicted rise of the loss, "
+        "0 or more, in the loss's own units, or None for 0.1% of the window's mean loss"
+    )
 
 
 def lost_share(noise_ratio: float) -> float:
@@ -77,16 +92,24 @@ def lost_share(noise_ratio: float) -> float:
 def by_slot(sites: Sequence[Site], rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
     """Rows by slot and canonical cast, casts in alphabetical order. InvalidPlan for a row of no slot."""
     table: dict[tuple[str, str], dict[str, Row]] = {(site.name, role): {} for site in sites for role in site.roles}
+    canonical: dict[str, str] = {}
     for row in rows:
-        slot = (row["site"], row["role"])
+        slot, text = (row["site"], row["role"]), row["cast"]
         if slot not in table:
             raise InvalidPlan(f"a score names {slot[0]!r}, {slot[1]!r}, which is no slot of the window")
-        table[slot][str(parse_cast(row["cast"]))] = row
+        if text not in canonical:
+            canonical[text] = str(parse_cast(text))
+        table[slot][canonical[text]] = row
     return {slot: dict(sorted(casts.items())) for slot, casts in table.items()}
 
 
 def candidate(site: Site, role: str, cast: Cast, row: Row) -> Candidate | None:
-    """The row as a candidate, or None where its damage or its noise is unknown or not finite."""
+    """The row as a candidate, or None where its damage or its noise is unknown or not finite.
+
+    None too for scales by row or block where the products cannot be cast one by one.
+    """
+    if not cast.has_one_scale and site.op not in FOLLOWED:
+        return None
     damage = 0.0 if role == GRADIENT else _finite(row.get("damage"))
     noise = _finite(row.get("noise_ratio"))
     if noise is None and row.get("noise_ratio") is None and not enters_gradient(site, role):
@@ -95,12 +118,37 @@ def candidate(site: Site, role: str, cast: Cast, row: Row) -> Candidate | None:
 
 
 class Menu:
-    """What one site can choose from: all combinations of its roles' candidates, with gains and costs."""
+    """What one site can choose from: combinations of its roles' candidates, with gains and costs."""
 
-    def __init__(self, site: Site, rows: Mapping[str, Mapping[str, Row]], hardware: Hardware) -> None:
+    def __init__(
+        self,
+        site: Site,
+        rows: Mapping[str, Mapping[str, Row]],
+        hardware: Hardware,
+        consequences: Consequences | None = None,
+        task: Task = SHARE_8BIT,
+        whole: bool = False,
+    ) -> None:
+        """`whole`: nothing is left out of the combinations of what is possible."""
         self.site = site
+        self._is_whole = whole
         self.hardware = hardware
-        self.candidates = {role: _worth_trying(site, role, rows[role]) for role in site.roles}
+        self.task = task
+        consequences = consequences or Consequences(hardware, task.is_timed)
+        every = {role: _every(site, role, rows[role]) for role in site.roles}
+        forms = {role: consequences.forms(site, role, tuple(text for text, _ in every[role])) for role in site.roles}
+        kept = {
+            role: np.arange(len(every[role]))
+            if whole
+            else _worth_trying(
+                [option for _, option in every[role]], forms[role], consequences.no_worse(site, role, forms)
+            )
+            for role in site.roles
+        }
+        self.candidates = {role: [every[role][place][1] for place in kept[role]] for role in site.roles}
+        picked = {role: forms[role].place[kept[role]] for role in site.roles}
+        self._table = consequences.table(site, forms, picked)
+        self._possible = consequences.possible(site, forms, picked)
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -108,23 +156,54 @@ class Menu:
         return tuple(len(self.candidates[role]) for role in self.site.roles)
 
     @cached_property
-    def group(self) -> Group:
-        """All combinations, the last role's candidate changing fastest.
+    def _whole(self) -> dict[str, Array]:
+        """Every measure of all combinations, [combinations]: the last role's candidate changes fastest."""
+        found = dict(zip(MEASURES, self._table, strict=True))
+        found |= {"damage": self._sum("damage"), "noise": self._sum("noise_ratio")}
+        return {name: values.reshape(-1) for name, values in found.items()}
 
-        Gains: FLOPs in 8 bits, FLOPs in at most 16, minus bytes, minus damage. Costs: damage, noise ratio.
+    @cached_property
+    def combinations(self) -> NDArray[np.intp]:
+        """Of all combinations that are possible, those that no other equals or beats."""
+        possible = np.flatnonzero(self._possible.reshape(-1))
+        if self._is_whole:
+            return possible
+        goals, costs = self._columns(possible)
+        return possible[undominated(goals, costs)]
+
+    @cached_property
+    def measures(self) -> dict[str, Array]:
+        """Every measure of the combinations: `MEASURES`, damage and noise."""
+        return {name: values[self.combinations] for name, values in self._whole.items()}
+
+    @cached_property
+    def group(self) -> Group:
+        """The combinations.
+
+        Gains: the task's goals, minus what should be small. Costs: damage, noise ratio, and one for each budget, of
+        which those for the 8-bit share are what is missing of the most.
         """
-        damage = self._sum(lambda role, option: option.damage)
-        noise = self._sum(lambda role, option: option.noise_ratio)
-        held = self._sum(lambda role, option: role_bytes(self.site, role, option.cast))
-        narrow8, narrow16 = self._flops(8), self._flops(16)
-        return Group(
-            gains=np.stack([narrow8, narrow16, -held, -damage], axis=1),
-            costs=np.stack([damage, noise], axis=1),
-        )
+        return Group(*self._columns(self.combinations))
+
+    @cached_property
+    def most_flops_8bit(self) -> float:
+        """8-bit FLOPs of the combination that has most, whatever it costs."""
+        return float(self.measures["flops_8bit"].max())
+
+    def _columns(self, chosen: NDArray[np.intp]) -> tuple[Array, Array]:
+        found = {name: values[chosen] for name, values in self._whole.items()}
+        gains = [found[name] if name in LARGER_IS_BETTER else -found[name] for name in self.task.goals]
+        costs = [found["damage"], found["noise"]]
+        for name, _ in self.task.budget.given:
+            if name == "share_8bit":
+                costs.append(found["flops_8bit"].max() - found["flops_8bit"])
+            else:
+                costs.append(found["bytes" if name == "memory_bytes" else name])
+        return np.stack(gains, axis=1), np.stack(costs, axis=1)
 
     def picked(self, item: int) -> dict[str, Candidate]:
         """The candidates of one combination, by role."""
-        indices = np.unravel_index(item, self.shape) if self.shape else ()
+        indices = np.unravel_index(int(self.combinations[item]), self.shape) if self.shape else ()
         return {role: self.candidates[role][int(index)] for role, index in zip(self.site.roles, indices, strict=True)}
 
     def most_8bit(self, limits: Limits) -> tuple[float, float, float]:
@@ -132,78 +211,84 @@ class Menu:
 
         Of several, the one that takes the smallest part of the limit it comes closest to.
         """
-        flops, costs = self.group.gains[:, 0], self.group.costs
+        item, found = self._fullest(limits), self.measures
+        return float(found["flops_8bit"][item]), float(found["damage"][item]), float(found["noise"][item])
+
+    def fullest(self, limits: Limits) -> dict[str, Candidate]:
+        """The casts of that combination, by role."""
+        return self.picked(self._fullest(limits))
+
+    def least_for(self, flops: float) -> tuple[float, float]:
+        """The least damage and the least noise, each by itself, of any combination with so many 8-bit FLOPs or more.
+
+        Infinite where there is none.
+        """
+        enough = self.measures["flops_8bit"] >= flops * (1 - 1e-9)
+        least = (float(self.measures[name][enough].min(initial=math.inf)) for name in ("damage", "noise"))
+        return next(least), next(least)
+
+    def _fullest(self, limits: Limits) -> int:
+        flops = self.measures["flops_8bit"]
         best = np.flatnonzero(flops == flops.max())
+        damage, noise = self.measures["damage"][best], self.measures["noise"][best]
         with np.errstate(divide="ignore", invalid="ignore"):
-            parts = np.nan_to_num(costs[best] / np.array([limits.tolerance, limits.noise]), posinf=math.inf)
-        index = best[np.lexsort((costs[best, 1], costs[best, 0], parts.max(axis=1)))[0]]
-        return float(flops[index]), float(costs[index, 0]), float(costs[index, 1])
+            parts = np.stack([damage / limits.tolerance, noise / limits.noise])
+            parts = np.nan_to_num(parts, posinf=math.inf)
+        return int(best[np.lexsort((noise, damage, parts.max(axis=0)))[0]])
 
-    def _sum(self, value: Any) -> Array:
+    def _sum(self, what: str) -> Array:
         total = np.zeros(self.shape)
-        for axis, role in enumerate(self.site.roles):
-            column = np.array([value(role, option) for option in self.candidates[role]], dtype=np.float64)
-            total = total + self._along(axis, column)
-        return total.reshape(-1)
-
-    def _flops(self, most_bits: int) -> Array:
-        total = np.zeros(self.shape)
-        for product in self.site.products:
-            names = [name for name in product.operands if name in self.site.roles]
-            if len(names) < 2 or names[0] == names[1]:
-                total = total + self._lone_product(product.operands, most_bits) * product.flops
-                continue
-            left, right = ([operand(self.site, name, c.cast) for c in self.candidates[name]] for name in names)
-            fits = np.array(
-                [[product_bits(a, b, self.hardware) <= most_bits for b in right] for a in left],
-                dtype=np.float64,
-            )
-            axes = [self.site.roles.index(name) for name in names]
-            table = fits if axes[0] < axes[1] else fits.T
-            shape = [size if axis in axes else 1 for axis, size in enumerate(self.shape)]
-            total = total + table.reshape(shape) * product.flops
-        return total.reshape(-1)
-
-    def _lone_product(self, operands: tuple[str, str], most_bits: int) -> Array:
-        """A product of a role with itself, or with something that no cast reaches (never narrow then)."""
-        left, right = operands
-        if left != right or left not in self.site.roles:
-            return np.zeros(self.shape)
-        seen = [operand(self.site, left, option.cast) for option in self.candidates[left]]
-        column = np.array([product_bits(one, one, self.hardware) <= most_bits for one in seen], dtype=np.float64)
-        return self._along(self.site.roles.index(left), column)
-
-    def _along(self, axis: int, column: Array) -> Array:
-        return column.reshape([-1 if position == axis else 1 for position in range(len(self.site.roles))])
+        for role in self.site.roles:
+            column = np.array([getattr(option, what) for option in self.candidates[role]], dtype=np.float64)
+            total = total + along(self.site, column, role)
+        return total
 
 
-def menus(sites: Sequence[Site], rows: Iterable[Row], hardware: Hardware) -> list[Menu]:
-    """One menu a site, in the order of `sites`."""
-    table = by_slot(sites, rows)
-    return [Menu(site, {role: table[site.name, role] for role in site.roles}, hardware) for site in sites]
+def menus(
+    sites: Sequence[Site],
+    rows: Iterable[Row],
+    hardware: Hardware,
+    task: Task = SHARE_8BIT,
+    *,
+    kept: Collection[str] = (),
+    native_only: bool = False,
+    whole: bool = False,
+) -> list[Menu]:
+    """One menu a site, in the order of `sites`.
 
-
-def _worth_trying(site: Site, role: str, rows: Mapping[str, Row]) -> list[Candidate]:
-    """The tensor left as it is, then the candidates that no other of the same format equals or beats.
-
-    Two casts whose results have the same format run the same products and take the same bytes: only damage
-    and noise tell them apart.
+    kept         names of sites that have nothing to choose: they stay as they are
+    native_only  only combinations whose products are all run by native kernels, as they are given
+    whole        leave out none of them
     """
-    keep = Candidate(parse_cast(KEEP), 0.0, 0.0, None)
-    found: dict[Operand, list[Candidate]] = {own_operand(site, role): [keep]}
-    for text, row in rows.items():
-        option = candidate(site, role, parse_cast(text), row)
-        if option is None or text == KEEP:
-            continue
-        rivals = found.setdefault(operand(site, role, option.cast), [])
-        if any(_no_worse(rival, option) for rival in rivals):
-            continue
-        rivals[:] = [rival for rival in rivals if not _no_worse(option, rival)] + [option]
-    return [option for rivals in found.values() for option in rivals]
+    table, consequences = by_slot(sites, rows), Consequences(hardware, task.is_timed, native_only)
+    nothing: Mapping[str, Row] = {}
+    return [
+        Menu(
+            site,
+            {role: nothing if site.name in kept else table[site.name, role] for role in site.roles},
+            hardware,
+            consequences,
+            task,
+            whole,
+        )
+        for site in sites
+    ]
 
 
-def _no_worse(one: Candidate, other: Candidate) -> bool:
-    return one.damage <= other.damage and one.noise_ratio <= other.noise_ratio
+def _every(site: Site, role: str, rows: Mapping[str, Row]) -> list[tuple[str, Candidate]]:
+    """The tensor left as it is, then every cast that can be chosen, each with its canonical text."""
+    found = [(text, candidate(site, role, parse_cast(text), row)) for text, row in rows.items() if text != KEEP]
+    return [(KEEP, Candidate(parse_cast(KEEP), 0.0, 0.0, None)), *((text, one) for text, one in found if one)]
+
+
+def _worth_trying(options: Sequence[Candidate], forms: Forms, no_worse: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """The candidates that no other equals or beats in what it brings, in damage and in noise; of equals the first."""
+    damage = np.array([option.damage for option in options])
+    noise = np.array([option.noise_ratio for option in options])
+    beats = (damage[:, None] <= damage) & (noise[:, None] <= noise) & no_worse[np.ix_(forms.place, forms.place)]
+    first = np.arange(len(options))
+    beats &= ~(beats.T & (first[:, None] >= first))
+    return np.flatnonzero(~beats.any(axis=0))
 
 
 def _finite(value: Any) -> float | None:

@@ -64,11 +64,12 @@ class Moments:
             self.state[p, k], self.steps[p, k] = MOVES, len(kept)
             self.apart[p, k], self.scatter[p, k] = halves_apart(kept), scatter(kept)
 
-    def confidence(self, forward: NDArray[np.bool_], relative_se: Array) -> Array:
+    def confidence(self, forward: NDArray[np.bool_], relative_se: Array, loss_moves: float = 0.0) -> Array:
         """`confidence.confidence_of` for all: [P, K], NaN where unknown.
 
         forward      bool [P]: whether a slot's score is a damage
         relative_se  float64 [P, K]: standard error of the damage over the damage, NaN where it was not measured
+        loss_moves   `confidence.loss_octaves` of the window, for damages
         """
         floor, trend, doubt = (
             np.where(forward, getattr(DAMAGE, name), getattr(NOISE, name))[:, None]
@@ -76,7 +77,8 @@ class Moments:
         )
         of_draws = np.where(np.isfinite(relative_se), doubt * relative_se / math.log(2), 0.0)
         of_steps = self.scatter**2 * 2 / np.maximum(self.steps, 1)
-        sigma = np.sqrt(floor**2 + (trend * self.apart) ** 2 + of_steps + of_draws**2)
+        of_loss = np.where(forward, loss_moves, 0.0)[:, None]
+        sigma = np.sqrt(floor**2 + (trend * self.apart) ** 2 + of_steps + of_draws**2 + of_loss**2)
         found = np.where(self.state == MOVES, erf(1 / (sigma * math.sqrt(2))), np.nan)
         return np.where(self.state == EXACT, 1.0, np.where(self.state == NONE, 0.0, found))
 

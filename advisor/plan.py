@@ -110,10 +110,13 @@ class Predicted(_Part):
     """Time of a step's matrix products with the plan on the hardware, casts and scaling included; seconds."""
     time_before_s: Number | None = None
     memory_bytes: int
-    """Weights, their narrow copies and the activations saved for the backward pass, with the plan."""
+    """Weights, their narrow copies and the activations saved for the backward pass, with the plan; and of parameters
+    that the window followed, their gradients and optimizer state."""
     memory_bytes_before: int
     optimal: bool | None
-    """Whether no plan within the limits has more 8-bit FLOPs; null for a recipe that was given."""
+    """Whether no plan within the limits is better at the objective; null for a recipe that was given."""
+    optimal_gap: Number | None = None
+    """By how much another may be better at most, 0 where `optimal`: a share of `flops`, seconds, bytes or loss."""
 
 
 class LossScaling(_Part):
@@ -146,13 +149,29 @@ class Stored(_Part):
         return _canonical(text)
 
 
+class Watch(_Part):
+    """A number to watch while a training runs with the plan, and from where on it calls the plan into question."""
+
+    site: str
+    role: str
+    metric: str
+    """`amax`; `crest`, which is amax over the RMS; `underflow` of the slot's cast."""
+    threshold: Number
+    """The plan was made for values below it; of `amax` in the tensor's own units, of rates a share from 0 to 1."""
+    sentence: str
+
+
 class FrontPoint(_Part):
-    """The most 8-bit FLOPs within a tolerance, and the least damage that reaches them."""
+    """The best that can be had within a tolerance, and the least damage that reaches it."""
 
     tolerance: Number
     damage: Number
     lost_batch_share: Number
     share_8bit: Number
+    time_s: Number | None = None
+    """Of a plan for time."""
+    memory_bytes: int | None = None
+    """Of a plan for memory."""
 
 
 class Plan(_Part):
@@ -165,8 +184,12 @@ class Plan(_Part):
     """Class name of the model that was probed."""
     hardware: str
     tolerance: Number | None
-    """Limit on the sum of damages, loss units; null for a recipe that was given."""
+    """Limit on the sum of damages, loss units; null for a recipe that was given and where there was none."""
     max_lost_batch: Number | None
+    objective: Literal["share_8bit", "time", "memory", "damage"] = "share_8bit"
+    """What the plan is best at, within its limits."""
+    constraints: tuple[str, ...] = ()
+    """What else was demanded of it: budgets, sites that stay, one cast a role; as sentences."""
     mean_loss: Number | None
     """Mean loss of the window."""
     predicted: Predicted
@@ -180,7 +203,11 @@ class Plan(_Part):
     assignments: tuple[Assignment, ...]
     sites: tuple[PlannedSite, ...]
     front: tuple[FrontPoint, ...]
-    """Points of the exact Pareto front of damage against 8-bit share, at the same limit on lost batch."""
+    """Points of the Pareto front of damage against what the plan is best at, at the same limit on lost batch."""
+    summary: tuple[str, ...] = ()
+    """What limits the plan, what holds it back, and what would change it, in sentences."""
+    watch: tuple[Watch, ...] = ()
+    """What to watch in a training with the plan; the most telling first."""
     notes: tuple[str, ...]
     approximations: tuple[str, ...]
 

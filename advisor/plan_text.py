@@ -1,13 +1,20 @@
-"""A plan as text for a terminal of 100 columns: a summary, a table by site, then the reasons."""
+"""A plan as text for a terminal of 100 columns: a summary, what to watch, a table by site, then the reasons.
+
+Sites that differ in a number of their name alone ("blocks.0.mlp.up", "blocks.1.mlp.up") and have the same casts are
+shown together, as "blocks.0-1.mlp.up"; of reasons that differ in their numbers alone one is shown, with the range of
+each number. Nothing is left out: a clause that only some of them have makes a reason of its own.
+"""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from advisor.castnames import KEEP, short_cast
-from advisor.clauses import told_once
-from advisor.plan import Assignment, Plan, PlannedSite
+from advisor.clauses import merged, told_once
+from advisor.plan import Assignment, Plan, PlannedSite, Predicted
+from advisor.site_names import joint_name, ranges, without_number
 from probes.casts import Cast
 
 WIDTH = 100
@@ -16,17 +23,15 @@ _SITE_WIDTH = 34
 
 def text(plan: Plan) -> str:
     """The whole plan, lines of at most 100 columns (but for names that are longer themselves)."""
-    casts: dict[str, list[Assignment]] = {site.site: [] for site in plan.sites}
-    for one in plan.assignments:
-        casts[one.site].append(one)
-    lines = [*_summary(plan), "", *_table(plan, casts), "", "Reasons"]
-    for site in plan.sites:
-        lines.append(f"  {site.site}")
-        of_site, own = told_once([one.reason for one in casts[site.site]])
-        for clause in of_site:
-            lines += _wrapped(clause, "    ")
-        for one, reason in zip(casts[site.site], own, strict=True):
-            lines += _wrapped(f"{one.role}: {reason}", "    ")
+    groups = _groups(plan)
+    lines = [*_summary(plan)]
+    lines += [line for told in plan.summary for line in _wrapped(f"- {told}", "  ")]
+    if plan.watch:
+        lines += ["", "What to watch", *(line for one in plan.watch for line in _wrapped(f"- {one.sentence}", "  "))]
+    lines += ["", *_table(plan, groups), "", "Reasons"]
+    for group in groups:
+        lines.append(f"  {group.name}")
+        lines += _reasons(group)
     if len(plan.front) > 1:
         lines += ["", "Tolerance → damage, 8-bit share"]
         lines += [
@@ -37,6 +42,55 @@ def text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Sites whose names differ in one number, with the same roles and casts; `numbers` are those, in order."""
+
+    name: str
+    sites: tuple[PlannedSite, ...]
+    assigned: tuple[tuple[Assignment, ...], ...]
+    numbers: tuple[str, ...]
+
+
+def _groups(plan: Plan) -> list[_Group]:
+    """Every site in one group, groups in the order of their first sites."""
+    casts: dict[str, list[Assignment]] = {site.site: [] for site in plan.sites}
+    for one in plan.assignments:
+        casts[one.site].append(one)
+    found: dict[object, list[PlannedSite]] = {}
+    for site in plan.sites:
+        kind = tuple((one.role, one.cast) for one in casts[site.site])
+        found.setdefault((without_number(site.site)[0], site.op, kind), []).append(site)
+    return [
+        _Group(
+            name=joint_name([site.site for site in sites]),
+            sites=tuple(sites),
+            assigned=tuple(tuple(casts[site.site]) for site in sites),
+            numbers=tuple(without_number(site.site)[1] for site in sites),
+        )
+        for sites in found.values()
+    ]
+
+
+def _reasons(group: _Group) -> Iterator[str]:
+    """What the sites say, each sentence once with the range of its numbers; with their numbers where not all say it."""
+    of_sites, own = zip(*(told_once([one.reason for one in assigned]) for assigned in group.assigned), strict=True)
+    clauses = list(dict.fromkeys(len(told) for told in of_sites))
+    for index in range(max(clauses)):
+        having = [at for at, told in enumerate(of_sites) if index < len(told)]
+        yield from _told(group, having, [of_sites[at][index] for at in having], "")
+    for index, one in enumerate(group.assigned[0]):
+        yield from _told(group, range(len(own)), [told[index] for told in own], one.role)
+
+
+def _told(group: _Group, at: Sequence[int], sentences: Sequence[str], role: str) -> Iterator[str]:
+    for sentence, which in merged(sentences):
+        some = [group.numbers[at[place]] for place in which]
+        whose = "" if len(some) == len(group.sites) else f"({ranges(some)})"
+        head = " ".join(part for part in (role, whose) if part)
+        yield from _wrapped(f"{head}: {sentence}" if head else sentence, "    ")
+
+
 def _summary(plan: Plan) -> Iterator[str]:
     found = plan.predicted
     what = "Precision plan" if plan.kind == "planned" else "Uniform recipe"
@@ -44,30 +98,43 @@ def _summary(plan: Plan) -> Iterator[str]:
         f"{what} for {plan.model} on {plan.hardware}: {100 * found.share_8bit:.1f}% of matrix FLOPs in 8 "
         f"bits, {100 * found.share_16bit:.1f}% in at most 16"
     )
-    damage = "unknown" if found.damage is None else f"{found.damage:+.1e}"
-    error = "" if found.damage_se is None else f" ± {found.damage_se:.1e}"
     limit = "" if plan.tolerance is None else f" (tolerance {plan.tolerance:.1e})"
     lost = "unknown" if found.lost_batch_share is None else f"{100 * found.lost_batch_share:.2g}%"
     most = "" if plan.max_lost_batch is None else f" (at most {100 * plan.max_lost_batch:.2g}%)"
-    yield f"  predicted loss {damage}{error}{limit}; batch lost to noise {lost}{most}"
+    yield f"  predicted loss {_damage(found)}{limit}"
     yield (
-        f"  weights and saved activations {_bytes(found.memory_bytes_before)} → {_bytes(found.memory_bytes)};"
-        f" loss scaling {plan.loss_scaling.kind}; master weights {plan.master_weights}"
+        f"  batch lost to noise {lost}{most}; weights and saved activations {_bytes(found.memory_bytes_before)} → "
+        f"{_bytes(found.memory_bytes)}"
     )
+    yield f"  loss scaling {plan.loss_scaling.kind}; master weights {plan.master_weights}"
+    if found.speedup is not None:
+        yield f"  matrix products {found.speedup:.2f} times as fast"
     if found.optimal is False:
         yield "  the solver stopped before it could prove that no plan within the limits has more in 8 bits"
 
 
-def _table(plan: Plan, casts: dict[str, list[Assignment]]) -> Iterator[str]:
+def _damage(found: Predicted) -> str:
+    """The total, and where it lies with 95% probability."""
+    if found.damage is None:
+        return "unknown"
+    if found.damage_interval is None:
+        error = "" if found.damage_se is None else f" ± {found.damage_se:.1e}"
+        return f"{found.damage:+.1e}{error}"
+    lower, upper = found.damage_interval
+    return f"{found.damage:+.1e}" if upper == 0 else f"{found.damage:+.1e}, 95% between {lower:.1e} and {upper:.1e}"
+
+
+def _table(plan: Plan, groups: Sequence[_Group]) -> Iterator[str]:
     total = plan.predicted.flops
     yield f"{'site':<{_SITE_WIDTH}} {'FLOPs':>6}  casts"
-    for site in plan.sites:
-        share = f"{100 * site.flops / total:.1f}%" if total else "-"
-        head = f"{_fitted(site.site):<{_SITE_WIDTH}} {share:>6}  "
-        yield from _hanging(head, _cells(site, casts[site.site]))
+    for group in groups:
+        flops = sum(site.flops for site in group.sites)
+        share = f"{100 * flops / total:.1f}%" if total else "-"
+        head = f"{_fitted(group.name):<{_SITE_WIDTH}} {share:>6}  "
+        yield from _hanging(head, _cells(group.assigned[0]))
 
 
-def _cells(site: PlannedSite, assigned: Sequence[Assignment]) -> str:
+def _cells(assigned: Sequence[Assignment]) -> str:
     return " · ".join(
         f"{one.role} {'as is' if one.cast == KEEP else short_cast(Cast.parse(one.cast))}" for one in assigned
     )

@@ -20,24 +20,56 @@ concerned.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from advisor.assemble import Draft, assemble
 from advisor.castnames import KEEP, parse_cast
+from advisor.cost import memory, own_operand, role_bytes
+from advisor.errors import InvalidPlan
 from advisor.hardware import Hardware
-from advisor.knapsack import Choice, Group, solve
-from advisor.menu import Candidate, Limits, Menu, Row, by_slot, candidate, lost_share, menus
+from advisor.holding_back import Spent, plan_sentences
+from advisor.loss_scale_choice import LossScale
+from advisor.menu import SHARE_8BIT, Limits, Menu, Row, by_slot, candidate, menus
+from advisor.objectives import Task
 from advisor.plan import FrontPoint, Plan
 from advisor.reasons import Case, reason
+from advisor.restrictions import Restrictions
+from advisor.selection import Frame, Selection, front, select
+from advisor.storing import KEPT_AS_IT_IS, Storage
+from advisor.uniform_roles import tried_casts
+from probes.casts import Cast
+from probes.parameter_records import ParameterRecord
 from probes.records import Site
-
-# The front's points are the best plans at these multiples of the tolerance. Ours.
-FRONT_FACTORS = (0.0, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 
 # Default tolerance, and the front's unit where the tolerance is 0: share of the window's mean loss (design,
 # contract).
 DEFAULT_TOLERANCE_SHARE = 0.001
+
+UNRESTRICTED = Restrictions()
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What is decided before the casts are, or known beside the sites.
+
+    loss_scale  that the scores of gradients without a scale were made for
+    storage     the tensors that are kept in another format
+    records     of the parameters, whose gradients and state take memory
+    shared      slots that hold the same tensor (`memory.py`)
+    """
+
+    loss_scale: LossScale | None = None
+    storage: Storage = KEPT_AS_IT_IS
+    records: Sequence[ParameterRecord] = ()
+    shared: Mapping[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
+
+    def memory_bytes(self, sites: Sequence[Site], casts: Mapping[tuple[str, str], Cast]) -> int:
+        """Bytes under the casts."""
+        return memory(sites, casts, self.records, self.storage.casts, self.shared).total_bytes
+
+
+NO_EXTRAS = Extras()
 
 
 def plan_from_rows(
@@ -45,31 +77,51 @@ def plan_from_rows(
     rows: Iterable[Row],
     *,
     hardware: Hardware,
-    tolerance: float,
+    tolerance: float | None,
     max_lost_batch: float,
     total_flops: float,
     mean_loss: float,
     model_name: str = "",
     notes: Sequence[str] = (),
+    task: Task = SHARE_8BIT,
+    restrictions: Restrictions = UNRESTRICTED,
+    extras: Extras = NO_EXTRAS,
 ) -> Plan:
     """The best plan for these sites and scores.
 
     `rows`: what `Scores.rows` holds; a row's `rms` is used for the reasons where it is there. `tolerance`:
-    loss units, 0 or more. `total_flops`: a step, with what the probe did not see. The order of `rows` does
-    not matter. Raises InvalidPlan for limits that are not possible and for rows of unknown slots.
+    loss units, 0 or more; None for the objective "damage" alone: no limit. `total_flops`: a step, with what the probe
+    did not see. The order of `rows` does not matter. Raises InvalidPlan for limits that are not possible, for rows of
+    unknown slots, and for budgets that no plan within the limits keeps.
     """
-    limits = Limits(tolerance, max_lost_batch)
     rows = list(rows)
+    limits = Limits.of(tolerance, max_lost_batch)
+    _require_rates(task, hardware)
+    kept = restrictions.kept(sites)
     table = by_slot(sites, rows)
-    options = menus(sites, rows, hardware)
-    selection = select(options, limits)
+    uniform = restrictions.uniform_roles
+    if uniform:
+        casts = tried_casts(sites, table, limits)
+        rows = [row for row in rows if str(parse_cast(row["cast"])) in casts[row["role"]]]
+    options = menus(sites, rows, hardware, task, kept=kept, native_only=restrictions.native_only, whole=uniform)
     total = max(total_flops, math.fsum(site.flops for site in sites))
+    frame = _frame(sites, total, extras)
+    selection = _selected(options, limits, frame, sites, extras, uniform)
+    # Without a tolerance the reasons compare with what the whole plan costs.
+    told = limits if tolerance is not None else Limits(selection.damage, max_lost_batch)
     reasons = {}
     for menu in options:
         name = menu.site.name
         picked = {role: selection.chosen[name, role] for role in menu.site.roles}
         for role in menu.site.roles:
-            reasons[name, role] = reason(Case(menu, role, picked, table[name, role], limits))
+            if name in kept:
+                reasons[name, role] = f"stays {own_operand(menu.site, role).format}: {kept[name]}."
+            else:
+                reasons[name, role] = reason(Case(menu, role, picked, table[name, role], told))
+    points: list[FrontPoint] = []
+    if not uniform:
+        points = front(options, told, tolerance or selection.damage or _front_unit(mean_loss), frame)
+    spent = Spent(selection.damage, selection.noise_ratio)
     return assemble(
         Draft(
             kind="planned",
@@ -86,63 +138,50 @@ def plan_from_rows(
             damage=selection.damage,
             noise_ratio=selection.noise_ratio,
             optimal=selection.proven,
-            front=tuple(front(options, limits, tolerance or _front_unit(mean_loss), total)),
-            notes=[*notes, *_unknown(options, table)],
+            optimal_gap=selection.gap,
+            objective=task.objective,
+            constraints=(*([f"budget: {task.budget}"] if task.budget.given else []), *restrictions.told),
+            front=tuple(points),
+            summary=plan_sentences(options, selection.chosen, told, spent, points, total),
+            notes=[*notes, *_unknown(options, table, kept)],
+            loss_scale=extras.loss_scale,
+            storage=extras.storage,
+            records=extras.records,
+            shared=extras.shared,
         )
     )
 
 
-@dataclass(frozen=True)
-class Selection:
-    """A candidate for every slot, and the exact sums that the limits were held to.
-
-    `proven`: no casts within the limits have more FLOPs in 8 bits.
-    """
-
-    chosen: dict[tuple[str, str], Candidate]
-    damage: float
-    noise_ratio: float
-    proven: bool
+def _frame(sites: Sequence[Site], total_flops: float, extras: Extras) -> Frame:
+    """What no cast changes: the bytes of a step but for those that the roles' casts decide one by one."""
+    keep = parse_cast(KEEP)
+    as_is = {(site.name, role): keep for site in sites for role in site.roles}
+    decided = math.fsum(role_bytes(site, role, keep) for site in sites for role in site.roles)
+    return Frame(total_flops, extras.memory_bytes(sites, as_is) - decided)
 
 
-def select(options: Sequence[Menu], limits: Limits) -> Selection:
-    """The best casts within the limits; exact, and the same for the same menus."""
-    choice = _solved([menu.group for menu in options], limits)
-    chosen = {
-        (menu.site.name, role): option
-        for menu, item in zip(options, choice.items, strict=True)
-        for role, option in menu.picked(item).items()
-    }
-    return Selection(chosen, choice.costs[0], choice.costs[1], proven=all(choice.proven[:1]))
+def _selected(
+    options: Sequence[Menu], limits: Limits, frame: Frame, sites: Sequence[Site], extras: Extras, uniform: bool
+) -> Selection:
+    """The choice; its memory is counted again as a whole, since an activation that sites share saves less."""
+    budget = options[0].task.budget.memory_bytes if options else None
+    found = select(options, limits, frame, uniform_roles=uniform)
+    while budget is not None:
+        casts = {slot: option.cast for slot, option in found.chosen.items()}
+        over = extras.memory_bytes(sites, casts) - budget
+        if over <= 0:
+            break
+        frame = Frame(frame.total_flops, frame.fixed_bytes + max(over, 1.0))
+        found = select(options, limits, frame, uniform_roles=uniform)
+    return found
 
 
-def front(options: Sequence[Menu], limits: Limits, unit: float, total_flops: float) -> list[FrontPoint]:
-    """Points of the exact Pareto front of damage against 8-bit share, at the same limit on lost batch.
-
-    One for each of FRONT_FACTORS times `unit` (the tolerance, or what stands for it where that is 0), leaving
-    out those that repeat the one before, and any that the solver could not prove. Between two of them others may lie.
-    """
-    groups = [Group(menu.group.gains[:, [0, 3]], menu.group.costs) for menu in options]
-    points: list[FrontPoint] = []
-    for tolerance in sorted({factor * unit for factor in FRONT_FACTORS if math.isfinite(factor * unit)}):
-        choice = _solved(groups, Limits(tolerance, limits.max_lost_batch))
-        share = choice.gains[0] / total_flops if groups and total_flops else 0.0
-        if all(choice.proven) and (not points or share > points[-1].share_8bit):
-            points.append(
-                FrontPoint(
-                    tolerance=tolerance,
-                    damage=choice.costs[0],
-                    lost_batch_share=lost_share(choice.costs[1]),
-                    share_8bit=share,
-                )
-            )
-    return points
-
-
-def _solved(groups: Sequence[Group], limits: Limits) -> Choice:
-    choice = solve(groups, (limits.tolerance, limits.noise))
-    assert choice is not None, "every role can stay as it is"
-    return choice
+def _require_rates(task: Task, hardware: Hardware) -> None:
+    if task.is_timed and not hardware.has_rates:
+        raise InvalidPlan(
+            f"no time can be predicted for {hardware.name}: its entry has no rates. Plan for share_8bit or memory, or "
+            "give a Hardware with tflops and bandwidth_bytes_s"
+        )
 
 
 def _front_unit(mean_loss: float) -> float:
@@ -150,13 +189,14 @@ def _front_unit(mean_loss: float) -> float:
     return unit if math.isfinite(unit) else 0.0
 
 
-def _unknown(options: Sequence[Menu], table: dict[tuple[str, str], dict[str, Row]]) -> list[str]:
+def _unknown(options: Sequence[Menu], table: dict[tuple[str, str], dict[str, Row]], kept: Collection[str]) -> list[str]:
     """A note on the slots that stay as they are because no cast's effect could be predicted."""
     slots = [
         f"{menu.site.name} {role}"
         for menu in options
         for role in menu.site.roles
-        if not any(
+        if menu.site.name not in kept
+        and not any(
             candidate(menu.site, role, parse_cast(text), row) is not None
             for text, row in table[menu.site.name, role].items()
             if text != KEEP

@@ -1,10 +1,12 @@
 """One sentence for every choice, made of its numbers: what was chosen, which rival lost, and why.
 
-    e4m3fn: 31.5 dB, 0.02% underflow, predicted +3.0e-05 loss (0.3% of the tolerance); e5m2 would cost 4.1×;
-    int8 fails: 12.1 dB, +1.9e-02 loss is 190% of the tolerance; the largest value is 212× the RMS.
+    e4m3fn: 31.5 dB, 0.02% underflow, predicted +3.0e-05 loss (1.0e-05 to 1.1e-04, 0.3% of the tolerance);
+    e5m2 would cost 4.1× the loss (coarse: e5m2 has 2 mantissa bits); int8 fails: 12.1 dB, +1.9e-02 loss is 190% of the
+    tolerance (outliers: the largest value is 212× the RMS, which leaves the RMS 0.6 of int8's 127 steps); below a
+    tolerance of 4.1e-05 this site would go back to bf16.
 
 A sentence uses the slot's own scores, the limits and the site's other casts, and nothing that another site's
-numbers could move.
+numbers could move. `failures.py` finds a rival's cause, `settling.py` says whether the window was long enough.
 """
 
 from __future__ import annotations
@@ -15,13 +17,15 @@ from dataclasses import dataclass
 
 from advisor.castnames import KEEP, parse_cast, short_cast
 from advisor.cost import operand, own_operand, role_bytes, site_shares
+from advisor.failures import OUTLIER_RATIO, cause, crest_of, outlier_clause
 from advisor.hardware import Hardware
+from advisor.intervals import interval_of, noise_interval
 from advisor.menu import Candidate, Limits, Menu, Row, candidate, lost_share
+from advisor.settling import settling
 from probes.casts import Cast
 from probes.records import GRADIENT, Site
 
-# Ours: among 10^9 Gaussian values the largest is about 6× the RMS.
-OUTLIER_RATIO = 20.0
+NEXT_TO_NOTHING = 0.001  # of the tolerance: an interval that ends below it is not written out. Ours
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,12 @@ def reason(case: Case) -> str:
         parts = [f"stays {own}"]
     else:
         parts = [f"{short_cast(chosen.cast)}: {_numbers(case, chosen.cast, chosen.row)}"]
+        parts += _unsettled(case, chosen.row, "it")
     parts += _rivals(case)
     if not case.rows:
         parts.append("no cast was scored for it")
-    parts += _remarks(case.rows, chosen)
+    parts += _turning_point(case)
+    parts += _remarks(case.rows, chosen, told="; ".join(parts))
     return "; ".join(parts) + "."
 
 
@@ -86,8 +92,9 @@ def uniform_reason(role: str, cast: Cast, row: Row | None) -> str:
         parts.append("noise unknown" if noise is None else f"loses {_percent(lost_share(noise))} of the batch")
     else:
         damage = row.get("damage")
-        parts.append("damage unknown" if damage is None else f"predicted {_loss(damage)} loss")
-    return "; ".join([", ".join(parts), *_remarks({str(cast): row}, None)]) + "."
+        between = f" ({_between(row)})" if _between(row) else ""
+        parts.append("damage unknown" if damage is None else f"predicted {_loss(damage)} loss{between}")
+    return "; ".join([", ".join(parts), *_remarks({str(cast): row}, None, told="")]) + "."
 
 
 def _numbers(case: Case, cast: Cast, row: Row) -> str:
@@ -95,11 +102,73 @@ def _numbers(case: Case, cast: Cast, row: Row) -> str:
     assert option is not None
     parts = [_quality(row)]
     if case.role != GRADIENT:
-        of = f" ({_percent(option.damage / case.limits.tolerance)} of the tolerance)" if case.limits.tolerance else ""
-        parts.append(f"predicted {_loss(option.damage)} loss{of}")
+        told = _of_tolerance(case, option.damage, row)
+        parts.append(f"predicted {_loss(option.damage)} loss" + (f" ({told})" if told else ""))
     if case.role == GRADIENT or option.noise_ratio > 0.01 * case.limits.noise:
         parts.append(f"loses {_percent(lost_share(option.noise_ratio))} of the batch")
     return ", ".join(parts)
+
+
+def _of_tolerance(case: Case, damage: float, row: Row) -> str:
+    """A damage's interval and its share of the tolerance; one short clause where both are next to nothing."""
+    tolerance, ends = case.limits.tolerance, interval_of(row)
+    if tolerance > 0 and ends is not None and ends[1] <= NEXT_TO_NOTHING * tolerance:
+        return f"under {_percent(NEXT_TO_NOTHING)} of the tolerance"
+    of = f"{_percent(damage / tolerance)} of the tolerance" if tolerance else ""
+    return ", ".join(part for part in (_between(row), of) if part)
+
+
+def _between(row: Row) -> str:
+    """The 95% interval of a damage, in words; the upper end alone where it cannot be told from zero."""
+    ends = interval_of(row)
+    if ends is None or ends[1] <= 0:
+        return ""
+    if not math.isfinite(ends[1]):
+        return "not bounded by the window"
+    return f"below {ends[1]:.1e}" if ends[0] <= 0 else f"{ends[0]:.1e} to {ends[1]:.1e}"
+
+
+def _unsettled(case: Case, row: Row, name: str) -> list[str]:
+    """Where the interval straddles the tolerance: that the window was too short, and what would settle it."""
+    limit = case.limits.tolerance
+    found = settling(row, limit) if case.role != GRADIENT and limit > 0 else None
+    if found is None:
+        return []
+    return [
+        (
+            f"not settled: {name} may cost {found.lower:.1e} to {found.upper:.1e}, on either side of the tolerance; "
+            f"{found.clause}"
+        )
+    ]
+
+
+def _noise_unsettled(case: Case, row: Row) -> list[str]:
+    """Where a gradient's noise may be on either side of the limit: that the window was too short."""
+    ends = noise_interval(row)
+    if ends is None or not ends[0] < case.limits.noise < ends[1]:
+        return []
+    low, high = (_percent(lost_share(end)) for end in ends)
+    return [f"not settled: it may lose {low} to {high}; a longer window (steps=) narrows that"]
+
+
+def _turning_point(case: Case) -> list[str]:
+    """Below which limits this site could not keep its FLOPs in 8 bits, whatever the others do."""
+    now = case.gain_with(case.chosen)[0] * case.site.flops
+    if case.chosen.row is None or now <= 0:
+        return []
+    damage, noise = case.menu.least_for(now)
+    parts = [f"a tolerance of {damage:.1e}"] if damage > 0 else []
+    parts += [f"a limit of {_percent(lost_share(noise))} on lost batch"] if noise > 0 else []
+    return [f"below {' or '.join(parts)} this site would go back to {_fallback(case)}"] if parts else []
+
+
+def _fallback(case: Case) -> str:
+    """What the site's roles have left without 8 bits: their 16-bit candidates, or their own formats."""
+    own = {str(own_operand(case.site, role).format) for role in case.site.roles}
+    wide = {
+        operand(case.site, role, option.cast).bits for role in case.site.roles for option in case.menu.candidates[role]
+    }
+    return "16 bits" if 16 in wide else " and ".join(sorted(own))
 
 
 def _rivals(case: Case) -> list[str]:
@@ -150,12 +219,14 @@ def _why_lost(case: Case, text: str) -> str:
         said = f"{name} fails: {_quality(row)}, {_loss(option.damage)} loss"
         if not limits.tolerance:
             return f"{said}, and the tolerance is 0"
-        return f"{said} is {_percent(option.damage / limits.tolerance)} of the tolerance"
+        verdict = f"{said} is {_percent(option.damage / limits.tolerance)} of the tolerance{_because(row)}"
+        return "; ".join([verdict, *_unsettled(case, row, name)])
     if option.noise_ratio > limits.noise:
-        return (
+        verdict = (
             f"{name} fails: {_quality(row)}, it loses {_percent(lost_share(option.noise_ratio))} of the "
-            f"batch and the limit is {_percent(limits.max_lost_batch)}"
+            f"batch and the limit is {_percent(limits.max_lost_batch)}{_because(row)}"
         )
+        return "; ".join([verdict, *_noise_unsettled(case, row)])
     now, then = case.gain_with(case.chosen), case.gain_with(option)
     if then[0] < now[0]:
         return _unpaired(case, text) or (
@@ -198,7 +269,7 @@ def _compared(case: Case, name: str, option: Candidate, same: bool) -> str:
     pairs = [(option.damage, chosen.damage, "loss"), (option.noise_ratio, chosen.noise_ratio, "noise")]
     for rival, mine, kind in pairs if case.role != GRADIENT else reversed(pairs):
         if rival > mine > 0:
-            return f"{name} would cost {_times(rival / mine)} the {kind}"
+            return f"{name} would cost {_times(rival / mine)} the {kind}{_because(option.row)}"
         if rival > mine:
             return f"{name} would cost {_cost(case, option)} and save no more"
     if not same:
@@ -224,22 +295,28 @@ def _site_verdict(case: Case, name: str, option: Candidate) -> str:
     return f"{alone} the limits buy more 8-bit FLOPs elsewhere"
 
 
+def _because(row: Row | None) -> str:
+    found = "" if row is None else cause(row)
+    return f" ({found})" if found else ""
+
+
 def _cost(case: Case, option: Candidate) -> str:
     if case.role == GRADIENT:
         return f"{_percent(lost_share(option.noise_ratio))} of the batch"
     return f"{_loss(option.damage)} loss"
 
 
-def _remarks(rows: Mapping[str, Row], chosen: Candidate | None) -> list[str]:
+def _remarks(rows: Mapping[str, Row], chosen: Candidate | None, told: str) -> list[str]:
     """Facts about the tensor: a largest value far above the RMS, and the flags of the scores in question."""
     remarks = []
     for row in rows.values():
-        rms, amax = row.get("rms"), row.get("amax")
-        if rms is not None and amax is not None and math.isfinite(amax) and rms > 0 and amax > OUTLIER_RATIO * rms:
-            remarks.append(f"the largest value is {amax / rms:.0f}× the RMS")
+        crest = crest_of(row)
+        if crest is not None and crest > OUTLIER_RATIO:
+            clause = outlier_clause(row)
+            remarks += [] if clause in told else [clause]
             break
-    told = rows.values() if chosen is None or chosen.row is None else [chosen.row]
-    flags = sorted({str(flag).replace("_", " ") for row in told for flag in row.get("flags") or ()})
+    flagged = rows.values() if chosen is None or chosen.row is None else [chosen.row]
+    flags = sorted({str(flag).replace("_", " ") for row in flagged for flag in row.get("flags") or ()})
     return remarks + ([f"flagged: {', '.join(flags)}"] if flags else [])
 
 

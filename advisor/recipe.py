@@ -14,14 +14,17 @@ import math
 from collections.abc import Mapping, Sequence
 
 from advisor.assemble import Draft, assemble
-from advisor.castnames import KEEP, parse_cast
-from advisor.cost import enters_gradient
+from advisor.castnames import KEEP, parse_cast, require_plannable
+from advisor.cost import enters_gradient, shared_tensors
 from advisor.errors import InvalidPlan
-from advisor.hardware import hardware_named
+from advisor.hardware import Hardware, hardware_named
 from advisor.menu import Row, by_slot
 from advisor.plan import LossScaling, Plan, Stored
+from advisor.product_casts import FOLLOWED
 from advisor.reasons import uniform_reason
 from advisor.scores import score
+from advisor.storing import given
+from advisor.watching import watched
 from probes.casts import Cast
 from probes.records import GRADIENT, Site
 from probes.window import Window
@@ -31,7 +34,7 @@ Slot = tuple[str, str]
 
 def uniform(
     window: Window,
-    hardware: str = "h100",
+    hardware: str | Hardware = "h100",
     *,
     storage: Sequence[Stored] = (),
     loss_scaling: LossScaling | None = None,
@@ -43,8 +46,9 @@ def uniform(
     loss_scaling  the plan's; None: none
 
     Raises InvalidPlan for a role that no site of the window has, and for no role at all; UnknownFormat or
-    InvalidCast for a cast that cannot be read; CastNotScored for one with scales by row, column or block that the
-    window was not opened for (`finer`); UnknownHardware.
+    InvalidCast for a cast that cannot be read; InvalidPlan for one with scales by column, and for scales by row or
+    block where a site's products cannot be cast one by one; CastNotScored where the window tells nothing of such
+    scales; UnknownHardware.
     """
     device = hardware_named(hardware)
     roles = sorted({role for site in window.sites for role in site.roles})
@@ -56,6 +60,8 @@ def uniform(
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise InvalidPlan(f"no site of the window has the role {role!r}: {hint}Its roles: {', '.join(roles)}.")
     recipe = {role: Cast.parse(cast) if isinstance(cast, str) else cast for role, cast in casts_by_role.items()}
+    require_plannable(recipe.values())
+    _require_by_product(window.sites, recipe)
     keep = parse_cast(KEEP)
     casts = {(site.name, role): recipe.get(role, keep) for site in window.sites for role in site.roles}
     rows = _scored(window, casts)
@@ -73,11 +79,26 @@ def uniform(
             mean_loss=math.fsum(losses) / len(losses) if losses else None,
             damage=_sum(window.sites, rows, casts, "damage"),
             noise_ratio=_sum(window.sites, rows, casts, "noise_ratio"),
+            records=window.parameter_records,
+            shared=shared_tensors(window),
+            storage=given(storage),
             notes=[*window.notes, "a recipe that was given: no limit on damage or lost batch was applied"],
         )
     )
-    given = {} if loss_scaling is None else {"loss_scaling": loss_scaling}
-    return plan.model_copy(update={"storage": tuple(storage), **given})
+    plan = watched(plan, [window])
+    return plan if loss_scaling is None else plan.model_copy(update={"loss_scaling": loss_scaling})
+
+
+def _require_by_product(sites: Sequence[Site], recipe: Mapping[str, Cast]) -> None:
+    for site in sites:
+        for role in site.roles:
+            cast = recipe.get(role)
+            if cast is not None and not cast.has_one_scale and site.op not in FOLLOWED:
+                raise InvalidPlan(
+                    f"{cast} for every {role} cannot be carried out at {site.name}: a scale for every "
+                    f"{cast.granularity} runs along the inner dimension of each product, which {site.op!r} does not "
+                    "show. Granularity 'none' and 'tensor' can be planned with there"
+                )
 
 
 def _scored(window: Window, casts: Mapping[Slot, Cast]) -> dict[Slot, Row | None]:

@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advisor.columns import MetricColumns, measure_columns
+from advisor.confidence import loss_octaves
 from advisor.estimates import Estimates, row_medians, table_of
 from advisor.grid import Array
+from advisor.intervals import damage_intervals, kind_of
 from advisor.lost_updates import epsilon_vanishes, lost_of
 from advisor.measured import Measured
 from advisor.metrics import has_tiles
@@ -98,8 +100,9 @@ class ScoreColumns:
         known_se = columns["damage_se"].array / np.where(columns["damage"].array != 0, columns["damage"].array, np.nan)
         relative_se = np.full((len(slots), len(every)), np.nan)
         relative_se[rows] = known_se
-        confidence = metrics.moments.confidence(forward, relative_se)[rows]
+        confidence = metrics.moments.confidence(forward, relative_se, loss_octaves(window.losses))[rows]
         columns["confidence"] = Column(confidence, np.isnan(confidence))
+        columns |= _of_intervals(columns)
         return cls(window, slots, casts, slot_of, cast_of, cast_at[cast_of], metrics, columns)
 
 
@@ -181,6 +184,17 @@ def _shrinking(metrics: MetricColumns) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         share = metrics.bias_energy / metrics.error_energy * (metrics.bias_energy / metrics.signal_energy)
     return np.where(metrics.error_energy > 0, np.minimum(np.nan_to_num(share), 1.0), 0.0)
+
+
+def _of_intervals(columns: Mapping[str, Column]) -> dict[str, Column]:
+    """The ends of the damages' intervals, NaN where a damage is unknown."""
+    names = ("role", "damage_from", "whole_batch")
+    kinds = {key: kind_of(*key) for key in set(zip(*(columns[name].to_list() for name in names), strict=True))}
+    of_rows = [kinds[key] for key in zip(*(columns[name].to_list() for name in names), strict=True)]
+    damage, error, confidence = (columns[name].array for name in ("damage", "damage_se", "confidence"))
+    ends = damage_intervals(damage, error, confidence, of_rows)
+    missing = np.isnan(ends[:, 0]) if len(ends) else np.zeros(0, dtype=np.bool_)
+    return {"damage_lower": Column(ends[:, 0], missing), "damage_upper": Column(ends[:, 1], missing)}
 
 
 def _of_noise(

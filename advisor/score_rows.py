@@ -26,6 +26,7 @@ _ORDER = (
     "rms",
     "damage",
     "damage_se",
+    "damage_interval",
     "damage_from",
     "coherence",
     "shrink_coherence",
@@ -47,6 +48,8 @@ _ORDER = (
 def rows_of(scored: ScoreColumns) -> list[dict[str, Any]]:
     """One dict a row."""
     lists = {name: column.to_list() for name, column in scored.columns.items()}
+    ends = zip(lists.pop("damage_lower"), lists.pop("damage_upper"), strict=True)
+    lists["damage_interval"] = [None if low is None else [low, high] for low, high in ends]
     bits = scored.metrics.flags[scored.slot_of, scored.cast_at].tolist()
     lists["flags"] = [_flags(these) if these else [] for these in bits]
     lists["axis"], lists["other_axes"] = [None] * len(scored), [[] for _ in range(len(scored))]

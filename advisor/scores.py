@@ -45,6 +45,7 @@ class Scores:
     damage, damage_se          predicted rise of the loss and its standard error; None for gradients, and where no
                                known loss was met (`window.curvature_from` is not "loss"). No damage_se where the cast
                                shrinks the tensor and no measured one tells what that does
+    damage_interval            [lower, upper]: where the damage lies with 95% probability (`intervals.py`), or None
     damage_from                "directional" (measured at the scored steps, of this cast or of one that makes the same
                                error) or "sketch" (estimated)
     coherence, shrink_coherence  what the sketches' damage is multiplied by, as far as the error is random and as far

@@ -237,6 +237,16 @@ class ScorePage(Page[ScoreRow]):
 # Plans
 
 
+class Budget(Request):
+    """At least this 8-bit share, at most this time a step and memory; null: whatever comes."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"share_8bit": 0.8}})
+
+    share_8bit: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    time_s: float | None = Field(None, ge=0, allow_inf_nan=False, description="of matrix products and casts, seconds")
+    memory_bytes: float | None = Field(None, ge=0, allow_inf_nan=False)
+
+
 class PlanRequest(Request):
     """A plan from recorded windows: the planner's, or with `uniform` the same recipe everywhere."""
 
@@ -250,7 +260,16 @@ class PlanRequest(Request):
         None, ge=0, allow_inf_nan=False, description="loss units; null: 0.1% of the window's mean loss"
     )
     max_lost_batch: float = Field(0.02, ge=0, lt=1, allow_inf_nan=False)
-    casts: list[str] | None = Field(None, min_length=1, max_length=32)
+    casts: list[str] | None = Field(None, min_length=1, max_length=64)
+    objective: Literal["share_8bit", "time", "memory", "damage"] = "share_8bit"
+    budget: Budget | None = Field(None, description="what the plan must reach beside its limits")
+    uniform_roles: bool = Field(False, description="one cast a role, the same at every site that is cast at all")
+    keep: list[str] = Field([], max_length=256, description="globs of modules or sites that stay as they are")
+    only: list[str] = Field([], max_length=256, description="globs of those that may be touched; empty: all")
+    first_last: int = Field(0, ge=0, le=10_000, description="so many sites at the beginning and at the end stay")
+    native_only: bool = Field(False, description="8 bits only at sites all of whose products native kernels run")
+    master_weights: str = Field("as-is", description='"as-is", "auto" or a cast such as "bf16"')
+    optimizer_state: str = Field("as-is", description='"as-is", "auto" or a cast such as "bf16"')
     uniform: dict[str, str] | None = Field(
         None,
         min_length=1,
@@ -269,8 +288,9 @@ class PlanRequest(Request):
     def _nothing_beside_a_recipe(self) -> Self:
         if self.uniform is None:
             return self
-        limits = {"tolerance": self.tolerance, "max_lost_batch": self.max_lost_batch, "casts": self.casts}
-        if given := [name for name, value in limits.items() if name in self.model_fields_set and value is not None]:
+        alone = {"uniform", "hardware", "windows"}
+        given = sorted(name for name in self.model_fields_set - alone if getattr(self, name) is not None)
+        if given:
             raise ValueError(f"a uniform recipe takes no {' and no '.join(given)}: its casts are given; leave it out")
         if len(self.windows or []) > 1:
             raise ValueError("a uniform recipe takes one window, whose scores predict its cost; name one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import advisor
 from advisor.errors import CastNotScored, InvalidPlan, UnknownHardware
+from advisor.hardware import hardware_named
 from probes.errors import InvalidCast, UnknownFormat, WindowError
 from probes.probing import probe
 from probes.window import Window
@@ -161,7 +163,19 @@ def test_a_window_without_a_loss_asks_for_a_tolerance() -> None:
         ({"max_lost_batch": 1.0}, InvalidPlan, "max_lost_batch"),
         ({"casts": ["fp8"]}, UnknownFormat, "e4m3fn"),
         ({"casts": ["e4m3fn/diagonal"]}, InvalidCast, "diagonal"),
-        ({"casts": ["e4m3fn", "e4m3fn/block32"]}, InvalidPlan, "block32/e8m0/nearest has a scale for every block32"),
+        ({"casts": ["e4m3fn", "e4m3fn/block128x128"]}, CastNotScored, "has a scale for every block128x128"),
+        ({"casts": ["e4m3fn/column"]}, InvalidPlan, "a scale for every column"),
+        ({"objective": "share_8bits"}, InvalidPlan, "did you mean 'share_8bit'"),
+        ({"objective": "damage"}, InvalidPlan, "casts nothing, unless it has a budget"),
+        ({"budget": {"share8": 0.5}}, InvalidPlan, "did you mean 'share_8bit'"),
+        ({"budget": {"share_8bit": 1.5}}, InvalidPlan, "a share from 0 to 1"),
+        ({"budget": {"time_s": -1.0}}, InvalidPlan, "0 or more"),
+        ({"budget": {"share_8bit": 1.0}, "tolerance": 0.0}, InvalidPlan, r"share_8bit can be at most 0\b"),
+        ({"keep": "last"}, InvalidPlan, "keep names 'last', and no site or module of the window matches"),
+        ({"only": ["00"]}, InvalidPlan, "did you mean '0'"),
+        ({"first_last": -1}, InvalidPlan, "0 or more"),
+        ({"master_weights": "bf17"}, InvalidPlan, "master_weights='bf17'"),
+        ({"optimizer_state": "e4m3fn/row"}, InvalidPlan, "no tensor is kept so"),
         ({"casts": ["e8m0"]}, CastNotScored, "e8m0 is a format for scales"),
     ],
 )
@@ -212,3 +226,40 @@ def test_a_plan_for_old_hardware_uses_its_pairs() -> None:
     plan = advisor.recommend(window_of(), hardware="a100", tolerance=1.0, max_lost_batch=0.9)
     narrow = {one.cast.split("/")[0] for one in plan.assignments} - {"fp32", "bf16", "fp16"}
     assert narrow == {"int8"}
+
+
+def test_scales_by_row_are_candidates_where_they_are_multiplied() -> None:
+    """An H100 multiplies e4m3fn by row, and windows tell of it; an A100 has no 8-bit floats."""
+    window = window_of(encoder)
+    plans = {
+        name: advisor.recommend(window, hardware=name, tolerance=1.0, max_lost_batch=0.9) for name in ("h100", "a100")
+    }
+    assert plans["h100"].predicted.share_8bit > 0.9  # the products inside fused attention are out of reach
+    casts = {name: {one.cast for one in plan.assignments} for name, plan in plans.items()}
+    assert not any("row" in cast for cast in casts["a100"])
+    named = advisor.recommend(window, tolerance=1.0, max_lost_batch=0.9, casts=["e4m3fn/row"])
+    assert {one.cast for one in named.assignments} == {"e4m3fn/row/current/nearest"}
+    assert named.predicted.share_8bit == plans["h100"].predicted.share_8bit
+    model = encoder()
+    with advisor.apply(named, model) as applied:
+        model(torch.randn(2, 7, 16)).sum().backward()
+    assert {row["how"] for row in applied.report()} == {"emulated"}
+
+
+def test_a_device_of_ones_own_is_taken_as_it_is() -> None:
+    mine = dataclasses.replace(
+        hardware_named("h100"), name="mine", pairs=frozenset({("e5m2", "e5m2"), ("fp32", "fp32")})
+    )
+    plan = advisor.recommend(window_of(), hardware=mine, tolerance=1.0, max_lost_batch=0.9)
+    assert plan.hardware == "mine"
+    assert plan.predicted.share_8bit == 1
+    assert {one.cast.split("/")[0] for one in plan.assignments} == {"e5m2"}
+
+
+@pytest.mark.parametrize("objective", ["share_8bit", "time", "memory"])
+def test_the_same_window_gives_the_same_bytes(objective: Any, tmp_path: Any) -> None:
+    window = window_of(encoder)
+    demands: dict[str, Any] = {"objective": objective, "first_last": True, "optimizer_state": "auto"}
+    for name in ("a", "b"):
+        advisor.recommend(window, **demands).save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

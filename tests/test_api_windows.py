@@ -234,6 +234,22 @@ def test_a_plan_is_made_and_shown(service: Service, pushed: dict[str, Any], wind
     assert "no export to 'jax'" in problem(service.client.get(f"/v1/plans/{body['id']}/export/jax"), 404)["detail"]
 
 
+def test_a_plan_s_demands_are_the_library_s(service: Service, pushed: dict[str, Any], window: advisor.Window) -> None:
+    demands: dict[str, Any] = {
+        "objective": "damage",
+        "budget": {"share_8bit": 0.3},
+        "uniform_roles": True,
+        "keep": ["2"],
+        "master_weights": "bf16",
+        "optimizer_state": "auto",
+    }
+    plan = service.post("/v1/models/net/plans", demands, status=201).json()["plan"]
+    assert plan == advisor.recommend(window, **demands).to_dict()
+    assert plan["objective"] == "damage"
+    assert {row["cast"] for row in plan["assignments"] if row["site"] == "2"} == {"fp32/none/nearest"}
+    assert plan["predicted"]["share_8bit"] >= 0.3
+
+
 def test_a_uniform_plan_is_the_recipe(service: Service, pushed: dict[str, Any]) -> None:
     recipe = {"input": "int8/none", "grad_output": "e5m2/none"}
     asked = {"uniform": recipe, "tolerance": None, "casts": None, "windows": [pushed["id"]]}
@@ -248,8 +264,17 @@ def test_a_uniform_plan_is_the_recipe(service: Service, pushed: dict[str, Any]) 
     [
         ({"hardware": "h1000"}, "h100"),
         ({"casts": ["fp8"]}, "e4m3fn"),
-        ({"casts": ["e4m3fn/block32"]}, "a scale for every block32"),
-        ({"uniform": {"input": "e4m3fn/row"}}, "a scale for every row"),
+        ({"casts": ["e4m3fn/block128x128"]}, "a scale for every block128x128"),
+        ({"uniform": {"input": "e4m3fn/column"}}, "a scale for every column"),
+        ({"objective": "speed"}, "objective"),
+        ({"objective": "damage"}, "unless it has a budget"),
+        ({"budget": {"share_8bit": 2}}, "share_8bit"),
+        ({"budget": {"share8": 0.5}}, "share8"),
+        ({"budget": {"time_s": 0.0}}, "time_s can be at least"),
+        ({"keep": ["tail"]}, "no site or module of the window matches"),
+        ({"first_last": -1}, "first_last"),
+        ({"master_weights": "bf17"}, "master_weights"),
+        ({"uniform": {"input": "int8"}, "keep": ["0"]}, "no keep"),
         ({"tolerance": -1}, "tolerance"),
         ({"tolerance": "NaN"}, "tolerance"),
         ({"max_lost_batch": 2}, "max_lost_batch"),

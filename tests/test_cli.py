@@ -29,7 +29,8 @@ FLAGS = {
     "submit": "file --name --family --data --set --url --json",
     "probe": "model --steps --warmup --every --curvature-steps --cast --finer --overhead --seed -o --output --detach "
     "--url --json",
-    "plan": "model --hardware --tolerance --max-lost-batch --window --cast --uniform -o --output --url --json",
+    "plan": "model --hardware --tolerance --max-lost-batch --window --cast --objective --budget --keep --only "
+    "--first-last --uniform-roles --native-only --master-weights --optimizer-state --uniform -o --output --url --json",
     "train": "what --steps --baseline --no-baseline --baseline-run --window --evaluate-batches --seed --detach "
     "--url --json",
     "export": "plan --target -o --output --url --json",
@@ -142,6 +143,10 @@ def test_what_cannot_be_done_is_one_sentence_and_status_1(
         ["submit", "--family", "gpt", "--set", "layers=2"],
         ["submit", "--family", "gpt", "--set", "config.layers"],
         ["plan", "m", "--max-lost-batch", "1"],
+        ["plan", "m", "--objective", "speed"],
+        ["plan", "m", "--budget", "share_8bit"],
+        ["plan", "m", "--budget", "share_8bit=much"],
+        ["plan", "m", "--first-last", "-1"],
         ["plan", "m", "--max-lost-batch", "-0.1"],
         ["plan", "m", "--max-lost-batch", "nan"],
         ["plan", "m", "--tolerance", "nan"],

@@ -137,7 +137,10 @@ def test_rows_and_columns_are_the_same_numbers() -> None:
     assert len(scores.rows) == len(scores) == 3 * len(SLOTS)
     for name, column in scores.columns.items():
         for row, value in zip(scores.rows, column.tolist(), strict=True):
-            if row[name] is None:
+            if name in ("damage_lower", "damage_upper"):
+                ends = row["damage_interval"]
+                assert np.isnan(value) if ends is None else ends[name == "damage_upper"] == value
+            elif row[name] is None:
                 assert value is None or isinstance(value, str) or np.isnan(value), name
             else:
                 assert row[name] == value or (np.isnan(row[name]) and np.isnan(value)), name

@@ -61,8 +61,10 @@ def test_the_contract(plan: Plan) -> None:
     assert {"site", "role", "cast", "damage", "reason"} <= set(data["assignments"][0])
     assert {"damage", "share_8bit", "speedup", "memory_bytes"} <= set(data["predicted"])
     assert {"loss_scaling", "master_weights", "optimizer_state", "hardware", "front"} <= set(data)
-    assert data["predicted"]["speedup"] is None
-    assert any(note.startswith("speedup is null") for note in data["notes"])
+    predicted = data["predicted"]
+    assert predicted["speedup"] == pytest.approx(predicted["time_before_s"] / predicted["time_s"])
+    assert data["objective"] == "share_8bit"
+    assert data["constraints"] == []
     assert (data["master_weights"], data["optimizer_state"]) == ("fp32", "fp32")
     assert len(data["assignments"]) == 3 + 4 + 3
 

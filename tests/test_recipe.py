@@ -89,6 +89,8 @@ def test_a_recipe_may_have_scales_by_block_that_the_window_was_opened_for(window
     assert advisor.Plan.from_dict(plan.to_dict()) == plan
     with pytest.raises(CastNotScored, match="block16"):
         advisor.uniform(window, input="e2m1/block16")
+    with pytest.raises(InvalidPlan, match="a scale for every column"):
+        advisor.uniform(window, input="e4m3fn/column")
 
 
 def test_other_wrong_names_are_refused(window: Window) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,26 @@ def _number(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
+
+
+class Objective(StrEnum):
+    """What a plan is best at."""
+
+    share_8bit = "share_8bit"
+    time = "time"
+    memory = "memory"
+    damage = "damage"
+
+
+def _budget(given: list[str] | None) -> dict[str, float] | None:
+    """NAME=NUMBER pairs; the service says which names there are."""
+    found = {}
+    for name, text in options.pairs(given, "--budget").items():
+        try:
+            found[name] = float(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"{text!r} is no number.", param_hint="--budget") from error
+    return found or None
 
 
 def plan(
@@ -50,6 +71,41 @@ def plan(
     cast: Annotated[
         list[str] | None, typer.Option(help="Candidate cast. May be repeated; default: the usual.", show_default=False)
     ] = None,
+    objective: Annotated[
+        Objective, typer.Option(help="What the plan is best at; damage: the least, within a budget.")
+    ] = Objective.share_8bit,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What it must reach: share_8bit=0.8, time_s=0.02 or memory_bytes=2e9. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Glob of modules or sites that stay as they are. May be repeated.", show_default=False),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Glob of those that may be touched. May be repeated.", show_default=False),
+    ] = None,
+    first_last: Annotated[
+        int | None,
+        typer.Option(min=0, help="So many sites at the beginning and the end stay as they are.", show_default=False),
+    ] = None,
+    uniform_roles: Annotated[
+        bool, typer.Option("--uniform-roles", help="One cast a role at every site that is cast.", show_default=False)
+    ] = False,
+    native_only: Annotated[
+        bool,
+        typer.Option("--native-only", help="8 bits only where native kernels run the whole site.", show_default=False),
+    ] = False,
+    master_weights: Annotated[
+        str | None, typer.Option(help="as-is, auto or a cast such as bf16; default: as-is.", show_default=False)
+    ] = None,
+    optimizer_state: Annotated[
+        str | None, typer.Option(help="as-is, auto or a cast such as bf16; default: as-is.", show_default=False)
+    ] = None,
     uniform: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,8 +127,20 @@ def plan(
         "windows": window,
         "casts": cast,
     }
-    if max_lost_batch is not None:
-        asked["max_lost_batch"] = max_lost_batch
+    # What is not given is not sent: the service has the same defaults, and refuses demands beside a recipe.
+    demands = {
+        "max_lost_batch": max_lost_batch,
+        "objective": None if objective is Objective.share_8bit else objective.value,
+        "budget": _budget(budget),
+        "keep": keep,
+        "only": only,
+        "first_last": first_last,
+        "uniform_roles": uniform_roles or None,
+        "native_only": native_only or None,
+        "master_weights": master_weights,
+        "optimizer_state": optimizer_state,
+    }
+    asked |= {name: value for name, value in demands.items() if value is not None}
     if recipe := options.pairs(uniform, "--uniform"):
         asked["uniform"] = recipe
     if out is not None:

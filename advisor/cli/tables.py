@@ -120,7 +120,9 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
     if predicted.get("damage") is not None:
         limit = plan.get("tolerance")
         within = "" if limit is None else f"   (tolerance {limit:.2g})"
-        lines.append(f"predicted rise of the loss    {predicted['damage']:+.2g}{within}")
+        ends = predicted.get("damage_interval")
+        between = "" if ends is None else f", 95% between {_end(ends[0])} and {_end(ends[1])}"
+        lines.append(f"predicted rise of the loss    {predicted['damage']:+.2g}{between}{within}")
     if predicted.get("lost_batch_share") is not None:
         limit = plan.get("max_lost_batch")
         within = "" if limit is None else f"   (limit {share(limit)})"
@@ -129,7 +131,14 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
     if before and after is not None:
         lines.append(f"weights and activations       {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB")
     lines.append(f"hardware                      {plan['hardware']}")
+    lines += plan.get("summary") or []
+    lines += [f"watch {one['sentence']}" for one in plan.get("watch") or []]
     return lines
+
+
+def _end(value: float | str) -> str:
+    """An end of an interval; the service writes an infinite one as a string."""
+    return value if isinstance(value, str) else f"{value:.2g}"
 
 
 def cast_counts(plan: dict[str, Any]) -> Table:

@@ -70,4 +70,13 @@ def _plan(services: Services, chosen: list[str], wanted: PlanRequest) -> advisor
         tolerance=wanted.tolerance,
         max_lost_batch=wanted.max_lost_batch,
         casts=None if wanted.casts is None else [Cast.parse(text) for text in wanted.casts],
+        objective=wanted.objective,
+        budget=None if wanted.budget is None else wanted.budget.model_dump(exclude_none=True),
+        uniform_roles=wanted.uniform_roles,
+        keep=wanted.keep,
+        only=wanted.only,
+        first_last=wanted.first_last,
+        native_only=wanted.native_only,
+        master_weights=wanted.master_weights,
+        optimizer_state=wanted.optimizer_state,
     )

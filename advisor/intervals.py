@@ -1,0 +1,193 @@
+"""Intervals: where a damage lies with 95% probability, and where a plan's total does.
+
+What a damage really comes to in the training that follows is what the window predicts, times factors. Each is taken as
+normal in octaves:
+
+    centre        what brute force measures over what is predicted, in the middle of the models tried
+    window        draws and drift: what `confidence.py` says of the next window (its chance of staying within a factor
+                  of two, turned back into a standard deviation); unknown with fewer than four steps, and taken wide
+    common, own   calibration: how far the middle of one model is from that of all, which all its slots of a kind share,
+                  and how far a slot is from the middle of its model
+
+    lower, upper = damage · 2^(centre ∓ 1.96·σ),  σ² = window² + common² + own²
+
+Where a damage is not twice its standard error it cannot be told from zero: the interval starts at 0, and its upper end
+is a bound. A damage of 0 without any error is exactly 0.
+
+A sum's interval: what slots have of their own is independent and shrinks, by the variance of a sum of log-normals; what
+they share does not. Shared are the calibration's common parts, of all kinds together, for the kinds of a model err the
+same way; and of the window's part the least that any slot has beyond OWN_FLOOR: the loss that falls, and the batches
+that happened to be scored, are one and the same for all.
+
+Everything is arrays over slots and casts, so that thousands take no longer than one. The figures are measured by
+`benchmarks/intervals.py`, whose results (`intervals.json`) say how many cases of held-out trainings lay inside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from advisor.confidence import octaves_of, octaves_of_draws
+from probes.records import GRADIENT
+
+Array = NDArray[np.float64]
+
+LEVEL = 0.95
+DEVIATIONS = 1.959964  # of a normal, that hold LEVEL of it
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What brute force says of predicted damages of one kind.
+
+    ratio    measured over predicted, the median of the models' medians
+    common   standard deviation of a model's median about that, octaves: the same for all its slots
+    own      standard deviation of a slot about its model's median, octaves, draws and drift taken out
+    """
+
+    ratio: float
+    common: float
+    own: float
+
+
+# The one place for it: (role, what the damage is computed from) → figures of ours, chosen on what `python
+# benchmarks/intervals.py --first-seed 0 --seeds 12 --fit` takes. "input" stands for every forward role but a weight.
+CALIBRATION: dict[tuple[str, str], Calibration] = {
+    ("input", "directional"): Calibration(ratio=1.4, common=0.6, own=0.5),
+    ("input", "sketch"): Calibration(ratio=1.4, common=0.8, own=0.7),
+    ("weight", "directional"): Calibration(ratio=1.4, common=0.5, own=0.5),
+    ("weight", "sketch"): Calibration(ratio=1.5, common=0.5, own=0.5),
+    # Samples mix behind the site (BatchNorm, routing): fewer draws count, and Gauss-Newton leaves more out.
+    ("input", "whole batch"): Calibration(ratio=10.0, common=1.6, own=0.5),
+    ("weight", "whole batch"): Calibration(ratio=13.0, common=1.6, own=1.0),
+}
+UNKNOWN_WINDOW = 1.5  # octaves, where a window has too few steps for a confidence. Ours
+NOISE_CALIBRATION = 0.5  # octaves, of a gradient's noise ratio: 95% within half to twice. Ours, not measured
+OWN_FLOOR = 0.3  # octaves of a window's part that are a slot's own, whatever the others do. Ours
+
+_KINDS = tuple(CALIBRATION)
+_CENTRE = np.log2([each.ratio for each in CALIBRATION.values()])
+_COMMON = np.array([each.common for each in CALIBRATION.values()])
+_OWN = np.array([each.own for each in CALIBRATION.values()])
+
+
+def kind_of(role: str, damage_from: str | None, whole_batch: bool) -> int:
+    """Which calibration a score has, as an index for the functions below."""
+    return _KINDS.index(kind_named(role, damage_from, whole_batch))
+
+
+def kind_named(role: str, damage_from: str | None, whole_batch: bool) -> tuple[str, str]:
+    """The same as a key of CALIBRATION."""
+    source = "whole batch" if whole_batch else "directional" if damage_from == "directional" else "sketch"
+    return ("weight" if role == "weight" else "input", source)
+
+
+def damage_intervals(damage: ArrayLike, damage_se: ArrayLike, confidence: ArrayLike, kinds: ArrayLike) -> Array:
+    """Lower and upper ends, [N, 2] loss units; NaN for a damage that is NaN.
+
+    damage, damage_se   loss units, NaN where unknown; a standard error that is unknown widens nothing by itself
+    confidence          of `confidence.py`, 0 to 1, NaN where unknown; with 0 the upper end is infinite
+    kinds               of `kind_of`
+    """
+    value, error, sure = (np.asarray(part, dtype=np.float64) for part in (damage, damage_se, confidence))
+    kind = np.asarray(kinds, dtype=np.int64)
+    window = _window_octaves(sure)
+    reach = DEVIATIONS * np.sqrt(window**2 + _COMMON[kind] ** 2 + _OWN[kind] ** 2)
+    least = np.maximum(value, 0.0)
+    told = value > 2 * np.nan_to_num(error)
+    with np.errstate(over="ignore", invalid="ignore"):
+        lower = np.where(told, least * 2.0 ** (_CENTRE[kind] - reach), 0.0)
+        highest = np.where(told, least, least + DEVIATIONS * np.nan_to_num(error))
+        upper = np.where(highest > 0, highest * 2.0 ** (_CENTRE[kind] + reach), 0.0)
+    return np.stack([np.where(np.isnan(value), np.nan, lower), np.where(np.isnan(value), np.nan, upper)], axis=-1)
+
+
+def total_interval(
+    damage: ArrayLike, damage_se: ArrayLike, confidence: ArrayLike, kinds: ArrayLike
+) -> tuple[float, float]:
+    """The ends of the interval of the sum, loss units; arguments as above. NaN where one damage is NaN.
+
+    Slots that cannot be told from zero add to the upper end what they may come to, as independent.
+    """
+    value, error, sure = (np.asarray(part, dtype=np.float64) for part in (damage, damage_se, confidence))
+    kind = np.asarray(kinds, dtype=np.int64)
+    if np.isnan(value).any():
+        return math.nan, math.nan
+    told = value > 2 * np.nan_to_num(error)
+    faint = damage_intervals(value[~told], error[~told], sure[~told], kind[~told])[:, 1]
+    beyond = float(math.hypot(*faint))
+    value, error, sure, kind = value[told], error[told], sure[told], kind[told]
+    if not len(value):
+        return 0.0, beyond
+    total = math.fsum(value.tolist())
+    weight = value / total
+    window = _window_octaves(sure)
+    if np.isinf(window).any():
+        return 0.0, math.inf
+    draws = octaves_of_draws(error, value)
+    shared = math.sqrt(max(float((window**2 - draws**2).min()) - OWN_FLOOR**2, 0.0))
+    own = np.maximum(window**2 - shared**2, 0.0) + _OWN[kind] ** 2
+    apart = math.log1p(float((weight**2 * np.expm1(np.minimum(own * math.log(2) ** 2, 50.0))).sum())) / math.log(2) ** 2
+    reach = DEVIATIONS * math.sqrt(apart + shared**2 + float((weight * _COMMON[kind]).sum()) ** 2)
+    centre = float((weight * 2.0 ** _CENTRE[kind]).sum())
+    return total * centre * 2.0**-reach, total * centre * 2.0**reach + beyond
+
+
+def interval_of(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The interval of one score, a row of `Scores.rows`; None where its damage is unknown. A gradient has none."""
+    if row.get("damage") is None:
+        return None
+    lower, upper = damage_intervals(*_columns([row]))[0].tolist()
+    return None if math.isnan(lower) else (lower, upper)
+
+
+def noise_interval(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Where a gradient's noise ratio lies with 95% probability; None where it is unknown.
+
+    Of an operand, whose confidence is that of its damage, none is told.
+    """
+    ratio = row.get("noise_ratio")
+    if ratio is None or math.isnan(ratio) or row["role"] != GRADIENT:
+        return None
+    window = float(_window_octaves(_columns([row])[2])[0])
+    reach = DEVIATIONS * math.hypot(window, NOISE_CALIBRATION)
+    return (ratio * 2.0**-reach, ratio * 2.0**reach) if math.isfinite(reach) else (0.0, math.inf)
+
+
+def interval_of_sum(rows: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """The interval of the sum of these rows' damages, each of another slot; None where one is unknown."""
+    table = list(rows)
+    if any(row.get("damage") is None for row in table):
+        return None
+    lower, upper = total_interval(*_columns(table))
+    return None if math.isnan(lower) else (lower, upper)
+
+
+def centred(row: Mapping[str, Any]) -> float:
+    """The middle of a score's interval, on the scale of factors: its damage, calibrated."""
+    return float(row["damage"] * 2.0 ** _CENTRE[_columns([row])[3][0]])
+
+
+def spread_of(row: Mapping[str, Any]) -> float:
+    """The σ of a score's interval, octaves."""
+    _, _, confidence, (kind,) = _columns([row])
+    return float(np.sqrt(_window_octaves(confidence)[0] ** 2 + _COMMON[kind] ** 2 + _OWN[kind] ** 2))
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[Array, Array, Array, NDArray[np.int64]]:
+    numbers = [
+        np.array([math.nan if row.get(name) is None else row[name] for row in rows], dtype=np.float64)
+        for name in ("damage", "damage_se", "confidence")
+    ]
+    kinds = [kind_of(row["role"], row.get("damage_from"), bool(row.get("whole_batch"))) for row in rows]
+    return numbers[0], numbers[1], numbers[2], np.array(kinds, dtype=np.int64)
+
+
+def _window_octaves(confidence: Array) -> Array:
+    return np.where(np.isnan(confidence), UNKNOWN_WINDOW, octaves_of(confidence))
