@@ -4,7 +4,8 @@ Found from a few draws on a few batches, it is noisy, and for a network that fit
 next to nothing: a calibrated model's residuals are zero in the mean, and Gauss-Newton alone is the better guess. Where
 a network is far from that, all slots tell so together. So each slot's ratio of the two, x = R / Gauss-Newton, is drawn
 towards the mean of all slots' ratios, the more the noisier it is beside what they differ by (empirical Bayes with a
-normal prior; mean and spread of the prior by moments, DerSimonian and Laird 1986).
+normal prior; mean and spread of the prior by moments, DerSimonian and Laird 1986). That mean is itself drawn towards
+zero, which is Gauss-Newton, where few or noisy slots tell of it, and what is unsure of it is in every slot's variance.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from probes.records import Slot
 
 OF_ALL = 3.0  # degrees of freedom that the noise of all slots together counts as, beside a slot's own
+USUAL = 1.0  # ours: by how much of Gauss-Newton's damage the mean of all slots may well differ from it, before any is seen
 LEAST = 0.3  # of Gauss-Newton's damage: what is kept where the network's own curvature seems to undo more of it
 
 Array = NDArray[np.float64]
@@ -42,12 +44,13 @@ def believed(found: Mapping[Slot, Sequence[Ratio]]) -> dict[Slot, Ratio]:
     means = np.array([np.mean([one.value for one in found[slot]]) for slot in slots])
     noise = _noise([found[slot] for slot in slots])
     open_ = noise > 0
-    prior, spread = _prior(means[open_], noise[open_])
+    prior, unsure, spread = _prior(means[open_], noise[open_])
     weight = np.where(open_, spread / np.where(noise + spread > 0, noise + spread, 1.0), 1.0)
     values = np.maximum(weight * means + (1 - weight) * prior, LEAST - 1)
+    variances = weight * noise + (1 - weight) ** 2 * unsure
     return {
-        slot: Ratio(float(value), float(share * variance))
-        for slot, value, share, variance in zip(slots, values, weight, noise, strict=True)
+        slot: Ratio(float(value), float(variance))
+        for slot, value, variance in zip(slots, values, variances, strict=True)
     }
 
 
@@ -65,11 +68,12 @@ def _noise(found: Sequence[Sequence[Ratio]]) -> Array:
     return np.where(known, 0.0, (freedom * variances + OF_ALL * together) / (freedom + OF_ALL))
 
 
-def _prior(means: Array, noise: Array) -> tuple[float, float]:
-    """Mean and variance of the slots' true ratios."""
+def _prior(means: Array, noise: Array) -> tuple[float, float, float]:
+    """The mean of the slots' true ratios, the variance of that mean, and the variance of the ratios."""
     if not len(means):
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     middle = float(np.median(means))
     spread = max(0.0, float(np.mean((means - middle) ** 2 - noise)))
     weights = 1 / (noise + spread)
-    return float(np.sum(weights * means) / np.sum(weights)), spread
+    certainty = float(np.sum(weights)) + 1 / USUAL**2
+    return float(np.sum(weights * means)) / certainty, 1 / certainty, spread
