@@ -308,8 +308,8 @@ class Scoring:
         ratio = self._believed.get(slot)
         if ratio is not None:
             unit, energy = self._unit(slot)
-            # What it adds goes with an error's energy; what it takes away is a share of what is there, cast by cast: the
-            # difference of two noisy numbers could be anything.
+            # What it adds goes with an error's energy; what it takes away is a share of what is there, cast by cast:
+            # the difference of two noisy numbers could be anything.
             base = unit * energy if ratio.value > 0 else directional
             kept = 1.0 + min(ratio.value, 0.0)
             more = ratio.value * base

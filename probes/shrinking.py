@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from probes.records import Slot
 
 OF_ALL = 3.0  # degrees of freedom that the noise of all slots together counts as, beside a slot's own
-USUAL = 1.0  # ours: by how much of Gauss-Newton's damage the mean of all slots may well differ from it, before any is seen
+USUAL = (
+    1.0  # ours: by how much of Gauss-Newton's damage the mean of all slots may well differ from it, before any is seen
+)
 LEAST = 0.3  # of Gauss-Newton's damage: what is kept where the network's own curvature seems to undo more of it
 
 Array = NDArray[np.float64]
