@@ -40,6 +40,12 @@ BACKWARDS = {torch.Tensor.backward: 1, torch.autograd.backward: 1}
 """A function that starts a backward pass, and the position of the gradients that it starts from."""
 
 
+def first_scale(plan: LossScaling) -> float:
+    """The scale of the first step."""
+    least = max((float(least) for start, least in plan.minimums if start <= 0), default=0.0)
+    return max(START if plan.scale is None else float(plan.scale), least)
+
+
 class LossScaler:
     """The scale of each step, what it does to gradients, and what became of it.
 
@@ -53,11 +59,10 @@ class LossScaler:
     """
 
     def __init__(self, plan: LossScaling) -> None:
-        _check(plan)
+        require_usable(plan)
         self.plan = plan
         self.steps = self.skipped = self.bare = self._good = 0
-        self.scale = START if plan.scale is None else float(plan.scale)
-        self.scale = max(self.scale, self.minimum)
+        self.scale = first_scale(plan)
         self.changes: list[tuple[int, float]] = [(0, self.scale)]
         self._dividing: float | None = None
         self._met = False
@@ -223,7 +228,10 @@ def _leaves(roots: Iterable[Tensor]) -> Iterator[Tensor]:
         waiting += [following for following, _ in node.next_functions if following is not None]
 
 
-def _check(plan: LossScaling) -> None:
+def require_usable(plan: LossScaling) -> None:
+    """Raises InvalidPlan for a scale that is no power of two, an interval below 1, and minimums that do not rise."""
+    if plan.kind == "none":
+        return
     if plan.scale is None and plan.kind == "static":
         raise InvalidPlan("the plan's loss scaling is static and has no scale")
     for scale in [*([] if plan.scale is None else [plan.scale]), *(least for _, least in plan.minimums)]:

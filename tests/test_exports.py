@@ -156,9 +156,107 @@ def test_deepspeed_scales_the_loss_in_fp16(window: Window) -> None:
         "enabled": True,
         "loss_scale": 0,
         "initial_scale_power": 12,
+        "hysteresis": 1,
         "loss_scale_window": 100,
         "min_loss_scale": 2,
     }
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_loss_scale_without_a_start_is_that_of_apply(window: Window, target: str) -> None:
+    casts = {(site.name, role): "fp16/none" for site in window.sites for role in site.roles}
+    made = export(plan_of(window, casts, loss_scaling=LossScaling(kind="dynamic", reason="r").model_dump()), target)
+    if target == "deepspeed":
+        found = data_of(made, "ds_config.json")["fp16"]
+        assert (found["initial_scale_power"], found["loss_scale_window"]) == (16, 2000)
+    elif target in ("accelerate", "lightning"):
+        found = data_of(made, f"plan_{target}.json")["loss_scale"]
+        assert found == {"init_scale": 65536.0, "growth_interval": 2000}
+    else:
+        assert any("dynamic, 65536 at first" in sentence for sentence in made.cannot)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("scale", [0.0, 3.0, -4.0, float("nan"), float("inf")])
+def test_a_loss_scale_that_cannot_be_is_refused(window: Window, target: str, scale: float) -> None:
+    scaling = LossScaling(kind="dynamic", scale=scale, reason="r").model_dump()
+    with pytest.raises(InvalidPlan, match="a loss scale is a power of two"):
+        export(plan_of(window, {}, loss_scaling=scaling), target)
+
+
+@pytest.mark.parametrize(
+    ("roles", "names", "masters", "states", "told"),
+    [
+        (("master", "weight_grad", "exp_avg", "exp_avg_sq"), 3, True, True, None),
+        (("master", "weight_grad"), 3, True, False, None),
+        (("master",), 3, True, False, "keeps gradients in bf16"),
+        (("master", "weight_grad", "exp_avg"), 3, True, False, "does not keep exp_avg in bf16"),
+        (("master", "weight_grad"), 1, False, False, "does not keep master in bf16"),
+        (("exp_avg", "exp_avg_sq"), 3, False, False, "does not keep exp_avg in bf16"),
+    ],
+)
+def test_deepspeed_keeps_in_bf16_what_the_plan_does_and_no_more(
+    window: Window, roles: tuple[str, ...], names: int, masters: bool, states: bool, told: str | None
+) -> None:
+    casts = {(site.name, role): "bf16/none" for site in window.sites for role in site.roles}
+    storage = [
+        Stored(name=f"{site.name}.weight", role=role, cast="bf16", reason="r").model_dump()
+        for role in roles
+        for site in window.sites[:names]
+    ]
+    made = export(plan_of(window, casts, storage=storage), "deepspeed")
+    config = data_of(made, "ds_config.json")["bf16"]
+    assert config == {"enabled": True, "bf16_master_weights_and_grads": masters, "bf16_optimizer_states": states}
+    assert bool(made.cannot) == (told is not None)
+    assert told is None or any(told in sentence for sentence in made.cannot)
+
+
+class Odd(nn.Module):
+    """Names that wrappers, globs and expressions have too, a weight beside others, and an odd head."""
+
+    NAMES = ("mlp[1]", "a*b?", "submodule", "module")
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.NAMES:
+            self.add_module(name, nn.Sequential(nn.Linear(32, 32)))
+        self.attn = nn.MultiheadAttention(32, 2)
+        self.head = nn.Linear(32, 17)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in self.NAMES:
+            x = getattr(self, name)(x)
+        return torch.as_tensor(self.head(self.attn(x, x, x)[0]))
+
+
+def plan_for(model: nn.Module, classes: int) -> Plan:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with advisor.probe(model, optimizer, steps=1, curvature_steps=0) as seen:
+        nn.functional.cross_entropy(model(torch.randn(16, 32)), torch.randint(classes, (16,))).backward()
+        optimizer.step()
+    return advisor.uniform(seen, input="e4m3fn", weight="e4m3fn", grad_output="e5m2")
+
+
+def test_what_is_known_to_be_no_layer_for_fp8_is_told_and_left() -> None:
+    told = plan_for(Odd(), 17)
+    data = data_of(export(told, "torchao"), "plan_torchao.json")
+    assert data["unconverted"] == ["head"]
+    assert [*data["layers"]] == [*(f"{name}.0" for name in Odd.NAMES), "attn.out_proj"]
+    assert "head" in data_of(export(told, "transformer-engine"), "plan_transformer_engine.json")["off"]
+    for target in TARGETS:
+        sentences = export(told, target).cannot
+        assert any("attn/in_proj_weight weight: e4m3fn; its weight is one of several" in one for one in sentences)
+        assert any("head input: e4m3fn; a weight of [17, 32] is not divisible by 16" in one for one in sentences)
+    alone = export(plan_for(nn.Linear(32, 16), 16), "torchao")
+    assert data_of(alone, "plan_torchao.json")["layers"] == {}
+    assert "the model is itself the linear layer" in alone.cannot[0]
+
+
+def test_yaml_holds_any_name(window: Window) -> None:
+    name = "x\x7f\x85\u2028: '\"\\\n\U0001f600"
+    text = json.dumps(plan_of(window, layer("first", E4M3, E4M3, E5M2)).to_dict())
+    plan = Plan.from_dict(json.loads(text.replace('"site": "first"', f'"site": {json.dumps(name)}')))
+    assert data_of(export(plan, "megatron"), "plan_megatron.yaml")["matchers"]["layer_0"]["pattern"] == name
 
 
 def test_transformer_engine_turns_off_what_the_recipe_does_not_do(plan: Plan) -> None:
@@ -221,6 +319,44 @@ torchao_plan.convert(Net(Conv1D), emulate=True)
     failed = run(tmp_path, code, "torchao")
     assert failed.returncode == 1
     assert "middle: a __main__.Conv1D, which torchao does not convert" in failed.stderr
+
+
+def test_torchao_finds_layers_in_wrappers_and_where_they_are_shared(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.submodule, self.module = nn.Sequential(nn.Linear(32, 32)), nn.Sequential(nn.Linear(32, 32))
+            self.again = nn.ModuleList([self.module[0], self.module[0]])
+            self.o = nn.Linear(32, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.as_tensor(self.o(self.again[1](self.module(self.submodule(x)))))
+
+    export(plan_for(Model(), 16), "torchao").save(tmp_path)
+    code = """
+import torchao_plan
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.submodule, self.module = nn.Sequential(nn.Linear(32, 32)), nn.Sequential(nn.Linear(32, 32))
+        self.again = nn.ModuleList([self.module[0], self.module[0]])
+        self.o = nn.Linear(32, 16)
+
+class Wrapper(nn.Module):  # as DistributedDataParallel
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+for wrap in (lambda model: model, Wrapper, torch.compile, lambda model: torch.compile(Wrapper(model))):
+    model = Model()
+    torchao_plan.convert(wrap(model), emulate=True)
+    assert type(model.submodule[0]).__name__ == "Float8Linear"
+    assert model.again[0] is model.again[1] is model.module[0]
+    assert type(model.again[0]).__name__ == "Float8Linear"
+print("done")
+"""
+    says_done(run(tmp_path, code, "torchao"))
 
 
 def test_torchao_check_fails_loudly(plan: Plan, tmp_path: Path) -> None:

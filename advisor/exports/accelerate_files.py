@@ -12,6 +12,7 @@ from typing import Any
 from advisor.exports.layers import half_sentences, kept_with, stored_sentences
 from advisor.exports.parts import Parts, as_json, script
 from advisor.exports.torchao_files import DATA, SCRIPT, torchao_layers
+from advisor.loss_scaling import GROWTH_INTERVAL, first_scale
 from advisor.plan import Plan
 
 SETTINGS, CHECK = "plan_accelerate.json", "accelerate_plan.py"
@@ -38,10 +39,13 @@ def precision_settings(plan: Plan, target: str) -> tuple[dict[str, Any], list[st
     wide, scaling = kept_with(plan), plan.loss_scaling
     settings: dict[str, Any] = {"precision": wide, "loss_scale": None}
     told = []
-    if scaling.kind != "none" and (wide != "fp16" or scaling.scale is None):
+    if scaling.kind != "none" and wide != "fp16":
         told.append(f"{target} scales the loss ({scaling.kind}) with fp16 only, and the other products are in {wide}")
     elif scaling.kind == "dynamic":
-        settings["loss_scale"] = {"init_scale": scaling.scale, "growth_interval": scaling.growth_interval or 2000}
+        settings["loss_scale"] = {
+            "init_scale": first_scale(scaling),
+            "growth_interval": scaling.growth_interval or GROWTH_INTERVAL,
+        }
         if scaling.minimums:
             told.append(f"{target}'s GradScaler has no smallest scale")
     elif scaling.kind == "static":

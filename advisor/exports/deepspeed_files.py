@@ -14,8 +14,9 @@ from advisor.castnames import parse_cast, short_cast
 from advisor.exports.layers import half_sentences, kept_with
 from advisor.exports.parts import Parts, as_json, script
 from advisor.exports.torchao_files import DATA, SCRIPT, torchao_layers
-from advisor.plan import Plan, Stored
-from probes.parameter_records import MASTER
+from advisor.loss_scaling import GROWTH_INTERVAL, first_scale
+from advisor.plan import Plan
+from probes.parameter_records import MASTER, WEIGHT_GRADIENT
 
 CONFIG, CHECK = "ds_config.json", "deepspeed_plan.py"
 USE = (
@@ -25,7 +26,8 @@ USE = (
     "engine, *_ = deepspeed.initialize(model=model, config='ds_config.json', ...)\n"
     "deepspeed_plan.check(engine)                   # raises where the engine or a layer is not what was asked\n"
 )
-PLAIN_16 = ("bf16/none/nearest",)
+PLAIN_16 = "bf16/none/nearest"
+ADAM_STATES = ("exp_avg", "exp_avg_sq")  # of the optimizers that its switch for states is for
 
 
 def deepspeed_export(plan: Plan) -> Parts:
@@ -40,28 +42,33 @@ def deepspeed_export(plan: Plan) -> Parts:
 def _config(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     wide, told = kept_with(plan), []
     config: dict[str, Any] = {"bf16": {"enabled": wide == "bf16"}, "fp16": {"enabled": wide == "fp16"}}
-    stored = {role_kind: [one for one in plan.storage if _kind(one) == role_kind] for role_kind in ("master", "state")}
+    done: set[str] = set()
     if wide == "bf16":
-        both = {kind: bool(group) and {one.cast for one in group} <= set(PLAIN_16) for kind, group in stored.items()}
-        config["bf16"]["bf16_master_weights_and_grads"] = both["master"]
-        config["bf16"]["bf16_optimizer_states"] = both["master"] and both["state"]
-    done = {
-        "master": config["bf16"].get("bf16_master_weights_and_grads", False),
-        "state": config["bf16"].get("bf16_optimizer_states", False),
-    }
+        masters = _has_all(plan, MASTER)
+        states = masters and all(_has_all(plan, role) for role in ADAM_STATES)
+        config["bf16"]["bf16_master_weights_and_grads"] = masters
+        config["bf16"]["bf16_optimizer_states"] = states
+        done = ({MASTER, WEIGHT_GRADIENT} if masters else set()) | (set(ADAM_STATES) if states else set())
     told += sorted(
         {
             f"DeepSpeed does not keep {one.role} in {short_cast(parse_cast(one.cast))}"
             for one in plan.storage
-            if not done.get(_kind(one), False)
+            if one.role not in done or one.cast != PLAIN_16
         }
     )
+    if WEIGHT_GRADIENT in done and not _has_all(plan, WEIGHT_GRADIENT):
+        told.append(
+            "DeepSpeed keeps gradients in bf16 where it keeps master weights so, which the plan does not ask for"
+        )
     told += _scaled(plan, wide, config)
     return config, told
 
 
-def _kind(one: Stored) -> str:
-    return "master" if one.role == MASTER else one.role if one.role in ("buffer", "epsilon") else "state"
+def _has_all(plan: Plan, role: str) -> bool:
+    """Whether the plan keeps this role in bf16 for every weight that it knows: DeepSpeed has a switch for all."""
+    rows = [one for one in plan.storage if one.role == role]
+    weights = {site.parameter for site in plan.sites if site.parameter is not None}
+    return bool(rows) and {one.cast for one in rows} == {PLAIN_16} and weights <= {one.name for one in rows}
 
 
 def _scaled(plan: Plan, wide: str, config: dict[str, Any]) -> list[str]:
@@ -69,16 +76,21 @@ def _scaled(plan: Plan, wide: str, config: dict[str, Any]) -> list[str]:
     scaling = plan.loss_scaling
     if scaling.kind == "none":
         return []
-    if wide != "fp16" or scaling.scale is None:
+    if wide != "fp16":
         return [f"DeepSpeed scales the loss ({scaling.kind}) with fp16 only, and the other products are in {wide}"]
     if scaling.kind == "static":
         config["fp16"]["loss_scale"] = scaling.scale
         return []
     config["fp16"] |= {
         "loss_scale": 0,
-        "initial_scale_power": round(math.log2(scaling.scale)),
-        "loss_scale_window": scaling.growth_interval or 1000,
+        "initial_scale_power": round(math.log2(first_scale(scaling))),
+        "hysteresis": 1,  # halved at every overflow, as the plan has it
+        "loss_scale_window": scaling.growth_interval or GROWTH_INTERVAL,
         "min_loss_scale": int(min((minimum for _, minimum in scaling.minimums), default=1)),
     }
-    rising = len(scaling.minimums) > 1
-    return ["DeepSpeed's smallest loss scale does not rise with the steps: the first minimum is used"] * rising
+    told = [
+        "DeepSpeed ends the training where a gradient overflows at the smallest loss scale, and skips no step there"
+    ]
+    if len(scaling.minimums) > 1:
+        told.append("DeepSpeed's smallest loss scale does not rise with the steps: the least of the minimums is used")
+    return told

@@ -16,6 +16,7 @@ from advisor.exports.megatron_files import megatron_export
 from advisor.exports.parts import Parts
 from advisor.exports.torchao_files import torchao_export
 from advisor.exports.transformer_engine_files import transformer_engine_export
+from advisor.loss_scaling import require_usable
 from advisor.plan import Plan
 
 TARGETS: Mapping[str, Callable[[Plan], Parts]] = MappingProxyType(
@@ -57,8 +58,9 @@ class Export:
 
 
 def export(plan: Plan, target: str) -> Export:
-    """The plan for one of TARGETS. Raises InvalidPlan for another name."""
+    """The plan for one of TARGETS. Raises InvalidPlan for another name, and for a loss scale that none can be."""
     if target not in TARGETS:
         raise InvalidPlan(f"there is no export to {target!r}; there are {', '.join(TARGETS)}")
+    require_usable(plan.loss_scaling)
     parts = TARGETS[target](plan)
     return Export(target, parts.files, parts.use, tuple(dict.fromkeys(parts.cannot)))

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from advisor.castnames import keeps, parse_cast, short_cast
+from advisor.castnames import KEEP, keeps, parse_cast, short_cast
+from advisor.loss_scaling import first_scale
+from advisor.native import MULTIPLE
 from advisor.plan import Plan, PlannedSite
 from probes.casts import Cast
+from probes.names import ROOT
 from probes.records import GRADIENT
 
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "forward", "input_grad", "weight_grad"
@@ -58,22 +61,36 @@ def layers_of(plan: Plan) -> tuple[list[Layer], list[str]]:
     """The plan's linear layers, and a sentence for every cast at a site that is none.
 
     A linear layer is a site of `linear` with a parameter of its own: whether the module is an nn.Linear is for the
-    model to say, and for the exported script to ask.
+    model to say, and for the exported script to ask. One whose sizes no FP8 kernel takes is there without its narrow
+    casts. Not one: a product with one of several parameters of a module
+    (`attn/in_proj_weight`), and a model that is itself a linear layer, which nothing can put another in the place of.
     """
     casts: dict[str, dict[str, Cast]] = {site.site: {} for site in plan.sites}
     for one in plan.assignments:
         casts[one.site][one.role] = parse_cast(one.cast)
     layers, others = [], []
     for site in plan.sites:
-        if site.op == "linear" and set(site.roles) >= LINEAR_ROLES and site.parameter is not None:
-            layers.append(Layer(site, casts[site.site]))
-        else:
-            others += [
-                f"{site.site} {role}: {short_cast(cast)}; the site is a {site.op}, not a linear layer"
-                for role, cast in casts[site.site].items()
-                if not keeps(cast) and cast.bits <= 8
-            ]
+        found = casts[site.site]
+        why, odd = _no_layer(site), any(size % MULTIPLE for size in site.parameter_shape or ())
+        if why is None and odd:
+            why = f"a weight of {list(site.parameter_shape or ())} is not divisible by {MULTIPLE}, as FP8 kernels need"
+            layers.append(Layer(site, {role: parse_cast(KEEP) if _is_narrow(c) else c for role, c in found.items()}))
+        elif why is None:
+            layers.append(Layer(site, found))
+            continue
+        others += [f"{site.site} {role}: {short_cast(cast)}; {why}" for role, cast in found.items() if _is_narrow(cast)]
     return layers, others
+
+
+def _no_layer(site: PlannedSite) -> str | None:
+    """Why a site is no linear layer that a library can convert; None where it is one."""
+    if site.op != "linear" or not set(site.roles) >= LINEAR_ROLES or site.parameter is None:
+        return f"the site is a {site.op}, not a linear layer"
+    if site.site == ROOT:
+        return "the model is itself the linear layer, and only layers within a model can be converted"
+    if "/" in site.site:
+        return f"its weight is one of several of {site.site.rpartition('/')[0]}, which is not a linear layer"
+    return None
 
 
 def is_fp8(cast: Cast) -> bool:
@@ -88,7 +105,11 @@ def is_fp8(cast: Cast) -> bool:
 
 def narrow_casts(layer: Layer) -> Iterator[tuple[str, Cast]]:
     """The roles with casts of 8 bits or less."""
-    return ((role, cast) for role, cast in layer.casts.items() if not keeps(cast) and cast.bits <= 8)
+    return ((role, cast) for role, cast in layer.casts.items() if _is_narrow(cast))
+
+
+def _is_narrow(cast: Cast) -> bool:
+    return not keeps(cast) and cast.bits <= 8
 
 
 def kept_with(plan: Plan) -> str:
@@ -125,4 +146,6 @@ def scaling_sentences(plan: Plan, target: str) -> list[str]:
     scaling = plan.loss_scaling
     if scaling.kind == "none":
         return []
-    return [f"{target}'s export does not scale the loss: do so by hand ({scaling.kind}, {scaling.scale:g} at first)"]
+    return [
+        f"{target}'s export does not scale the loss: do so by hand ({scaling.kind}, {first_scale(scaling):g} at first)"
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -35,5 +36,12 @@ def as_yaml(data: Any, indent: int = 0) -> str:
         if isinstance(value, dict) and value:
             lines.append(f"{head}\n{as_yaml(value, indent + 2)}".rstrip("\n"))
         else:
-            lines.append(f"{head} {json.dumps(value, ensure_ascii=False)}")
+            lines.append(f"{head} {_FOR_YAML.sub(_escaped, json.dumps(value, ensure_ascii=False))}")
     return "\n".join(lines) + "\n"
+
+
+_FOR_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")  # in JSON's strings as they are, in YAML's not
+
+
+def _escaped(letter: re.Match[str]) -> str:
+    return f"\\u{ord(letter[0]):04x}"

@@ -49,6 +49,6 @@ def check(model: nn.Module, whole: bool = True) -> None:
 
 def _plain(name: str) -> str:
     for wrapper in WRAPPERS:
-        while name.startswith(wrapper):
+        while name.startswith(wrapper) and name not in PLAN["layers"]:  # which may have a module of that name
             name = name.removeprefix(wrapper)
     return name

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 PLAN = json.loads((Path(__file__).parent / "plan_torchao.json").read_text(encoding="utf-8"))
-WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
+WITHIN = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # names that wrappers put in between
 
 
 class PlanNotCarriedOut(RuntimeError):
@@ -28,7 +28,8 @@ def convert(model: nn.Module, **options: Any) -> nn.Module:
     """
     from torchao.float8 import convert_to_float8_training
 
-    modules = _modules(model)
+    inner = _unwrapped(model)
+    modules = _modules(inner)
     wrong = []
     for name in PLAN["layers"]:
         module = modules.get(name)
@@ -42,8 +43,9 @@ def convert(model: nn.Module, **options: Any) -> nn.Module:
     for index in range(len(PLAN["configs"])):
         names = {name for name, at in PLAN["layers"].items() if at == index}
         convert_to_float8_training(
-            model, config=_config(index, **options), module_filter_fn=lambda m, fqn, names=names: _plain(fqn) in names
+            inner, config=_config(index, **options), module_filter_fn=lambda m, fqn, names=names: _plain(fqn) in names
         )
+    _put_everywhere(inner, {name: modules[name] for name in PLAN["layers"]})
     check(model)
     return model
 
@@ -84,13 +86,32 @@ def _config(index: int, **options: Any) -> Any:
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {_plain(name): module for name, module in model.named_modules()}
+    return {_plain(name): module for name, module in _unwrapped(model).named_modules()}
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own model within wrappers: the outermost that has all of the plan's layers, for a module called
+    `module` may be the user's; the innermost where none has."""
+    known = {*PLAN["layers"], *PLAN["unconverted"]}
+    while not known <= {_plain(name) for name, _ in model.named_modules()}:
+        within = [child for name, child in model._modules.items() if name in ("module", *WITHIN)]
+        if len(model._modules) != 1 or not within:
+            break
+        model = within[0]
+    return model
+
+
+def _put_everywhere(model: nn.Module, before: dict[str, nn.Module]) -> None:
+    """torchao converts a layer at its first place alone; others that share it are given the converted one too."""
+    after, names = _modules(model), {id(module): name for name, module in before.items()}
+    for parent in list(model.modules()):
+        for place, child in list(parent._modules.items()):
+            if id(child) in names:
+                setattr(parent, place, after[names[id(child)]])
 
 
 def _plain(name: str) -> str:
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in WITHIN)
 
 
 def _refuse(wrong: list[str]) -> None:
