@@ -120,7 +120,11 @@ class Hardware:
             if one.name.startswith("achieved") and not 0 < value <= 1:
                 raise InvalidHardware(f"hardware {self.name!r}: {one.name} is {value!r}; it must be in (0, 1]")
         times = (self.launch_s, self.product_start_s, self.tile_s)
-        if not (0 < self.bandwidth_bytes_s < float("inf") and self.units >= 1 and min(times) >= 0):
+        if not (
+            0 < self.bandwidth_bytes_s < float("inf")
+            and self.units >= 1
+            and all(0 <= time < float("inf") for time in times)
+        ):
             raise InvalidHardware(
                 f"hardware {self.name!r}: a bandwidth above 0, at least 1 unit and times of 0 or more are needed, got "
                 f"{self.bandwidth_bytes_s!r}, {self.units!r} and {times!r}"

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 from advisor.castnames import keeps
 from advisor.errors import InvalidPlan, PlanMismatch
@@ -58,6 +59,8 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
 
     Outside the block everything is as it was, but that stored tensors keep their rounded values.
 
+    One plan at a time: entering a block within another on the same model raises InvalidPlan.
+
     Raises PlanMismatch at once if the plan's sites or tensors are not the model's and the optimizer's, and InvalidPlan
     for what cannot be carried out here.
     """
@@ -85,6 +88,11 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
         self.unplaced = 0
 
     def __enter__(self) -> Any:
+        modes = _get_current_function_mode_stack()
+        if any(isinstance(mode, apply) and mode.model is self.model for mode in modes):
+            raise InvalidPlan(
+                "a plan is being carried out on this model already, and tensors would be cast twice: leave that block first"
+            )
         if self._depth == 0:
             try:
                 self._attach()

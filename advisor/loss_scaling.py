@@ -3,9 +3,10 @@
 Where the user's backward pass starts, the gradient it starts from is multiplied by the scale; where a gradient reaches
 a leaf of the graph (a parameter, or whatever else keeps a `.grad`), it is divided by it before it is added up. So the
 casts of a plan see scaled gradients, and accumulation, clipping and the optimizer true ones. Scales are powers of two:
-neither changes a mantissa. Tensors in the middle of the graph (`retain_grad`, hooks of modules), and hooks that were on
-a parameter before the block, see scaled gradients, as with torch's GradScaler; `torch.autograd.grad` is the user's own
-and is not scaled.
+neither changes a mantissa. But the gradient of a parameter in fp16 is an fp16 number, below 2^-14 a subnormal one or 0,
+however the loss was scaled: torch's GradScaler refuses such parameters, here the report says it. Tensors in the middle
+of the graph (`retain_grad`, hooks of modules), and hooks that were on a parameter before the block, see scaled
+gradients, as with torch's GradScaler; `torch.autograd.grad` is the user's own and is not scaled.
 
 Dynamic scaling: a step with a gradient that is not finite is skipped and the scale is halved; after `growth_interval`
 steps without one it is doubled. Skipped means that the optimizer sees no gradient at all: no moment, no weight decay
@@ -69,6 +70,7 @@ class LossScaler:
         self._overflowed: list[Tensor] = []
         self._hooks: list[Any] = []
         self._hooked: set[int] = set()
+        self._halves = False
 
     @property
     def is_dynamic(self) -> bool:
@@ -84,6 +86,7 @@ class LossScaler:
         for parameter in parameters:
             if parameter.requires_grad and parameter.is_leaf and id(parameter) not in self._hooked:
                 self._hooked.add(id(parameter))
+                self._halves |= parameter.dtype == torch.float16
                 self._hooks.append(parameter.register_hook(self._divided))
 
     def leave(self) -> None:
@@ -171,6 +174,8 @@ class LossScaler:
             how = "never met"
         elif self.bare:
             how += f"; {self.bare} steps had gradients from no backward pass that was met, and were not scaled"
+        if self._halves:
+            how += "; gradients of fp16 parameters are divided in fp16, where those below 2^-25 become 0"
         return {
             "site": "(loss)",
             "role": "scale",

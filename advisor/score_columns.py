@@ -33,6 +33,15 @@ class Column:
     array: NDArray[Any]
     missing: Mask | None = None
 
+    def read_only(self) -> NDArray[Any]:
+        """The array, with None or NaN where it is None; not to be written to."""
+        found = self.array.view()
+        if self.missing is not None and self.missing.any():
+            found = self.array.astype(float if self.array.dtype.kind == "f" else object)
+            found[self.missing] = np.nan if found.dtype.kind == "f" else None
+        found.flags.writeable = False
+        return found
+
     def to_list(self) -> list[Any]:
         """Python's own values."""
         if self.missing is None:

@@ -73,11 +73,11 @@ class Scores:
 
     @cached_property
     def columns(self) -> dict[str, NDArray[Any]]:
-        """Column → array [rows], in the rows' order: float64, with NaN for None; bool; or object, of texts.
+        """Column → array [rows], in the rows' order: float64, with NaN for None; or object, of texts, bools and None.
 
-        All but backward_error, flags, axis and other_axes.
+        All but backward_error, flags, axis and other_axes. The arrays are read-only: the rows are made of the same.
         """
-        return {name: column.array for name, column in self.of_window.columns.items()}
+        return {name: column.read_only() for name, column in self.of_window.columns.items()}
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -99,7 +99,8 @@ class Scores:
 def score(window: Window, casts: Sequence[str | Cast] | None = None, *, slots: Sequence[Slot] | None = None) -> Scores:
     """Score casts (default: the usual 8-bit and 16-bit ones) on every slot of a window; no training, no tensors.
 
-    Scales by row, column and block are for tensors of products: a parameter's own slots get no rows for them.
+    A cast that is named twice, or by two names, is scored once. Scales by row, column and block are for tensors of
+    products: a parameter's own slots get no rows for them.
 
     `slots`: score these alone, as `window.product_slots` for what a plan can choose from.
 
@@ -107,5 +108,6 @@ def score(window: Window, casts: Sequence[str | Cast] | None = None, *, slots: S
     enough (scales by row, column or block, where it was not opened with `finer`), WindowError for one still open.
     """
     chosen = [Cast.parse(cast) if isinstance(cast, str) else cast for cast in casts or DEFAULT_CASTS]
+    chosen = list(dict.fromkeys(chosen))
     require_scored(*chosen)
     return Scores(ScoreColumns.of(window, window.slots if slots is None else slots, chosen))

@@ -227,7 +227,8 @@ class StoredTensors:
                 f"the plan keeps {slot.role} of {slot.site} as {self.casts[slot]}, after each step of the optimizer: "
                 "give apply the optimizer"
             )
-        if slot.role != MASTER and not any(one is parameter for one in _parameters_of(self._optimizer)):
+        updated = slot.role != MASTER or parameter.requires_grad  # a frozen one is rounded once and stays so
+        if updated and not any(one is parameter for one in _parameters_of(self._optimizer)):
             raise PlanMismatch(f"the plan names {slot.role} of {slot.site}, and the optimizer has not that parameter")
 
     def _by_group(self) -> list[tuple[dict[str, Any], Cast]]:

@@ -141,9 +141,23 @@ def test_rows_and_columns_are_the_same_numbers() -> None:
                 ends = row["damage_interval"]
                 assert np.isnan(value) if ends is None else ends[name == "damage_upper"] == value
             elif row[name] is None:
-                assert value is None or isinstance(value, str) or np.isnan(value), name
+                assert value is None or np.isnan(value), name
             else:
                 assert row[name] == value or (np.isnan(row[name]) and np.isnan(value)), name
+
+
+def test_what_a_reader_does_to_columns_does_not_reach_the_rows() -> None:
+    scores = advisor.score(window_of(SLOTS), CASTS[:1])
+    for name, column in scores.columns.items():
+        with pytest.raises(ValueError, match="read-only"):
+            column[:1] = column[-1:]
+        assert len(column) == len(scores), name
+
+
+def test_a_cast_that_is_named_twice_is_scored_once() -> None:
+    window = window_of(SLOTS)
+    twice = advisor.score(window, ["e4m3fn", "int8", "e4m3fn/tensor/current/nearest", Cast.parse("int8")])
+    assert repr(twice.rows) == repr(advisor.score(window, ["e4m3fn", "int8"]).rows)
 
 
 def test_a_slot_alone_scores_as_it_does_among_others() -> None:

@@ -76,6 +76,23 @@ def test_a_kept_plan_changes_no_bit() -> None:
     assert losses == plain
 
 
+def test_one_plan_at_a_time_on_a_model() -> None:
+    model, other = mlp(), mlp()
+    plan = advisor.uniform(train(mlp, 2, lambda m, o: probe(m, o, steps=2))[2], input="e4m3fn")
+    applied = advisor.apply(plan, model)
+    with applied, advisor.apply(plan, other):  # another model's is no trouble
+        for second in (applied, advisor.apply(plan, model)):
+            with pytest.raises(InvalidPlan, match="carried out on this model already"):
+                second.__enter__()
+        model(torch.randn(4, 16)).sum().backward()
+        other(torch.randn(4, 16)).sum().backward()
+    assert {row["count"] for row in applied.report()} == {1}
+    with applied:
+        model(torch.randn(4, 16))
+    assert {row["count"] for row in applied.report() if row["role"] == "input"} == {2}
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
 def test_stochastic_casts_are_reproducible_and_leave_the_users_stream_alone() -> None:
     _, _, window = train(mlp, 3, lambda model, optimizer: probe(model, optimizer, steps=2))
     plan = advisor.uniform(window, grad_output="e5m2/tensor/current/stochastic")

@@ -97,6 +97,8 @@ def test_what_is_given_can_change_afterwards_without_effect() -> None:
         ({"achieved_bandwidth": 0.0}, "achieved_bandwidth is 0"),
         ({"bandwidth_bytes_s": 0.0}, "bandwidth above 0"),
         ({"launch_s": -1e-6}, "times of 0 or more"),
+        ({"tile_s": float("inf")}, "times of 0 or more"),
+        ({"product_start_s": float("nan")}, "times of 0 or more"),
         ({"units": 0}, "at least 1 unit"),
     ],
 )

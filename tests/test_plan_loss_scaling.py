@@ -231,6 +231,16 @@ def test_gradients_that_were_not_scaled_are_told(window: Window) -> None:
     assert "1 steps had gradients from no backward pass that was met" in applied.report()[-1]["how"]
 
 
+def test_gradients_of_fp16_parameters_are_told_to_end_in_fp16(window: Window) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        model = mlp().to(dtype)
+        optimizer = stepper(model)
+        with advisor.apply(plan_of(window, scaling()), model, optimizer) as applied:
+            model(torch.ones(2, 16, dtype=dtype)).sum().backward()
+            optimizer.step()
+        assert ("divided in fp16" in applied.report()[-1]["how"]) == (dtype == torch.float16)
+
+
 def test_outside_the_block_no_hook_is_left(window: Window) -> None:
     model = mlp()
     optimizer = stepper(model)

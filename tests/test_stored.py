@@ -284,6 +284,18 @@ def test_what_cannot_be_stored_is_refused_at_once(window: Window, rows: list[Sto
         advisor.apply(plan_of(window, rows), model, torch.optim.Adam(model.parameters()))
 
 
+def test_a_master_weight_that_this_optimizer_does_not_update_is_refused(window: Window) -> None:
+    model = mlp()
+    plan = plan_of(window, stored("bf16", *masters(model)))
+    with pytest.raises(PlanMismatch, match=r"names master of 0\.weight, and the optimizer has not that parameter"):
+        advisor.apply(plan, model, torch.optim.SGD(mlp().parameters(), 0.1))
+    frozen = model.get_parameter("0.weight").requires_grad_(False)
+    rest = [parameter for parameter in model.parameters() if parameter is not frozen]
+    with advisor.apply(plan, model, torch.optim.SGD(rest, 0.1)):
+        pass
+    assert torch.equal(frozen, frozen.bfloat16().float())
+
+
 def test_a_block_that_cannot_be_entered_or_is_cut_short_leaves_nothing(window: Window) -> None:
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters())
