@@ -91,7 +91,7 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
         modes = _get_current_function_mode_stack()
         if any(isinstance(mode, apply) and mode.model is self.model for mode in modes):
             raise InvalidPlan(
-                "a plan is being carried out on this model already, and tensors would be cast twice: leave that block first"
+                "a plan is carried out on this model already, and tensors would be cast twice: leave that block first"
             )
         if self._depth == 0:
             try:

@@ -82,7 +82,7 @@ def test_one_plan_at_a_time_on_a_model() -> None:
     applied = advisor.apply(plan, model)
     with applied, advisor.apply(plan, other):  # another model's is no trouble
         for second in (applied, advisor.apply(plan, model)):
-            with pytest.raises(InvalidPlan, match="carried out on this model already"):
+            with pytest.raises(InvalidPlan, match="is carried out on this model already"):
                 second.__enter__()
         model(torch.randn(4, 16)).sum().backward()
         other(torch.randn(4, 16)).sum().backward()
