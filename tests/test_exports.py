@@ -462,6 +462,43 @@ print("done")
     says_done(run(tmp_path, code, "nvdlfw_inspect"))
 
 
+def test_transformer_engine_script_names_their_layers_alone(plan: Plan, tmp_path: Path) -> None:
+    export(plan, "transformer-engine").save(tmp_path)
+    code = """
+import transformer_engine_plan
+
+class Linear(nn.Linear):  # as TransformerEngine's, which needs a GPU
+    __module__ = "transformer_engine.pytorch.module.linear"
+    fp8_meta = None
+
+class Own(Linear):
+    __module__ = "__main__"
+
+class Named(nn.Linear):
+    name = property(lambda self: "mine")  # which cannot be set
+
+model = Net(Own)
+model.first, model.last = Linear(32, 64), Linear(64, 16)
+model.other = Named(2, 2)
+try:
+    transformer_engine_plan.check(model)
+except transformer_engine_plan.PlanNotCarriedOut as error:
+    assert "first: its name for nvdlfw-inspect is None" in str(error), error
+transformer_engine_plan.give_names(model)
+transformer_engine_plan.check(model)
+assert (model.middle.name, model.other.name) == ("model.middle", "mine")
+model.last = nn.Linear(64, 16)  # wide in the plan, and wide
+transformer_engine_plan.check(model)
+model.first = nn.Linear(32, 64)
+try:
+    transformer_engine_plan.check(model)
+except transformer_engine_plan.PlanNotCarriedOut as error:
+    assert "first: asked for in FP8, and no layer of TransformerEngine" in str(error), error
+    print("done")
+"""
+    says_done(run(tmp_path, code, "torch"))
+
+
 def test_megatron_reads_the_recipe_and_the_check_runs(plan: Plan, tmp_path: Path) -> None:
     export(plan, "megatron").save(tmp_path)
     code = """

@@ -36,7 +36,7 @@ def recipe() -> Any:
 
 
 def start(model: nn.Module) -> None:
-    """Start nvdlfw-inspect with the plan's YAML, give every layer its module path as a name, and check.
+    """Start nvdlfw-inspect with the plan's YAML, give every layer of theirs its module path as a name, and check.
 
     The names are given here: nvdlfw-inspect's own take a layer's `layer_number`, which Megatron counts from 1.
     """
@@ -45,9 +45,15 @@ def start(model: nn.Module) -> None:
 
     features = str(Path(debug.__file__).parent / "features")
     inspect_api.initialize(config_file=str(FEATURES), feature_dirs=[features])
-    for name, module in model.named_modules():
-        module.name = NAMED + name
+    give_names(model)
     check(model)
+
+
+def give_names(model: nn.Module) -> None:
+    """What nvdlfw-inspect calls each layer; a module of the user's may have a `name` that it needs."""
+    for name, module in model.named_modules():
+        if _is_of_theirs(module):
+            module.name = NAMED + name
 
 
 def check(model: nn.Module) -> None:
@@ -63,7 +69,7 @@ def check(model: nn.Module) -> None:
     known = {*PLAN["layers"], *PLAN["off"]}
     wrong += [f"{name}: a layer of TransformerEngine that the plan does not know" for name in theirs - known]
     wrong += [
-        f"{name}: its name for nvdlfw-inspect is {modules[name].name!r}"
+        f"{name}: its name for nvdlfw-inspect is {getattr(modules[name], 'name', None)!r}"
         for name in sorted(theirs)
         if getattr(modules[name], "name", None) != NAMED + name
     ]
@@ -77,10 +83,15 @@ def check(model: nn.Module) -> None:
 def _is_theirs(module: nn.Module) -> bool:
     """A layer with a matrix product of its own: those that have an FP8 state and a weight."""
     return (
-        type(module).__module__.startswith("transformer_engine.pytorch")
+        _is_of_theirs(module)
         and "weight" in dict(module.named_parameters(recurse=False))
         and hasattr(module, "fp8_meta")
     )
+
+
+def _is_of_theirs(module: nn.Module) -> bool:
+    """Whether its class is TransformerEngine's, or made from one of those."""
+    return any(one.__module__.startswith("transformer_engine.pytorch") for one in type(module).__mro__)
 
 
 def _unlike(names: set[str]) -> list[tuple[str, list[str], list[str]]]:
