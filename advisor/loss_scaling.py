@@ -10,9 +10,10 @@ gradients, as with torch's GradScaler; `torch.autograd.grad` is the user's own a
 
 Dynamic scaling: a step with a gradient that is not finite is skipped and the scale is halved; after `growth_interval`
 steps without one it is doubled. Skipped means that the optimizer sees no gradient at all: no moment, no weight decay
-and no count moves. A minimum that rises with the steps holds against halving (Mellempudi et al. 2019, sec. 3.2); a step
-that overflows at it is skipped all the same. A gradient overflows only where a cast lets it: with casts that saturate
-the scale grows up to `LARGEST`.
+and no count moves. (An optimizer that evaluates its closure several times a step, as LBFGS, has moved already when a
+later evaluation overflows: it ends the step there.) A minimum that rises with the steps holds against halving
+(Mellempudi et al. 2019, sec. 3.2); a step that overflows at it is skipped all the same. A gradient overflows only where
+a cast lets it: with casts that saturate the scale grows up to `LARGEST`.
 
 Static scaling skips nothing.
 """

@@ -531,3 +531,45 @@ assert get_float16_config(config).enabled == config["fp16"]["enabled"]
 print("done")
 """
     says_done(run(tmp_path, code, "deepspeed"))
+
+
+def test_deepspeed_check_compares_every_setting(window: Window, tmp_path: Path) -> None:
+    casts = {(site.name, role): "fp16/none" for site in window.sites for role in site.roles}
+    scaling = LossScaling(kind="dynamic", scale=4096.0, reason="r").model_dump()
+    export(plan_of(window, casts, loss_scaling=scaling), "deepspeed").save(tmp_path)
+    code = """
+import json
+import deepspeed_plan
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
+
+class Config:
+    def __init__(self, config):
+        self.bfloat16_config, self.float16_config = get_bfloat16_config(config), get_float16_config(config)
+
+def engine(**changes):  # DeepSpeed's own, as far as it tells of its configuration
+    config = json.load(open("ds_config.json"))
+    for name, value in changes.items():
+        config["bf16" if name.startswith("bf16") else "fp16"][name] = value
+    made = DeepSpeedEngine.__new__(DeepSpeedEngine)
+    nn.Module.__init__(made)
+    made.module, made._config = Net(), Config(config)
+    return made
+
+deepspeed_plan.check(engine())
+for change, told in (
+    ({"loss_scale": 128.0}, "the loss scale is 128.0 (0: dynamic), asked for was 0"),
+    ({"initial_scale_power": 4}, "the loss scale starts at 16, asked for was 4096"),
+    ({"bf16_master_weights_and_grads": True}, "bf16_master_weights_and_grads is on"),
+    ({"bf16_optimizer_states": True}, "bf16_optimizer_states is on"),
+    ({"enabled": False}, "fp16 is off"),
+):
+    try:
+        deepspeed_plan.check(engine(**change))
+    except deepspeed_plan.PlanNotCarriedOut as error:
+        assert told in str(error), error
+    else:
+        raise SystemExit(f"{change} passed")
+print("done")
+"""
+    says_done(run(tmp_path, code, "deepspeed"))

@@ -38,4 +38,6 @@ def check(accelerator: Any, model: nn.Module) -> None:
     scaler, wanted = accelerator.scaler, SETTINGS["loss_scale"]
     if wanted is not None and (scaler is None or scaler._init_scale != wanted["init_scale"]):
         raise PlanNotCarriedOut(f"the loss scale does not start at {wanted['init_scale']}")
+    if wanted is not None and scaler.get_growth_interval() != wanted["growth_interval"]:
+        raise PlanNotCarriedOut(f"the loss scale does not grow after {wanted['growth_interval']} steps")
     torchao_plan.check(accelerator.unwrap_model(model, keep_fp32_wrapper=False))

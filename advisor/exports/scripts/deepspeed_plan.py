@@ -24,9 +24,17 @@ def check(engine: Any) -> None:
     for name, found in (("bf16", engine.bfloat16_enabled()), ("fp16", engine.fp16_enabled())):
         if bool(found) != CONFIG[name]["enabled"]:
             wrong.append(f"{name} is {'on' if found else 'off'}, asked for was {CONFIG[name]['enabled']}")
-    scale = CONFIG["fp16"].get("loss_scale")
-    if scale and engine.loss_scale() != scale:
-        wrong.append(f"the loss scale is {engine.loss_scale()}, asked for was {scale}")
+    scale, power = CONFIG["fp16"].get("loss_scale"), CONFIG["fp16"].get("initial_scale_power")
+    if scale is not None and engine.loss_scale() != scale:
+        wrong.append(f"the loss scale is {engine.loss_scale()} (0: dynamic), asked for was {scale}")
+    if power is not None and engine.initial_dynamic_scale() != 2**power:
+        wrong.append(f"the loss scale starts at {engine.initial_dynamic_scale()}, asked for was {2**power}")
+    for name, kept in (
+        ("bf16_master_weights_and_grads", engine.bf16_master_weights_and_gradients()),
+        ("bf16_optimizer_states", engine.bf16_optimizer_states()),
+    ):
+        if bool(kept) != CONFIG["bf16"].get(name, False):
+            wrong.append(f"{name} is {'on' if kept else 'off'}, asked for was {CONFIG['bf16'].get(name, False)}")
     if wrong:
         raise PlanNotCarriedOut("the engine is not as the plan has it:\n  " + "\n  ".join(wrong))
     torchao_plan.check(engine.module)
