@@ -15,7 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ QUICK = Budget(forward_s=5, training_s=0, casts=CASTS[1:3], trainings=False)
 def measure(name: str, cache: Path, budget: Budget, progress: Callable[[str], object]) -> Ledger:
     """Measure what the model's ledger lacks."""
     trainable, (model, optimizer, _) = MODELS[name], trained(name, cache=cache)
-    ledger = open_ledger(name, cache, budget is QUICK)
+    ledger = open_ledger(name, cache, quick=not budget.trainings)
     met = slots_of(model, trainable.batch(0, 0).inputs)
     forward = [one.slot for one in met if one.slot.role != GRADIENT]
     measure_forward(trainable, model, forward, budget.casts, ledger, budget.forward_s, progress)
@@ -113,11 +113,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the models that are asked for, one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
+    parser.add_argument("--forward-seconds", type=float, default=None, help=f"default {FULL.forward_s:g}, a model")
+    parser.add_argument("--training-seconds", type=float, default=None, help=f"default {FULL.training_s:g}, a model")
     asked = parser.parse_args(arguments)
     begin(asked)
+    given = {"forward_s": asked.forward_seconds, "training_s": asked.training_seconds}
+    budget = replace(
+        QUICK if asked.quick else FULL, **{name: value for name, value in given.items() if value is not None}
+    )
     for name in asked.models:
         started = time.monotonic()
-        ledger = measure(name, asked.cache, QUICK if asked.quick else FULL, progress_on_terminal())
+        ledger = measure(name, asked.cache, budget, progress_on_terminal())
         parts = ", ".join(f"{kind} {len(ledger.of(kind))}" for kind in ("forward", "gradient", "training"))
         print(f"{name}: {time.monotonic() - started:.0f} s; records: {parts}; {ledger.path}")
 
