@@ -37,7 +37,7 @@ Pair = tuple[Slot, str]
 
 @dataclass(frozen=True)
 class GradientTruth:
-    """One pair's, at one parameter or at all that its error reaches.
+    """One pair's, at one parameter.
 
     ratio, ratio_se   error over minibatch noise, and its standard error over batches
     scatter_ratio     the same without what is alike in all batches
@@ -118,35 +118,38 @@ def gradient_of(trainable: Trainable, model: nn.Module, batch: Batch) -> Tensor:
 
 
 def gradient_truths(
-    ledger: Ledger, parameter_of: Mapping[str, str | None], adaptive: bool
+    ledger: Ledger, model: nn.Module, parameter_of: Mapping[str, str | None], adaptive: bool
 ) -> dict[Pair, GradientTruth]:
     """What a ledger's gradient records come to.
 
-    A gradient and an input are judged at their site's own weight. A weight, and the operands of a product without a
-    parameter, are judged at all parameters that they reach: `parameter_of` says which site has which parameter.
-    `adaptive`: each element divided by its own size.
+    A gradient and an input are judged at their site's own weight. A weight, and what enters a product without one, are
+    judged at the matrix among the parameters that their error hits hardest: not at biases, because those of keys have
+    no gradient but rounding's. `parameter_of` says which site has which parameter. `adaptive`: each element divided by
+    its own size.
     """
     (exact,) = ledger.of("exact")
+    kind = "_each" if adaptive else ""
+    matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
     found = {}
     for record in ledger.of("gradient"):
         slot = Slot(record["site"], record["role"])
         own = parameter_of.get(slot.site) if slot.role in (GRADIENT, "input") else None
-        names = [own] if own in record["at"] else list(record["at"])
-        found[slot, record["cast"]] = _joined(exact["at"], record["at"], names, "_each" if adaptive else "")
+        names = [own] if own in record["at"] else [name for name in record["at"] if name in matrices]
+        each = [_at(exact["at"][name], record["at"][name], kind) for name in names]
+        found[slot, record["cast"]] = max(each, key=lambda one: one.ratio, default=GradientTruth(0.0, 0.0, 0.0, 0.0))
     return found
 
 
-def _joined(exact: Mapping[str, Any], at: Mapping[str, Any], names: Sequence[str], kind: str) -> GradientTruth:
-    noise = sum(exact[name][f"noise{kind}"] for name in names)
-    energy = sum(exact[name]["energy"] for name in names)
-    if not names or not noise:
+def _at(exact: Mapping[str, Any], at: Mapping[str, Any], kind: str) -> GradientTruth:
+    noise = exact[f"noise{kind}"]
+    if not noise:
         return GradientTruth(0.0, 0.0, 0.0, 0.0)
-    errors = torch.tensor([at[name][f"error{kind}"] for name in names], dtype=torch.float64).sum(0)  # [batches]
+    errors = torch.tensor(at[f"error{kind}"], dtype=torch.float64)
     return GradientTruth(
         float(errors.mean()) / noise,
         float(errors.std()) / len(errors) ** 0.5 / noise,
-        sum(at[name][f"scatter{kind}"] for name in names) / noise,
-        sum(at[name]["shrinkage"] * exact[name]["energy"] for name in names) / energy,
+        at[f"scatter{kind}"] / noise,
+        at["shrinkage"],
     )
 
 

@@ -50,7 +50,8 @@ trained for 300 to 400 steps on tiny Shakespeare and Fashion-MNIST; `benchmarks/
 and by −δ, and the rise is ½[L(+δ) + L(−δ)] − L(0), the mean over at least {2 * ROUND} training batches that no step
 has seen. **Measured, gradients.** With one tensor cast in the backward pass alone, the error's energy in the weight's
 gradient ({BATCHES} batches) over the minibatch's own noise in it ({EXACT_BATCHES} batches); with Adam each element is
-divided by its own size first, as Adam does. A product without a weight is judged at all weights that it reaches.
+divided by its own size first, as Adam does. A product without a weight is judged at the matrix that it
+hits hardest.
 **Predicted.** `advisor.score` on a window over the training's next steps: `damage`, and `noise_ratio` for
 `{GRADIENT}`. Casts: {casts}.
 
@@ -142,9 +143,9 @@ def _first_order(models: Mapping[str, Any]) -> str:
     return f"""## The first-order part
 
 The mean of ½[L(+δ) − L(−δ)], which cancels above: the slope along one particular rounding, and what clipping and
-flushing do. It is in no predicted damage. Decided are pairs where it differs from zero by two standard errors; how often
-it is larger than the second-order rise, and how often it raises the loss. Then what ⟨g, δ⟩ with the training's own
-gradient, over eight steps, would have told of those pairs.
+flushing do. It is in no predicted damage. Decided are pairs where it differs from zero by two standard errors; how
+often it is larger than the second-order rise, and how often it raises the loss. Then what ⟨g, δ⟩ with the training's
+own gradient, over eight steps, would have told of those pairs.
 
 {_table(head, rows)}"""
 

@@ -42,7 +42,7 @@ def result_of(name: str, cache: Path, quick: bool) -> dict[str, Any]:
     ledger = open_ledger(name, cache, quick)
     parameters = {one.slot.site: one.parameter for one in slots_of(model, trainable.batch(0, 0).inputs)}
     rises = forward_truths(ledger.of("forward"))
-    noises = gradient_truths(ledger, parameters, is_adaptive(optimizer))
+    noises = gradient_truths(ledger, model, parameters, is_adaptive(optimizer))
     predicted = predict(name, cache)
     compared = compare(rises, noises, predicted)
     from_sketches = compare(rises, noises, predict(name, cache, candidates=USUAL))

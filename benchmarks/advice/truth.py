@@ -60,7 +60,7 @@ def measure(name: str, cache: Path, budget: Budget, progress: Callable[[str], ob
     measure_gradients(trainable, model, met, budget.casts, ledger, progress)
     if budget.trainings:
         parameters = {one.slot.site: one.parameter for one in met}
-        ratios = gradient_truths(ledger, parameters, is_adaptive(optimizer))
+        ratios = gradient_truths(ledger, model, parameters, is_adaptive(optimizer))
         chosen = spread_out({pair: one.ratio for pair, one in ratios.items() if pair[0].role == GRADIENT})
         measure_trainings(trainable, chosen, ledger, budget.training_s, progress)
     return ledger
