@@ -74,7 +74,7 @@ class CastBackward(SiteHook):
         return _with_gradients_of(exact, other)
 
 
-class Trained(SiteHook):
+class TrainedWith(SiteHook):
     """Every slot in `casts` is cast in forward and backward, as a plan would have it: for training runs."""
 
     def __init__(self, model: nn.Module, casts: dict[Slot, Cast]) -> None:

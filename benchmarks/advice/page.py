@@ -33,13 +33,12 @@ def _opening(result: Mapping[str, Any]) -> str:
         (
             name,
             _number(one["loss"], 3),
-            f"{one['scored_steps']} of {result['window_steps']}",
             _number(one["scored_step_in_plain_steps"], 0),
-            _number(one["scored_steps"] * from_json(one["scored_step_in_plain_steps"]), 0),
+            _number(result["scored_steps"] * from_json(one["scored_step_in_plain_steps"]), 0),
         )
         for name, one in result["models"].items()
     ]
-    head = ("model", "loss", "scored steps", "a scored step costs", "all of them")
+    head = ("model", "loss", "a scored step costs", "all of them")
     return f"""# Predicted against measured
 
 This page is written by `python -m benchmarks.advice.table --write`, from the brute force that
@@ -52,8 +51,8 @@ has seen. **Measured, gradients.** With one tensor cast in the backward pass alo
 gradient ({BATCHES} batches) over the minibatch's own noise in it ({EXACT_BATCHES} batches); with Adam each element is
 divided by its own size first, as Adam does. A product without a weight is judged at the matrix that it
 hits hardest.
-**Predicted.** `advisor.score` on a window over the training's next steps: `damage`, and `noise_ratio` for
-`{GRADIENT}`. Casts: {casts}.
+**Predicted.** `advisor.score` on a window over the training's next {result["window_steps"]} steps, of which
+{result["scored_steps"]} are scored: `damage`, and `noise_ratio` for `{GRADIENT}`. Casts: {casts}.
 
 Only pairs of slot and cast count whose truth exceeds twice its standard error. Targets, set before the first table was
 made: {targets}; every decided pair must have a prediction. The ratio is the median of predicted over measured.
@@ -88,23 +87,18 @@ def _rivals(models: Mapping[str, Any]) -> str:
     rows = []
     for name, one in models.items():
         for role, found in one["roles"].items():
-            rivals = found["rivals"]
-            error = rivals["backward_error"]
-            rows.append(
-                (
-                    name,
-                    role,
-                    _number(found["agreement"]["spearman"], 3),
-                    *(_number(rivals[rival]["spearman"], 3) for rival in ("sqnr", "underflow")),
-                    _number(error["spearman"], 3) + ("" if _is_number(error["spearman"]) else " (not followed)"),
-                )
-            )
-    head = ("model", "role", "predicted", "SQNR alone", "underflow alone", "backward error alone")
+            row = [name, role]
+            for kind in ("rankings_of_usual", "rankings"):
+                ranked = found[kind]
+                row.append(str(ranked["predicted"]["pairs"]))
+                row += [_number(ranked[by]["spearman"]) for by in ("predicted", "sqnr", "underflow", "backward_error")]
+            rows.append(row)
+    head = ("model", "role", *2 * ("pairs", "predicted", "SQNR", "underflow", "backward error"))
     return f"""## The same pairs ranked by rules of thumb
 
-Spearman with the measured value. SQNR counts as worse the lower it is. The backward error is the median one of the
-site's forward product (for `{GRADIENT}`: of its weight gradient) with both operands cast, so it cannot tell an input
-from a weight.
+Spearman with the measured value: first over e4m3fn, e5m2 and int8 per tensor alone, then over all casts. SQNR counts as
+worse the lower it is. The backward error is the median one of the site's forward product (for `{GRADIENT}`: of its
+weight gradient) with both operands cast, so it cannot tell an input from a weight; a recurrent layer has none.
 
 {_table(head, rows)}"""
 

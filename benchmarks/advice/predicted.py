@@ -28,9 +28,7 @@ from probes.sites import ProductCall, SiteHook
 from probes.window import Window
 
 STEPS = 16  # of the window
-SCORED = 8  # of them, each with two draws of the curvature
-SCORED_MIXED = 16  # where samples mix (BatchNorm), each with eight draws of the whole batch
-MIXED = frozenset({"convnet"})
+SCORED = 8  # of them, each with two draws of the curvature, eight where samples mix (BatchNorm)
 COST_STEPS = 3  # of each kind, for the cost of a scored step
 TYPICAL = 0.5  # quantile of a product's backward errors that stands for it
 
@@ -61,8 +59,7 @@ def predict(name: str, cache: Path, candidates: Sequence[str | Cast] = CASTS) ->
     """
     trainable, (model, optimizer, step) = MODELS[name], trained(name, cache=cache)
     errors = _sampled_errors(name, cache)
-    scored = scored_steps(name)
-    with advisor.probe(model, optimizer, steps=STEPS, curvature_steps=scored, casts=candidates) as window:
+    with advisor.probe(model, optimizer, steps=STEPS, curvature_steps=SCORED, casts=candidates) as window:
         train(model, optimizer, trainable, 0, step, STEPS)
     rows = advisor.score(window, CASTS, slots=window.product_slots).rows
     return Predicted(
@@ -71,11 +68,6 @@ def predict(name: str, cache: Path, candidates: Sequence[str | Cast] = CASTS) ->
         {(Slot(row["site"], row["role"]), row["cast"]): _error_of(errors, row) for row in rows},
         statistics.fmean(window.losses),
     )
-
-
-def scored_steps(name: str) -> int:
-    """How many of the window's steps are scored."""
-    return SCORED_MIXED if name in MIXED else SCORED
 
 
 def cost_of_a_scored_step(name: str) -> float:

@@ -24,16 +24,16 @@ from benchmarks.advice.ledger import Ledger
 from benchmarks.advice.models import MODELS, trained
 from benchmarks.advice.moved import slots_of
 from benchmarks.advice.page import page
-from benchmarks.advice.predicted import STEPS, Pair, Predicted, cost_of_a_scored_step, predict, scored_steps
+from benchmarks.advice.predicted import SCORED, STEPS, Pair, Predicted, cost_of_a_scored_step, predict
 from benchmarks.advice.training_truth import gaps, interval
 from benchmarks.advice.truth import CASTS, add_common_arguments, begin, is_adaptive, open_ledger, progress_on_terminal
+from probes.casts import Cast
 from probes.numbers import plain
 from probes.records import GRADIENT
 
 RESULT = Path(__file__).with_name("advice.json")
 PAGE = Path(__file__).parents[2] / "docs" / "advice.md"
-RIVALS = ("sqnr", "underflow", "backward_error")
-USUAL = ("e4m3fn", "e5m2", "int8")  # candidates of a second window, by which the others are told from sketches alone
+USUAL = ("e4m3fn", "e5m2", "int8")  # ranked by themselves too; and a second window's only candidates
 
 
 def result_of(name: str, cache: Path, quick: bool) -> dict[str, Any]:
@@ -46,17 +46,19 @@ def result_of(name: str, cache: Path, quick: bool) -> dict[str, Any]:
     predicted = predict(name, cache)
     compared = compare(rises, noises, predicted)
     from_sketches = compare(rises, noises, predict(name, cache, candidates=USUAL))
-    usual = {str(cast) for cast in CASTS if cast.format.name in USUAL and cast.granularity == "tensor"}
     plans = plan_totals(trainable, model, predicted)
     return {
         "loss": predicted.loss,
         "notes": list(predicted.window.notes),
-        "scored_steps": scored_steps(name),
         "scored_step_in_plain_steps": cost_of_a_scored_step(name),
         "roles": {role: _role(role, compared, predicted) for role in _groups(compared)},
         "from_sketches": {
             role: agreement(
-                [one for pair, one in from_sketches.items() if group_of(pair[0].role) == role and pair[1] not in usual]
+                [
+                    one
+                    for pair, one in from_sketches.items()
+                    if group_of(pair[0].role) == role and not _is_usual(pair[1])
+                ]
             )
             for role in _groups(compared)
         },
@@ -93,19 +95,31 @@ def _groups(compared: Mapping[Pair, Compared]) -> list[str]:
 def _role(role: str, compared: Mapping[Pair, Compared], predicted: Predicted) -> dict[str, Any]:
     """Agreement of one group of roles, whether it meets its target, and how the rules of thumb rank the same pairs."""
     pairs = [pair for pair in compared if group_of(pair[0].role) == role]
+    found = agreement([compared[pair] for pair in pairs])
+    return {
+        "agreement": found,
+        "meets": None if role not in TARGETS else found.meets(TARGETS[role]),
+        "rankings": _rankings(pairs, compared, predicted),
+        "rankings_of_usual": _rankings([pair for pair in pairs if _is_usual(pair[1])], compared, predicted),
+    }
+
+
+def _rankings(
+    pairs: Sequence[Pair], compared: Mapping[Pair, Compared], predicted: Predicted
+) -> dict[str, dict[str, float]]:
+    """Rank correlation with the truth, and over how many pairs, of the prediction and of the rules of thumb."""
     chosen = [compared[pair] for pair in pairs]
-    found = agreement(chosen)
     values: dict[str, list[float | None]] = {
+        "predicted": [one.predicted for one in chosen],
         "sqnr": [_minus(predicted.of(pair, "sqnr_db")) for pair in pairs],
         "underflow": [predicted.of(pair, "underflow") for pair in pairs],
         "backward_error": [predicted.backward_error.get(pair) for pair in pairs],
     }
-    rivals = {name: dict(zip(("spearman", "pairs"), ranking(chosen, by), strict=True)) for name, by in values.items()}
-    return {
-        "agreement": found,
-        "meets": None if role not in TARGETS else found.meets(TARGETS[role]),
-        "rivals": rivals,
-    }
+    return {name: dict(zip(("spearman", "pairs"), ranking(chosen, by), strict=True)) for name, by in values.items()}
+
+
+def _is_usual(cast: str) -> bool:
+    return cast in map(str, map(Cast.parse, USUAL))
 
 
 def _first_order(rises: Mapping[Pair, Truth], told: Mapping[Pair, float]) -> dict[str, Any]:
@@ -165,26 +179,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         PAGE.write_text(page(json.loads(RESULT.read_text())))
         return
     begin(asked)
-    show, models = progress_on_terminal(), {}
+    show = progress_on_terminal()
+    result: dict[str, Any] = {
+        "torch": torch.__version__.split("+")[0],
+        "window_steps": STEPS,
+        "scored_steps": SCORED,
+        "casts": list(map(str, CASTS)),
+        "models": json.loads(RESULT.read_text())["models"] if asked.write and RESULT.exists() else {},
+    }
     for name in asked.models:
         show(f"{name}: window, scores and plans")
-        models[name] = result_of(name, asked.cache, asked.quick)
-    result = plain(
-        {
-            "torch": torch.__version__.split("+")[0],
-            "window_steps": STEPS,
-            "casts": list(map(str, CASTS)),
-            "models": models,
-        }
-    )
-    if asked.write:
-        if RESULT.exists():  # models that were not asked for stay as they were
-            earlier = json.loads(RESULT.read_text())["models"]
-            known = {**earlier, **result["models"]}
-            result["models"] = {name: known[name] for name in MODELS if name in known}
-        RESULT.write_text(json_of(result))
-        PAGE.write_text(page(result))
-    else:
+        known = {**result["models"], name: plain(result_of(name, asked.cache, asked.quick))}
+        result["models"] = {one: known[one] for one in MODELS if one in known}
+        if asked.write:
+            RESULT.write_text(json_of(result))
+            PAGE.write_text(page(result))
+    if not asked.write:
         print(page(result))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.advice.ledger import Ledger
 from benchmarks.advice.models import Trainable, fresh, train
-from benchmarks.advice.moved import Trained
+from benchmarks.advice.moved import TrainedWith
 from probes.casts import Cast
 from probes.records import Slot
 
@@ -108,7 +108,7 @@ def _run(trainable: Trainable, pair: Pair | None, seed: int) -> dict[str, object
             found.append(value if math.isfinite(value) else math.inf)
 
     casts = {} if pair is None else {pair[0]: Cast.parse(pair[1])}
-    with Trained(model, casts):
+    with TrainedWith(model, casts):
         train(model, optimizer, trainable, seed, 0, STEPS, keep)
     slot = {"site": None, "role": None, "cast": None} if pair is None else {**pair[0]._asdict(), "cast": pair[1]}
     losses = [float(f"{loss:.6g}") for loss in found]
