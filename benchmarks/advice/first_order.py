@@ -7,14 +7,13 @@ advisor does not predict this part. Here it stands beside brute force to show wh
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.advice.models import MODELS, trained
+from benchmarks.advice.models import Start
 from benchmarks.advice.truth import CASTS
 from probes.edges import await_gradient
 from probes.records import Slot
@@ -26,12 +25,12 @@ STEPS = 8
 Pair = tuple[Slot, str]
 
 
-def first_orders(name: str, cache: Path) -> dict[Pair, float]:
+def first_orders(start: Start) -> dict[Pair, float]:
     """⟨g, δ⟩ in loss units, mean over training batches at the checkpoint's weights; recurrent layers are left out."""
-    trainable, (model, _, step) = MODELS[name], trained(name, cache=cache)
+    trainable, (model, _, step) = start.trainable, start.load()
     with _Sloped(model) as hook:
         for index in range(STEPS):
-            trainable.loss(model, trainable.batch(step + index, 0)).backward()
+            trainable.loss(model, trainable.batch(step + index, start.seed)).backward()
     return {pair: fmean(values) for pair, values in hook.found.items()}
 
 
@@ -45,7 +44,7 @@ class _Sloped(SiteHook):
     def on_product(self, call: ProductCall) -> Any:
         """The product, as it is."""
         result = call.run()
-        if call.replayable:
+        if call.replayable and isinstance(result, Tensor):
             for part in call.results(result):
                 await_gradient(part, lambda gradient: self._take(call, gradient))
         return result

@@ -65,6 +65,28 @@ class Trained(NamedTuple):
     step: int
 
 
+class Start(NamedTuple):
+    """Where measuring starts: a model's checkpoint after its own number of steps, of a seed, kept in a folder."""
+
+    name: str
+    seed: int
+    cache: Path
+
+    @property
+    def label(self) -> str:
+        """What tables and files call it."""
+        return f"{self.name}-seed{self.seed}" if self.seed else self.name
+
+    @property
+    def trainable(self) -> Trainable:
+        """How it was trained."""
+        return MODELS[self.name]
+
+    def load(self) -> Trained:
+        """The model there, trained first where there is no checkpoint."""
+        return trained(self.name, self.seed, cache=self.cache)
+
+
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,

@@ -11,13 +11,12 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 import advisor
-from benchmarks.advice.models import MODELS, fresh, train, trained
+from benchmarks.advice.models import MODELS, Start, fresh, train
 from benchmarks.advice.truth import CASTS
 from probes.casts import Cast
 from probes.edges import await_gradient
@@ -52,15 +51,15 @@ class Predicted:
         return None if value is None else float(value)
 
 
-def predict(name: str, cache: Path, candidates: Sequence[str | Cast] = CASTS) -> Predicted:
+def predict(start: Start, candidates: Sequence[str | Cast] = CASTS) -> Predicted:
     """Open the window at the model's checkpoint, score it, and sample the products' backward errors.
 
     candidates   the casts that the scored steps measure; the others are told from sketches
     """
-    trainable, (model, optimizer, step) = MODELS[name], trained(name, cache=cache)
-    errors = _sampled_errors(name, cache)
+    trainable, (model, optimizer, step) = start.trainable, start.load()
+    errors = _sampled_errors(start)
     with advisor.probe(model, optimizer, steps=STEPS, curvature_steps=SCORED, casts=candidates) as window:
-        train(model, optimizer, trainable, 0, step, STEPS)
+        train(model, optimizer, trainable, start.seed, step, STEPS)
     rows = advisor.score(window, CASTS, slots=window.product_slots).rows
     return Predicted(
         window,
@@ -119,11 +118,11 @@ class _BackwardErrors(SiteHook):
         return result
 
 
-def _sampled_errors(name: str, cache: Path) -> dict[tuple[str, str, str], float]:
+def _sampled_errors(start: Start) -> dict[tuple[str, str, str], float]:
     """(site, product, cast) → typical backward error, in one training step at the checkpoint's weights."""
-    trainable, (model, _, step) = MODELS[name], trained(name, cache=cache)
+    trainable, (model, _, step) = start.trainable, start.load()
     with _BackwardErrors(model) as hook:
-        trainable.loss(model, trainable.batch(step, 0)).backward()
+        trainable.loss(model, trainable.batch(step, start.seed)).backward()
     return {(one.site, one.product, one.cast): one.errors.quantile(TYPICAL) for one in pooled(hook.found)}
 
 

@@ -21,7 +21,7 @@ from benchmarks.advice.first_order import first_orders
 from benchmarks.advice.forward_truth import Truth, forward_truths
 from benchmarks.advice.gradient_truth import GradientTruth, gradient_truths
 from benchmarks.advice.ledger import Ledger
-from benchmarks.advice.models import MODELS, trained
+from benchmarks.advice.models import MODELS, Start
 from benchmarks.advice.moved import slots_of
 from benchmarks.advice.page import page
 from benchmarks.advice.predicted import SCORED, STEPS, Pair, Predicted, cost_of_a_scored_step, predict
@@ -36,21 +36,21 @@ PAGE = Path(__file__).parents[2] / "docs" / "advice.md"
 USUAL = ("e4m3fn", "e5m2", "int8")  # ranked by themselves too; and a second window's only candidates
 
 
-def result_of(name: str, cache: Path, quick: bool) -> dict[str, Any]:
+def result_of(start: Start, quick: bool) -> dict[str, Any]:
     """One model's part of the table."""
-    trainable, (model, optimizer, _) = MODELS[name], trained(name, cache=cache)
-    ledger = open_ledger(name, cache, quick)
+    trainable, (model, optimizer, _) = start.trainable, start.load()
+    ledger = open_ledger(start, quick)
     parameters = {one.slot.site: one.parameter for one in slots_of(model, trainable.batch(0, 0).inputs)}
     rises = forward_truths(ledger.of("forward"))
     noises = gradient_truths(ledger, model, parameters, is_adaptive(optimizer))
-    predicted = predict(name, cache)
+    predicted = predict(start)
     compared = compare(rises, noises, predicted)
-    from_sketches = compare(rises, noises, predict(name, cache, candidates=USUAL))
+    from_sketches = compare(rises, noises, predict(start, candidates=USUAL))
     plans = plan_totals(trainable, model, predicted)
     return {
         "loss": predicted.loss,
         "notes": list(predicted.window.notes),
-        "scored_step_in_plain_steps": cost_of_a_scored_step(name),
+        "scored_step_in_plain_steps": cost_of_a_scored_step(start.name),
         "roles": {role: _role(role, compared, predicted) for role in _groups(compared)},
         "from_sketches": {
             role: agreement(
@@ -62,7 +62,7 @@ def result_of(name: str, cache: Path, quick: bool) -> dict[str, Any]:
             )
             for role in _groups(compared)
         },
-        "first_order": _first_order(rises, first_orders(name, cache)),
+        "first_order": _first_order(rises, first_orders(start)),
         "plans": [
             {**plain(one), "meets": within_factor(one.predicted, one.measured, one.standard_error)} for one in plans
         ],
@@ -188,14 +188,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "models": json.loads(RESULT.read_text())["models"] if asked.write and RESULT.exists() else {},
     }
     for name in asked.models:
-        show(f"{name}: window, scores and plans")
-        known = {**result["models"], name: plain(result_of(name, asked.cache, asked.quick))}
-        result["models"] = {one: known[one] for one in MODELS if one in known}
+        start = Start(name, asked.seed, asked.cache)
+        show(f"{start.label}: window, scores and plans")
+        known = {**result["models"], start.label: plain(result_of(start, asked.quick))}
+        result["models"] = {one: known[one] for one in sorted(known, key=_place)}
         if asked.write:
             RESULT.write_text(json_of(result))
             PAGE.write_text(page(result))
     if not asked.write:
         print(page(result))
+
+
+def _place(label: str) -> tuple[bool, int, str]:
+    """First the checkpoints of seed 0, then others; models in their own order."""
+    name = label.partition("-seed")[0]
+    return name != label, list(MODELS).index(name), label
 
 
 def json_of(result: Mapping[str, Any]) -> str:

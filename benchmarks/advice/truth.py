@@ -25,7 +25,7 @@ from benchmarks.advice import data
 from benchmarks.advice.forward_truth import measure_forward
 from benchmarks.advice.gradient_truth import gradient_truths, measure_gradients
 from benchmarks.advice.ledger import Ledger, fingerprint
-from benchmarks.advice.models import CACHE, MODELS, trained
+from benchmarks.advice.models import CACHE, MODELS, Start
 from benchmarks.advice.moved import slots_of
 from benchmarks.advice.training_truth import measure_trainings, spread_out
 from probes.casts import Cast
@@ -50,15 +50,15 @@ FULL = Budget(forward_s=300, training_s=120, casts=CASTS, trainings=True)
 QUICK = Budget(forward_s=5, training_s=0, casts=CASTS[1:3], trainings=False)
 
 
-def measure(name: str, cache: Path, budget: Budget, progress: Callable[[str], object]) -> Ledger:
+def measure(start: Start, budget: Budget, progress: Callable[[str], object]) -> Ledger:
     """Measure what the model's ledger lacks."""
-    trainable, (model, optimizer, _) = MODELS[name], trained(name, cache=cache)
-    ledger = open_ledger(name, cache, quick=not budget.trainings)
+    trainable, (model, optimizer, _) = start.trainable, start.load()
+    ledger = open_ledger(start, quick=len(budget.casts) < len(CASTS))
     met = slots_of(model, trainable.batch(0, 0).inputs)
     forward = [one.slot for one in met if one.slot.role != GRADIENT]
     measure_forward(trainable, model, forward, budget.casts, ledger, budget.forward_s, progress)
     measure_gradients(trainable, model, met, budget.casts, ledger, progress)
-    if budget.trainings:
+    if budget.trainings and not start.seed:
         parameters = {one.slot.site: one.parameter for one in met}
         ratios = gradient_truths(ledger, model, parameters, is_adaptive(optimizer))
         chosen = spread_out({pair: one.ratio for pair, one in ratios.items() if pair[0].role == GRADIENT})
@@ -66,11 +66,11 @@ def measure(name: str, cache: Path, budget: Budget, progress: Callable[[str], ob
     return ledger
 
 
-def open_ledger(name: str, cache: Path, quick: bool = False) -> Ledger:
+def open_ledger(start: Start, quick: bool = False) -> Ledger:
     """The ledger of a model's checkpoint, which is trained first where there is none."""
-    weights = fingerprint(trained(name, cache=cache).model)
-    of: dict[str, Any] = {"model": name, "weights": weights, "version": VERSION}
-    return Ledger(cache / f"truth-{name}{'-quick' if quick else ''}.jsonl", of)
+    weights = fingerprint(start.load().model)
+    of: dict[str, Any] = {"model": start.name, "weights": weights, "version": VERSION}
+    return Ledger(start.cache / f"truth-{start.label}{'-quick' if quick else ''}.jsonl", of)
 
 
 def is_adaptive(optimizer: torch.optim.Optimizer) -> bool:
@@ -96,6 +96,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=None, help=f"folder of real data; default: {data.VARIABLE}")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of checkpoints and ledgers")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--seed", type=int, default=0, help="of the checkpoint; whole trainings are run for 0 alone")
     parser.add_argument("--quick", action="store_true", help="two minutes: few casts, few batches")
     parser.add_argument("--threads", type=int, default=1, help="of torch; other numbers round otherwise")
 
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for name in asked.models:
         started = time.monotonic()
-        ledger = measure(name, asked.cache, budget, progress_on_terminal())
+        ledger = measure(Start(name, asked.seed, asked.cache), budget, progress_on_terminal())
         parts = ", ".join(f"{kind} {len(ledger.of(kind))}" for kind in ("forward", "gradient", "training"))
         print(f"{name}: {time.monotonic() - started:.0f} s; records: {parts}; {ledger.path}")
 
