@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -30,7 +31,7 @@ from probes.losscall import LossCall
 from probes.losses import WITHOUT_CURVATURE
 from probes.names import Frame, in_backward
 from probes.network_curvature import Beyond, network_curvature, share
-from probes.noise import noise_ratios
+from probes.noise import NoiseEnergies, noise_energies
 from probes.product_errors import ProductError, pooled, site_backward_errors
 from probes.records import Evidence, Slot
 from probes.samples import crosses_samples, mixes_samples, picks_rows, told_batch
@@ -57,7 +58,7 @@ class Scoring:
         self._sharded = is_sharded(model)
         self._found: dict[str, dict[Slot, list[Tensor]]] = {"loss": defaultdict(list), "gradient": defaultdict(list)}
         self._network: dict[Slot, list[Tensor]] = defaultdict(list)
-        self._noise: dict[Slot, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._noise: dict[Slot, dict[str, NoiseEnergies]] = defaultdict(dict)
         self._errors: list[ProductError] = []
         self._generation, self._numbers = 0, itertools.count()
         self._start_step()
@@ -74,7 +75,7 @@ class Scoring:
         self._drawn: list[dict[Slot, Sums]] = []
         self._beyond: list[dict[Slot, Beyond]] = []
         self._gradients: list[dict[Slot, Sums]] = []
-        self._ratios: list[tuple[Slot, str, Tensor]] = []
+        self._energies: list[tuple[Slot, str, NoiseEnergies]] = []
         self._roots: list[Tensor] = []
         self._told: list[Tensor] = []
         self._reached_a_loss = False
@@ -218,8 +219,10 @@ class Scoring:
             self._note(f"{what}: {type(error).__name__}: {error}")
 
     def _measure_noise(self, met: Met, gradient: Tensor) -> None:
-        for slot, ratios in noise_ratios(met.call, gradient, self.casts, self._adaptive, self._generation).items():
-            self._ratios += [(slot, cast, ratio) for cast, ratio in ratios.items()]
+        # The same parts of a gradient are calculated in every step, so that their energies add.
+        seed = self._seed + zlib.crc32(met.call.site.encode())
+        for slot, energies in noise_energies(met.call, gradient, self.casts, self._adaptive, seed).items():
+            self._energies += [(slot, cast, found) for cast, found in energies.items()]
         if not self._reached_a_loss:
             self._keep_gradient(met, gradient)
 
@@ -240,9 +243,7 @@ class Scoring:
         drawn = self._settle("loss", total_of(self._drawn), loss_scale)
         passes = max(len(self._roots), 1)
         self._settle("gradient", total_of(self._gradients), loss_scale**2 / passes)
-        for (slot, cast, _), ratio in zip(self._ratios, _read([r[None] for *_, r in self._ratios]), strict=True):
-            if not ratio.isnan():
-                self._noise[slot][cast].append(float(ratio))
+        self._settle_noise(loss_scale)
         if drawn:
             self.steps.append(step)
             self._say_what_is_untold()
@@ -258,6 +259,21 @@ class Scoring:
         for slot, row in zip(sums, rows, strict=True):
             self._found[kind][slot].append(row)
         return True
+
+    def _settle_noise(self, loss_scale: float) -> None:
+        """Add the step's energies to the slots'; a gradient that is not finite says nothing.
+
+        Where a product's shape is another than before (shorter sequences), it has other channels: the latest stay.
+        """
+        read = _read([found.values.flatten() for *_, found in self._energies])
+        for (slot, cast, found), row in zip(self._energies, read, strict=True):
+            values = row.reshape(2, -1) / loss_scale**2
+            if values.isnan().any() or not values[1].isfinite().all():
+                continue
+            before = self._noise[slot].get(cast)
+            if before is not None and before.groups == found.groups:
+                values = before.values + values
+            self._noise[slot][cast] = NoiseEnergies(values, found.groups)
 
     def _settle_network(self, loss_scale: float) -> None:
         """As `_settle`, slot by slot; where one of several losses has no second derivative, the step has none."""
@@ -298,7 +314,8 @@ class Scoring:
 
     def evidence(self, slot: Slot, batch_noise: float | None) -> Evidence:
         """What was measured of a slot."""
-        noise = {cast: math.fsum(found) / len(found) for cast, found in self._noise.get(slot, {}).items()}
+        ratios = {cast: found.ratio for cast, found in self._noise.get(slot, {}).items()}
+        noise = {cast: ratio for cast, ratio in ratios.items() if not math.isnan(ratio)}
         mixed = slot.site in self.whole_batch
         found = self._gauss_newton(slot)
         if found is None:

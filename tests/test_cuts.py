@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from probes import cuts
 from probes.casts import Cast
-from probes.noise import noise_ratios
+from probes.noise import noise_energies
 from probes.undisturbed import undisturbed
 from tests.tensors import generator
 from tests.test_curvature import Catcher
@@ -44,11 +44,11 @@ def test_a_part_tells_of_the_whole(name: str, adaptive: bool, monkeypatch: pytes
         for limit in ("CHANNELS", "ENTRIES", "SAMPLES", "ROWS") if most else ():
             monkeypatch.setattr(cuts, limit, most)
         with undisturbed():
-            found.append(noise_ratios(caught.met[0].product.call, g, CASTS, adaptive))
+            found.append(noise_energies(caught.met[0].product.call, g, CASTS, adaptive))
     part, whole = found
     assert part.keys() == whole.keys()
     assert len(part) == (4 if name == "attention" else 3)
-    for slot, ratios in part.items():
-        for cast, ratio in ratios.items():
-            assert float(ratio) == pytest.approx(float(whole[slot][cast]), rel=0.25)
-            assert name == "attention" or float(ratio) != float(whole[slot][cast])
+    for slot, energies in part.items():
+        for cast, found in energies.items():
+            assert found.ratio == pytest.approx(whole[slot][cast].ratio, rel=0.25)
+            assert name == "attention" or found.ratio != whole[slot][cast].ratio

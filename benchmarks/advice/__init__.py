@@ -1,0 +1,1 @@
+"""Predicted damage against brute force, on six models that train in seconds on real data."""
