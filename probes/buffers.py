@@ -81,7 +81,9 @@ class BufferWatch:
                 roles=(BUFFER, UPDATE),
                 shape=seen.shape,
                 elements=seen.elements,
-                packed_updates={step: UpdateSketch.of(cells.cpu().numpy()).pack() for step, cells in seen.cells.items()},
+                packed_updates={
+                    step: UpdateSketch.of(cells.cpu().numpy()).pack() for step, cells in seen.cells.items()
+                },
             )
             for name, seen in self._seen.items()
             if self._moved(name, histories)

@@ -1,4 +1,4 @@
-"""What a window says of each trainable parameter and moving buffer: plain data, which the window file's header holds."""
+"""What a window says of each trainable parameter and moving buffer: plain data, held in the window file's header."""
 
 from __future__ import annotations
 

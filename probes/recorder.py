@@ -26,8 +26,8 @@ from probes.coverage import FlopsBeneath
 from probes.curvature import view_of
 from probes.edges import await_gradient
 from probes.functions import FunctionProduct
-from probes.loss_scale import LossScale, StepScale
 from probes.lookups import table_looked_up
+from probes.loss_scale import LossScale, StepScale
 from probes.losses import loss_call
 from probes.names import Frame, in_backward
 from probes.records import GRADIENT, Coverage, Product, Site, Slot
