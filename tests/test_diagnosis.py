@@ -139,7 +139,7 @@ def test_tiles_are_read_back_from_the_sketch(outlying: int, of: int, times: floa
     tiles = tiles_at(window.history("(root)", "input").finer["row/current across -1"], 0, 8.0)
     assert tiles is not None
     assert (tiles.count, tiles.outlying) == (of, outlying)
-    assert tiles.typical == pytest.approx(float(x[:, outlying:].abs().amax(0).median()), rel=0.01)
+    assert tiles.typical == pytest.approx(float(x[:, outlying:].abs().amax(0).median()), rel=0.03)
     assert tiles.largest == pytest.approx(float(x.abs().max()) if outlying else tiles.typical, rel=0.02)
 
 
