@@ -90,8 +90,9 @@ class BufferWatch:
         )
 
     def _moved(self, name: str, histories: Mapping[Slot, SlotHistory]) -> bool:
+        """NaN alone is no move: -Inf less -Inf gives one."""
         updates = histories.get(Slot(name, UPDATE))
-        return updates is not None and bool((updates.elements > updates.zeros).any())
+        return updates is not None and bool((updates.nonzero + updates.nonfinite - updates.nans > 0).any())
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in self._model.named_buffers():

@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
+
+from advisor.castnames import parse_cast, short_cast
 
 CAUSES: Mapping[str, str] = MappingProxyType(
     {
@@ -63,6 +66,12 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.sentence}; {self.remedy.says}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        held = {name: value for name, value in vars(self).items() if name != "size"}
+        remedy = {**vars(self.remedy), "casts": list(self.remedy.casts)}
+        return {**held, "numbers": dict(self.numbers), "remedy": remedy}
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,11 @@ def percent(share: float) -> str:
 def times(ratio: float) -> str:
     """8.234 → 8.2×, 80.3 → 80×."""
     return f"{ratio:.1f}×" if ratio < 10 else f"{ratio:.0f}×"
+
+
+def named(cast: str) -> str:
+    """A cast in as few letters as tell it: int8/row for int8/row/current/nearest."""
+    return short_cast(parse_cast(cast)).removesuffix("/nearest").removesuffix("/current")
 
 
 def either(names: tuple[str, ...], most: int = 3) -> str:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from advisor.castnames import parse_cast, short_cast
 from advisor.diagnosis.costs import cost_of
-from advisor.diagnosis.findings import THRESHOLDS, Finding, Remedy, either, percent, times
+from advisor.diagnosis.findings import THRESHOLDS, Finding, Remedy, either, named, percent, times
 from advisor.diagnosis.recipes import Recipes
 from advisor.diagnosis.tiles import Tiles, ratios_at, tiles_at
 from probes.casts import Cast
@@ -133,7 +133,7 @@ def _finding(window: Window, slot: Slot, step: int, cast: Cast, bulk: Bulk, reci
         if bulk.flushed >= THRESHOLDS.flushed
         else f"writes the rest with {bulk.sqnr_db:.0f} dB"
     )
-    shown = tuple(short_cast(parse_cast(text)) for text in keeping)
+    shown = tuple(map(named, keeping))
     mends = f"{either(shown)} keep{'s' * (len(shown[:3]) == 1)} it" if shown else "leave it in its own format"
     return Finding(
         cause="channel_outliers" if is_channel else "heavy_tails",

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from advisor.castnames import parse_cast, short_cast
+from advisor.castnames import short_cast
 from advisor.diagnosis.costs import cost_of
-from advisor.diagnosis.findings import THRESHOLDS, Finding, Remedy, either, percent
+from advisor.diagnosis.findings import THRESHOLDS, Finding, Remedy, either, named, percent
 from advisor.diagnosis.outliers import bulk_of, casts_that_keep, scored_step
 from advisor.diagnosis.recipes import Recipes
 from probes.records import Site, Slot
@@ -55,7 +55,7 @@ def _finding(window: Window, site: Site, parameter: str, others: list[str], reci
         else f"flushes {percent(bulk.flushed)} of its bulk to zero"
     )
     keeping = casts_that_keep(window, slot, step, cast) if bites else (str(cast),)
-    shown = tuple(short_cast(parse_cast(text)) for text in keeping)
+    shown = tuple(map(named, keeping))
     suits = f" as {either(shown)}" if shown else ""
     return Finding(
         cause="tied_parameter",

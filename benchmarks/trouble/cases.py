@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -52,7 +52,6 @@ class Case:
     window: int = 16
     factor: float = 1.0
     held_out: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def stored(window: Window, cast: str, roles: Sequence[str]) -> Plan:
@@ -75,7 +74,7 @@ CASES: Mapping[str, Case] = MappingProxyType(
         for case in (
             Case(
                 name="outlier channels",
-                planted="three of 64 channels of a norm's gain are 80 times the others",
+                planted="three of 64 channels of a norm's gain are 300 times the others",
                 build=models.WideChannels,
                 optimizer=adam(1e-3),
                 cause="channel_outliers",

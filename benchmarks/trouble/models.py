@@ -37,10 +37,10 @@ class CharModel(nn.Module):
 
 
 class WideChannels(CharModel):
-    """A norm whose gain is 80 times larger in three channels, as outlying channels of language models come about; the
+    """A norm whose gain is 300 times larger in three channels, as outlying channels of language models come about; the
     weights that read them are as much smaller, so that the function is that of the healthy model."""
 
-    def __init__(self, channels: tuple[int, ...] = (5, 23, 41), times: float = 80.0) -> None:
+    def __init__(self, channels: tuple[int, ...] = (5, 23, 41), times: float = 300.0) -> None:
         super().__init__()
         with torch.no_grad():
             self.norm.weight[list(channels)] *= times
@@ -93,7 +93,7 @@ class DigitModel(nn.Module):
 
 
 class Sensor(DigitModel):
-    """BatchNorm behind a layer that reads raw counts of a 16-bit sensor, and is small enough not to need a norm else."""
+    """BatchNorm behind a layer that reads raw counts of a 16-bit sensor."""
 
     def __init__(self, counts: float = 4096.0) -> None:
         super().__init__()
