@@ -88,6 +88,8 @@ class Thresholds:
     """Largest value of an outlying channel over that of the median channel: three of int8's seven bits."""
     channel_share: float = 0.1
     """Channels that may be outlying; where more are, they are not the exception."""
+    gain_db: float = 10.0
+    """What a scale for each channel, or row, must gain for the bulk to be told as its cause, if it does not keep it."""
     effective: float = 3.0
     """An outlying channel's energy is that of at least as many elements at its largest value: one spike is none."""
     flushed: float = 0.25
@@ -107,8 +109,8 @@ class Thresholds:
     """Recorded steps before growth is told from chance."""
     lost: float = 0.5
     """Share of the updates, by size, that a format does not take."""
-    lost_severe: float = 0.75
-    """The same where it is severe, in a matrix: what is left moves it at a quarter of its speed."""
+    lost_severe: float = 0.9
+    """The same where it is severe, in the weight of a product: what is left moves it at a tenth of its speed."""
     empty_denominators: float = 1e-3
     """Share of a parameter's elements whose denominator would be zero."""
     tolerance_share: float = 1e-3

@@ -77,7 +77,8 @@ def bulk_of(history: SlotHistory, step: int, cast: Cast) -> Bulk:
     low, high = BIN_EDGES[bins], BIN_EDGES[bins + 1]
     amax = float(history.amax[at])
     magnitudes = np.minimum(low[:, None] + (high - low)[:, None] * _POINTS, amax)
-    return _bulk(magnitudes.ravel(), np.repeat(counts / 4, 4), amax, cast)
+    weights = np.repeat(counts / 4, 4)
+    return _bulk(magnitudes.ravel(), weights, weights, amax, cast)
 
 
 def by_tile(window: Window, slot: Slot, step: int, cast: Cast, axis: Axis) -> Bulk | None:
@@ -87,15 +88,16 @@ def by_tile(window: Window, slot: Slot, step: int, cast: Cast, axis: Axis) -> Bu
     return None if found is None else _bulk(*found, 1.0, cast)
 
 
-def _bulk(magnitudes: Array, counts: Array, amax: float, cast: Cast) -> Bulk:
+def _bulk(magnitudes: Array, counts: Array, squares: Array, amax: float, cast: Cast) -> Bulk:
+    """`squares`: what a squared magnitude, and a squared error, of each entry counts for."""
     order = np.argsort(magnitudes, kind="stable")
     running = np.cumsum(counts[order])
     # The largest tenth is cut off; where one magnitude is more than that, it stays.
     below = order[: int(np.searchsorted(running, THRESHOLDS.bulk * running[-1])) + 1]
     values = torch.from_numpy(np.append(magnitudes[below], amax)).float()
     written = cast(values)[:-1].double().numpy()
-    given, weight = values[:-1].double().numpy(), counts[below]
-    signal, error = float((weight * given**2).sum()), float((weight * (written - given) ** 2).sum())
+    given, weight, scale = values[:-1].double().numpy(), counts[below], squares[below]
+    signal, error = float((scale * given**2).sum()), float((scale * (written - given) ** 2).sum())
     sqnr = math.inf if error == 0 else 10 * math.log10(signal / error) if signal > 0 else math.nan
     return Bulk(sqnr, float(weight[written == 0].sum() / weight.sum()))
 
@@ -109,10 +111,11 @@ def scored_step(history: SlotHistory) -> int | None:
 
 
 def _finding(window: Window, slot: Slot, step: int, cast: Cast, bulk: Bulk, recipes: Recipes) -> Finding:
-    place = _place(window, slot, step)
+    place = _place(window, slot, step, cast, bulk)
     cost, harmless = cost_of(window, slot, cast)
     is_channel = place.kind == "channels"
     keeping = casts_that_keep(window, slot, step, cast)
+    predicted = f" (predicted {cost['damage']:+.1e} loss)" if "damage" in cost else ""
     numbers = {"bulk_sqnr_db": bulk.sqnr_db, "flushed": bulk.flushed, **cost}
     name = short_cast(cast)
     scale = "one scale a tensor" if cast.scale is not None else "no scale"
@@ -140,17 +143,18 @@ def _finding(window: Window, slot: Slot, step: int, cast: Cast, bulk: Bulk, reci
         site=slot.site,
         role=slot.role,
         cast=str(cast),
-        severe=recipes.asked or not harmless,
+        # Channels that are large stay so, whatever they cost now; a tail may be all that matters of a tensor.
+        severe=recipes.asked or is_channel or not harmless,
         numbers=numbers,
-        sentence=f"{slot.site} {slot.role}: {held}, so {name} with {scale} {harm}",
+        sentence=f"{slot.site} {slot.role}: {held}, so {name} with {scale} {harm}{predicted}",
         remedy=Remedy("cast", mends, keeping),
         size=THRESHOLDS.bulk_sqnr_db - bulk.sqnr_db,
     )
 
 
-def _place(window: Window, slot: Slot, step: int) -> _Place:
-    """Channels before rows: a few channels that are large throughout, then a few rows, then neither."""
-    history, known = window.history(*slot), False
+def _place(window: Window, slot: Slot, step: int, cast: Cast, whole: Bulk) -> _Place:
+    """The cut of which a few tiles are large throughout, and a scale for each of which mends; of several, the best."""
+    history, known, found = window.history(*slot), False, []
     for axis, kind, word, of in _cuts(window, slot):
         relative = history.finer.get(Tiling("row", "current", axis).key)
         tiles = None if relative is None else tiles_at(relative, step, THRESHOLDS.channel_ratio)
@@ -159,7 +163,11 @@ def _place(window: Window, slot: Slot, step: int) -> _Place:
         known = True
         few = 0 < tiles.outlying <= THRESHOLDS.channel_share * tiles.count
         if few and tiles.effective >= THRESHOLDS.effective:
-            return _Place(kind, word, tiles, of)
+            bulk = by_tile(window, slot, step, cast, axis)
+            if bulk is not None and bulk.sqnr_db >= min(THRESHOLDS.kept_sqnr_db, whole.sqnr_db + THRESHOLDS.gain_db):
+                found.append((bulk.sqnr_db, _Place(kind, word, tiles, of)))
+    if found:
+        return max(found, key=lambda one: one[0])[1]
     return _Place("elements" if known else "unknown", "", None, 0)
 
 

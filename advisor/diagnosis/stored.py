@@ -62,7 +62,12 @@ def _epsilon(record: ParameterRecord, state: str, cast: Cast, empty: float, seve
 
 
 def lost_updates(window: Window, recipes: Recipes) -> Iterator[Finding]:
-    """Of each parameter whose updates a narrower master weight, or its own, would mostly not take, by their size."""
+    """Of each parameter whose updates a narrower master weight, or its own, would mostly not take, by their size.
+
+    Severe are weights of products. Gains of norms and tables of variance 1, of which updates are a small part, lose
+    theirs in healthy trainings too.
+    """
+    weights = {site.parameter for site in window.sites}
     for record in window.parameter_records:
         if record.is_buffer or not {MASTER, UPDATE} <= set(record.roles):
             continue
@@ -75,13 +80,8 @@ def lost_updates(window: Window, recipes: Recipes) -> Iterator[Finding]:
         for cast in recipes.master:
             lost = lost_by_size(window, record.name, cast)
             if lost is not None and lost >= THRESHOLDS.lost:
-                yield _lost(
-                    window,
-                    record,
-                    cast,
-                    lost,
-                    severe=recipes.asked or (len(record.shape) > 1 and lost >= THRESHOLDS.lost_severe),
-                )
+                severe = recipes.asked or (record.name in weights and lost >= THRESHOLDS.lost_severe)
+                yield _lost(window, record, cast, lost, severe)
 
 
 def _still(window: Window, record: ParameterRecord) -> float | None:

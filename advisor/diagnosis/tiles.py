@@ -84,8 +84,9 @@ def tiles_at(history: RelativeHistory, step: int, ratio: float) -> Tiles | None:
     )
 
 
-def ratios_at(history: RelativeHistory, step: int) -> tuple[Array, Array] | None:
-    """Magnitudes over their tile's largest value, and how many there are, of one step: float64 [N] twice."""
+def ratios_at(history: RelativeHistory, step: int) -> tuple[Array, Array, Array] | None:
+    """Magnitudes over their tile's largest value, how many there are, and the sum over them of its square: float64 [N]
+    each, of one step."""
     (found,) = np.flatnonzero(history.steps == step)[:1] if step in history.steps else (None,)
     if found is None:
         return None
@@ -93,7 +94,7 @@ def ratios_at(history: RelativeHistory, step: int) -> tuple[Array, Array] | None
     cells, counts = history.cells[held].astype(np.int64), history.counts[held].astype(np.float64)
     place = LOWEST + cells % BINS
     middle = np.where(cells >= BINS, 1.0, (BIN_EDGES[place] + BIN_EDGES[place + 1]) / 2)
-    return np.minimum(middle, 1.0), counts
+    return np.minimum(middle, 1.0), counts, history.squares[held]
 
 
 def weighted_median(values: Array, weights: Array) -> float:
