@@ -69,7 +69,7 @@ def lost_updates(window: Window, recipes: Recipes) -> Iterator[Finding]:
     """
     weights = {site.parameter for site in window.sites}
     for record in window.parameter_records:
-        if record.is_buffer or not {MASTER, UPDATE} <= set(record.roles):
+        if not {MASTER, UPDATE} <= set(record.roles):
             continue
         own = parse_cast(_OWN[record.dtype]) if record.dtype in _OWN else None
         if own is not None:
@@ -123,9 +123,7 @@ def _lost(window: Window, record: ParameterRecord, cast: Cast, lost: float, seve
 
 def narrow_buffers(window: Window, recipes: Recipes) -> Iterator[Finding]:
     """Of each buffer that moves, under the first cast in which it overflows or stands still."""
-    for record in window.parameter_records:
-        if not record.is_buffer:
-            continue
+    for record in window.buffer_records:
         own = _OWN.get(record.dtype)
         history = window.history(record.name, BUFFER)
         for cast in recipes.buffer:

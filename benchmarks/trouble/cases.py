@@ -61,7 +61,7 @@ def stored(window: Window, cast: str, roles: Sequence[str]) -> Plan:
     said = f"{cast} as asked for all"
     rows = [
         Stored(name=record.name, role=one, cast=cast, reason=said)
-        for record in window.parameter_records
+        for record in (*window.parameter_records, *window.buffer_records)
         for one in roles
         if one in record.roles or (one == "epsilon" and record.epsilon is not None)
     ]
