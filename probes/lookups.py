@@ -22,11 +22,14 @@ _TABLE_AT: dict[Callable[..., Any], tuple[int, str]] = {
 
 
 def table_looked_up(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The table whose rows this call picks by a tensor of indices, None where it is no such call."""
+    """The table whose rows this call picks by a tensor of indices, None where it is no such call.
+
+    A table has two dimensions: what is picked from a stack of matrices is an expert.
+    """
     place = _TABLE_AT.get(function)
     if place is None:
         return None
     table = argument(args, kwargs, *place)
     if function is Tensor.__getitem__ and not (len(args) > 1 and isinstance(args[1], Tensor)):
         return None
-    return table if isinstance(table, Tensor) and table.dim() > 1 and table.is_floating_point() else None
+    return table if isinstance(table, Tensor) and table.dim() == 2 and table.is_floating_point() else None

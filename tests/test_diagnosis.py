@@ -20,6 +20,7 @@ from advisor.training import Trainer
 from advisor.zoo.spec import ArchitectureSpec
 from probes.probing import probe
 from probes.window import Window
+from tests.architectures import build
 
 STEPS = 12
 Plant = Callable[[int, Tensor], Tensor]
@@ -314,6 +315,39 @@ def test_findings_have_known_causes_numbers_and_a_remedy_and_severe_ones_come_fi
         assert str(one) == f"{one.sentence}; {one.remedy.says}"
     severe = [one.severe for one in advisor.diagnose(net_window(wide_channels))]
     assert severe == sorted(severe, reverse=True)
+
+
+HEALTHY = (
+    "gpt2-eager",
+    "llama-eager",
+    "bert-eager",
+    "t5-eager",
+    "vit-eager",
+    "whisper-eager",
+    "unet",
+    "resnet",
+    "lstm",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*HEALTHY, "mamba", "dlrm"])
+def test_real_architectures_in_healthy_training_have_no_severe_finding(name: str) -> None:
+    torch.manual_seed(0)
+    model, loss = build(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(20):
+        step()
+    with probe(model, optimizer, steps=10) as window:
+        while not window.done:
+            step()
+    assert not [one for one in advisor.diagnose(window) if one.severe]
 
 
 @pytest.mark.slow

@@ -97,6 +97,8 @@ class Thresholds:
     gradient_sqnr_db: float = 20.0
     """What an unscaled cast leaves of a gradient most of which is below its normal numbers: an error of a tenth.
     Normal values of RMS 1e-7 have 15 dB in fp16 and 24% that round to zero; of RMS 3e-7, 25 dB."""
+    gradient_share: float = 0.5
+    """Of the products' gradients, the share that is to be flushed for that to be severe."""
     growth: float = 4.0
     """Times a largest value grows from the first to the last quarter of the window."""
     records: float = 0.25

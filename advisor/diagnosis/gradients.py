@@ -21,9 +21,21 @@ from probes.window import Window
 def small_gradients(window: Window, recipes: Recipes) -> Iterator[Finding]:
     """Of each product whose gradient the first unscaled cast flushes (any of them, where they were asked for).
 
+    Severe where most gradients of the model are: those of queries and keys are tiny in healthy trainings, early on.
     A gradient that the training itself has in fp16 is looked at as it is, with the training's own loss scale.
     """
+    found = list(_flushed(window, recipes))
+    gradients = sum(slot.role == GRADIENT for slot in window.product_slots)
+    under_first = sum(bitten[0][1] == recipes.unscaled[0] for _, bitten, _ in found)
+    most = under_first >= THRESHOLDS.gradient_share * gradients
     scale = loss_scale_for(window)
+    for slot, bitten, own in found:
+        severe = recipes.asked or own or (most and bitten[0][1] == recipes.unscaled[0])
+        yield _finding(window, slot, bitten, scale, severe, own)
+
+
+def _flushed(window: Window, recipes: Recipes) -> Iterator[tuple[Slot, list[tuple[PooledMetrics, Cast]], bool]]:
+    """Slots with what flushes them, and whether they are looked at in the training's own format."""
     for slot in window.product_slots:
         if slot.role != GRADIENT:
             continue
@@ -34,8 +46,7 @@ def small_gradients(window: Window, recipes: Recipes) -> Iterator[Finding]:
         found = [(measure(history, cast, window.dtype(slot)).pooled(), cast) for cast in recipes.unscaled]
         bitten = [pair for pair in found if is_flushed(pair[0])]
         if bitten:
-            severe = recipes.asked or bitten[0][1] == recipes.unscaled[0]
-            yield _finding(window, slot, bitten, scale, severe, own)
+            yield slot, bitten, own
 
 
 def is_flushed(metrics: PooledMetrics) -> bool:

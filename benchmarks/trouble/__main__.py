@@ -46,7 +46,7 @@ def run_case(case: Case, results: dict[str, Any], again: bool) -> None:
     told = [
         one for one in advisor.diagnose(window) if (one.cause, one.site, one.role) == (case.cause, case.site, case.role)
     ]
-    plan = advisor.recommend(window, hardware=HARDWARE)
+    plan = advisor.recommend(window, hardware=HARDWARE, **case.advice)
     arms: dict[str, Plan | None] = {"fp32": None, "uniform": case.uniform(window), "plan": plan}
     settings = {
         "planted": case.planted,
@@ -68,11 +68,11 @@ def run_case(case: Case, results: dict[str, Any], again: bool) -> None:
         "severe": bool(told and told[0].severe),
         "share_8bit": plan.predicted.share_8bit,
         "stored": [f"{row.name} {row.role}: {row.cast}" for row in plan.storage],
-        "loss_scaling": plan.loss_scaling.kind,
+        "loss_scale": plan.loss_scaling.scale,
         "arms": {},
     }
     for arm, carried in arms.items():
-        digest = None if carried is None else hashlib.sha256(json.dumps(carried.to_dict()).encode()).hexdigest()[:16]
+        digest = None if carried is None else digest_of(carried)
         known = before.get("arms", {}).get(arm, {})
         losses = dict(known.get("losses", {})) if known.get("plan") == digest else {}
         results[case.name]["arms"][arm] = {"plan": digest, "losses": losses}
@@ -84,6 +84,16 @@ def run_case(case: Case, results: dict[str, Any], again: bool) -> None:
                 print(f"{case.name}, {arm}, seed {seed}: {loss:.4f} ({time.perf_counter() - began:.1f} s)", flush=True)
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def digest_of(plan: Plan) -> str:
+    """Of what a plan does, not of what it says."""
+    done = {
+        "casts": [(one.site, one.role, one.cast) for one in plan.assignments],
+        "storage": [(one.name, one.role, one.cast) for one in plan.storage],
+        "loss_scaling": (plan.loss_scaling.kind, plan.loss_scaling.scale, plan.loss_scaling.growth_interval),
+    }
+    return hashlib.sha256(json.dumps(done).encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

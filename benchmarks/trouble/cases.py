@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +14,9 @@ import advisor
 from advisor.plan import Plan, Stored
 from benchmarks.trouble import models
 from probes.window import Window
+
+NARROW_STORAGE: Mapping[str, Any] = MappingProxyType({"master_weights": "auto", "optimizer_state": "auto"})
+"""A plan may narrow master weights and optimizer state where the window lets it: the traps are open to it."""
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -34,6 +37,7 @@ class Case:
     factor      on the loss
     cause       and `site`, `role`: the finding that the window must give
     recipe      the uniform recipe in words, and `uniform` makes it from the window
+    advice      what `advisor.recommend` is asked for beside its defaults
     held_out    judged by the held-out loss in evaluation mode instead of the training loss of the last quarter
     """
 
@@ -52,6 +56,7 @@ class Case:
     window: int = 16
     factor: float = 1.0
     held_out: bool = False
+    advice: Mapping[str, Any] = field(default_factory=lambda: NARROW_STORAGE)
 
 
 def stored(window: Window, cast: str, roles: Sequence[str]) -> Plan:
@@ -107,6 +112,19 @@ CASES: Mapping[str, Case] = MappingProxyType(
                 recipe="gradients in e5m2 without a scale",
                 uniform=lambda window: advisor.uniform(window, grad_output="e5m2/none"),
                 factor=2.0**-17,
+            ),
+            Case(
+                name="small gradients, scales forbidden",
+                planted="the same",
+                build=models.DigitModel,
+                optimizer=adam(1e-3, eps=1e-20),
+                cause="small_gradients",
+                site="second",
+                role="grad_output",
+                recipe="gradients in fp16 without a scale",
+                uniform=lambda window: advisor.uniform(window, grad_output="fp16/none"),
+                factor=2.0**-17,
+                advice={**NARROW_STORAGE, "casts": ("e4m3fn/none", "e5m2/none", "fp16/none")},
             ),
             Case(
                 name="growing largest value",
