@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
 import advisor
+from advisor.cli import window_report
 from advisor.diagnosis import CAUSES, Finding
 from advisor.diagnosis.tiles import tiles_at
 from advisor.errors import CastNotScored
@@ -125,6 +127,15 @@ def test_without_sketches_by_row_outliers_are_told_with_a_word_on_what_is_missin
     (found,) = of_cause(net_window(wide_channels, finer=()), "heavy_tails")
     assert (found.site, found.role) == ("head", "input")
     assert "finer=['row']" in found.sentence
+
+
+def test_show_prints_the_cause_the_site_and_what_mends_it() -> None:
+    with Path("/dev/null").open("w") as nowhere:
+        console = Console(width=100, record=True, file=nowhere, markup=False, highlight=False)
+        window_report.WindowReport(net_window(wide_channels)).print_on(console, "w")
+    text = " ".join(console.export_text().split())
+    assert "What would fail, and why head input: 3 of 64 channels hold values" in text
+    assert "e4m3fn, e4m3fn/row or int8/column keep it" in text
 
 
 @pytest.mark.parametrize(("outlying", "of", "times"), [(1, 32, 20.0), (3, 256, 80.0), (12, 512, 14.0), (0, 64, 1.0)])
