@@ -30,7 +30,7 @@ def small_gradients(window: Window, recipes: Recipes) -> Iterator[Finding]:
     most = under_first >= THRESHOLDS.gradient_share * gradients
     scale = loss_scale_for(window)
     for slot, bitten, own in found:
-        severe = recipes.asked or own or (most and bitten[0][1] == recipes.unscaled[0])
+        severe = recipes.asked or (bitten[0][1] == recipes.unscaled[0] and (own or most))
         yield _finding(window, slot, bitten, scale, severe, own)
 
 
@@ -102,7 +102,7 @@ def _finding(
         remedy=Remedy(
             "loss_scale",
             f"a loss scale of {scale:.0f} (2^{round(math.log2(scale))}) leaves {percent(lifted.underflow)} underflow "
-            f"in {short_cast(cast)}, and so does a scale of its own, as {short_cast(parse_cast(scaled_casts[0]))} has",
+            f"in {cast.format.name}, and so does a scale of its own, as {short_cast(parse_cast(scaled_casts[0]))} has",
             scaled_casts,
             scale,
         ),
