@@ -90,9 +90,12 @@ class BufferWatch:
         )
 
     def _moved(self, name: str, histories: Mapping[Slot, SlotHistory]) -> bool:
-        """NaN alone is no move: -Inf less -Inf gives one."""
-        updates = histories.get(Slot(name, UPDATE))
-        return updates is not None and bool((updates.nonzero + updates.nonfinite - updates.nans > 0).any())
+        """NaN alone is no move: -Inf less -Inf gives one. A statistic that has overflowed stays +Inf or NaN."""
+        updates, values = histories.get(Slot(name, UPDATE)), histories.get(Slot(name, BUFFER))
+        if updates is None or values is None:
+            return False
+        moved = updates.nonzero + updates.nonfinite - updates.nans > 0
+        return bool(moved.any() or values.positive_infs.any() or values.nans.any())
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in self._model.named_buffers():

@@ -242,6 +242,26 @@ def test_batch_norm_statistics_that_fp16_does_not_hold_are_told(factor: float, m
     assert all(one.role == "buffer" and not one.severe for one in found)
 
 
+def test_statistics_that_have_overflowed_before_the_window_are_told_as_severe() -> None:
+    torch.manual_seed(0)
+    model = Normed(1e3, 0.1).half()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        model(torch.randn(96, 16).half()).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(3):
+        step()
+    with probe(model, optimizer, steps=3) as window:
+        while not window.done:
+            step()
+    (found,) = of_cause(window, "narrow_buffer", severe=True)
+    assert (found.site, found.cast) == ("norm.running_var", "fp16/none/nearest")
+    assert found.numbers["overflow"] > 0.9
+
+
 class Tied(nn.Module):
     """A language model whose head is the embedding: by assignment, or by using its weight."""
 

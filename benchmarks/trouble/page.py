@@ -25,7 +25,7 @@ final loss over the seeds (the mean training loss of the last quarter of the ste
 held-out loss in evaluation mode). A recipe fails where the 95% interval of its mean gap lies above the spread, or a
 loss is not finite; a plan mends where its mean gap is at most the spread. `benchmarks/trouble/verdict.py` fixed that
 before the table was run. How strongly a cause is planted was chosen after trials with two seeds: the first case's
-channels were 80 times the others at first, for which int8 lost no more than the spread.
+channels were 80 times the others at first, for which int8 lost little more than the spread.
 
 | planted | uniform recipe | fp32 | spread | recipe's gap | fails | plan's gap | mended | 8-bit share | stored narrow |
 |---|---|---|---|---|---|---|---|---|---|
