@@ -32,7 +32,7 @@ channels were 80 times the others at first, for which int8 lost little more than
 """
 
 WHY_NOT = {
-    "tied head": "The head's grad_output is cast to e4m3fn by row, which is scored as half a percent of the batch. That "
+    "tied head": "The head's grad_output is cast to e4m3fn by row, scored as half a percent of the batch. That "
     "is its noise in the weight gradient; it enters the input's gradient too, where the head's constant channels take "
     "the sum of the gradient over all characters, which is zero until it is rounded. With that one cast left away the "
     "gap was +0.0035 at the seed where it was tried, and +0.0524 with it.",
