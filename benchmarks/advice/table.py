@@ -149,7 +149,7 @@ def _trainings(ledger: Ledger, noises: Mapping[Pair, GradientTruth], predicted: 
                 "cast": pair[1],
                 "predicted": predicted.of(pair, "lost_batch_share"),
                 "measured_noise_ratio": noises[pair].ratio,
-                "shrinkage": noises[pair].shrinkage,
+                "systematic": noises[pair].systematic,
                 "gap": mean,
                 "gap_half_width": width,
                 "seeds": len(gap),
