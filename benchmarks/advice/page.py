@@ -161,8 +161,8 @@ def _plans(models: Mapping[str, Any]) -> str:
     return f"""## Do damages add?
 
 The predicted total of a plan's forward casts, and the symmetric rise of the loss with all of them at once. Target:
-within a factor of {PLAN_FACTOR:g}, give or take two standard errors; undecided where it is no larger than these. Random plans draw
-a cast for each tensor.
+within a factor of {PLAN_FACTOR:g}, give or take two standard errors; undecided where it is no larger than these. Random
+plans draw a cast for each tensor.
 
 {_table(("model", "plan", "predicted", "measured", "ratio", "target"), rows)}"""
 
