@@ -5,9 +5,9 @@ For each of the six models, at one checkpoint: the rise of the loss, one forward
 for six casts of gradients the loss of whole trainings (`training_truth.py`). Nothing here asks the advisor anything.
 
 What is measured goes into a ledger a model under --cache at once. A run that is stopped goes on there, and a table can
-be made from it at any time (`table.py`). The committed table is of 24 minutes of processor time, with --forward-seconds 20
-to 100 and, but for the LSTM, --training-seconds 0; the defaults take longer. --quick takes some four minutes, measures
-less, in ledgers of its own, and decides little.
+be made from it at any time (`table.py`). The committed table is of 24 minutes of processor time, with --forward-seconds
+20 to 100 and, but for the LSTM, --training-seconds 0; the defaults take longer. --quick takes some four minutes,
+measures less, in ledgers of its own, and decides little.
 """
 
 from __future__ import annotations
