@@ -105,6 +105,7 @@ class ScoreColumns:
             **_of_noise(metrics, noise, slots, is_product, evidence, rows),
             **_of_parameters(window, slots, is_product, casts, slot_of, cast_of),
             "bias": Column(_ratio(metrics.bias_energy, metrics.signal_energy)[rows]),
+            **_of_first_order(evidence, places, rows),
             "whole_batch": Column(np.array([e.whole_batch for e in evidence], dtype=np.bool_)[slot_of]),
         }
         known_se = columns["damage_se"].array / np.where(columns["damage"].array != 0, columns["damage"].array, np.nan)
@@ -190,6 +191,12 @@ def _of_damage(
         "shrink_coherence": Column(shrink, np.isnan(shrink)),
         "shrinking": Column(shrinking[rows]),
     }
+
+
+def _of_first_order(evidence: Sequence[Evidence], places: Mapping[str, int], rows: Rows) -> dict[str, Column]:
+    slopes = {"bias_damage": "first_order", "bias_damage_se": "first_order_se"}
+    tables = {name: table_of([getattr(e, held) for e in evidence], places)[rows] for name, held in slopes.items()}
+    return {name: Column(table, np.isnan(table)) for name, table in tables.items()}
 
 
 def _shrinking(metrics: MetricColumns) -> Array:

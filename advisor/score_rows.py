@@ -28,6 +28,8 @@ _ORDER = (
     "damage_se",
     "damage_interval",
     "damage_from",
+    "bias_damage",
+    "bias_damage_se",
     "coherence",
     "shrink_coherence",
     "shrinking",

@@ -48,6 +48,9 @@ class Scores:
     damage_interval            [lower, upper]: where the damage lies with 95% probability (`intervals.py`), or None
     damage_from                "directional" (measured at the scored steps, of this cast or of one that makes the same
                                error) or "sketch" (estimated)
+    bias_damage, bias_damage_se  ⟨g, δ⟩: what the loss changes by in the first order, signed, mean over the scored
+                               steps, and its standard error over them. Of roundings it is chance and passes as weights
+                               move; clipping and flushing to zero make it systematic. In no sum; None if not measured
     coherence, shrink_coherence  what the sketches' damage is multiplied by, as far as the error is random and as far
                                as it shrinks the tensor (`estimates.py`); None where no measured cast tells
     shrinking                  share of the error energy in the part that shrinks the tensor: (Σx·δ)²/(Σx²·Σδ²)

@@ -215,6 +215,8 @@ class ScoreRow(BaseModel):
     damage: Number | None = None
     damage_se: Number | None = None
     damage_from: str | None = None
+    bias_damage: Number | None = Field(None, description="first-order change of the loss, signed; in no sum")
+    bias_damage_se: Number | None = None
     coherence: Number | None = None
     shrink_coherence: Number | None = None
     shrinking: Number | None = Field(None, description="share of the error energy that shrinks the tensor as a whole")

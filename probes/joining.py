@@ -63,6 +63,8 @@ def joined_evidence(ranks: Sequence[Evidence | None]) -> Evidence:
     held = [evidence for evidence in ranks if evidence is not None]
     curvatures = [evidence.curvature for evidence in held if evidence.curvature is not None]
     casts = dict.fromkeys(cast for evidence in held for cast in evidence.directional)
+    sloped = dict.fromkeys(cast for evidence in held for cast in evidence.first_order)
+    sure = dict.fromkeys(cast for evidence in held for cast in evidence.first_order_se)
     kept = dict.fromkeys(cast for evidence in held for cast in evidence.beyond)
     noisy = dict.fromkeys(cast for evidence in held for cast in evidence.relative_noise)
     batch_noises = [evidence.batch_noise for evidence in held if evidence.batch_noise is not None]
@@ -73,6 +75,10 @@ def joined_evidence(ranks: Sequence[Evidence | None]) -> Evidence:
             cast: math.hypot(*(e.directional_se.get(cast, 0.0) for e in held)) / len(ranks) for cast in casts
         },
         beyond={cast: math.fsum(e.beyond.get(cast, 0.0) for e in held) / len(ranks) for cast in kept},
+        first_order={cast: math.fsum(e.first_order.get(cast, 0.0) for e in held) / len(ranks) for cast in sloped},
+        first_order_se={
+            cast: math.hypot(*(e.first_order_se.get(cast, 0.0) for e in held)) / len(ranks) for cast in sure
+        },
         relative_noise={
             cast: _mean([e.relative_noise[cast] for e in held if cast in e.relative_noise]) for cast in noisy
         },

@@ -97,6 +97,9 @@ class Evidence:
     directional_se  cast → standard error of that mean
     beyond          cast → the part of `directional` that is the network's own second derivative; empty where only the
                     Gauss-Newton part could be had
+    first_order     cast → ⟨g, δ⟩ with the training's own gradient: what the loss changes by in the first order, signed,
+                    loss units, mean over the scored steps
+    first_order_se  cast → standard error of that mean over the steps; empty with fewer than two
     relative_noise  cast → energy of the error that the cast puts into the site's gradients, over those gradients'
     batch_noise     energy of the minibatch noise in the site's weight gradient, over that gradient's
     whole_batch     samples mix behind this site (BatchNorm, MoE), so the batch was taken as one sample
@@ -106,6 +109,8 @@ class Evidence:
     directional: dict[str, float] = field(default_factory=dict)
     directional_se: dict[str, float] = field(default_factory=dict)
     beyond: dict[str, float] = field(default_factory=dict)
+    first_order: dict[str, float] = field(default_factory=dict)
+    first_order_se: dict[str, float] = field(default_factory=dict)
     relative_noise: dict[str, float] = field(default_factory=dict)
     batch_noise: float | None = None
     whole_batch: bool = False
@@ -126,6 +131,8 @@ class Evidence:
             directional=directional,
             directional_se=spread,
             beyond=numbers(data.get("beyond", {})),
+            first_order=numbers(data.get("first_order", {})),
+            first_order_se=numbers(data.get("first_order_se", {})),
             relative_noise=numbers(data["relative_noise"]),
             batch_noise=number(data["batch_noise"]),
             whole_batch=bool(data["whole_batch"]),

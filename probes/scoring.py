@@ -38,6 +38,7 @@ from probes.samples import crosses_samples, mixes_samples, picks_rows, told_batc
 from probes.shrinking import Ratio, believed
 from probes.sites import ProductCall
 from probes.undisturbed import unchanged, undisturbed
+from probes.vjp import vjp
 
 ALONE = "damage is Gauss-Newton's alone, without the network's own curvature"
 LONGEST = 200  # characters of an error that a note repeats
@@ -59,6 +60,7 @@ class Scoring:
         self._found: dict[str, dict[Slot, list[Tensor]]] = {"loss": defaultdict(list), "gradient": defaultdict(list)}
         self._network: dict[Slot, list[Tensor]] = defaultdict(list)
         self._noise: dict[Slot, dict[str, NoiseEnergies]] = defaultdict(dict)
+        self._slopes: dict[Slot, list[Tensor]] = defaultdict(list)
         self._errors: list[ProductError] = []
         self._generation, self._numbers = 0, itertools.count()
         self._start_step()
@@ -76,6 +78,7 @@ class Scoring:
         self._beyond: list[dict[Slot, Beyond]] = []
         self._gradients: list[dict[Slot, Sums]] = []
         self._energies: list[tuple[Slot, str, NoiseEnergies]] = []
+        self._slopes_met: dict[Slot, Tensor] = {}
         self._roots: list[Tensor] = []
         self._told: list[Tensor] = []
         self._reached_a_loss = False
@@ -210,6 +213,7 @@ class Scoring:
                 assert joined is not None
                 gradient = joined
             self._noting(f"no gradient noise at {met.call.site}", self._measure_noise, met, gradient)
+            self._noting(f"no first-order part at {met.call.site}", self._measure_slopes, met, gradient)
             self._noting(f"no backward error at {met.call.site}", self._measure_errors, met, gradient)
 
     def _noting(self, what: str, measure: Callable[[Met, Tensor], None], met: Met, gradient: Tensor) -> None:
@@ -225,6 +229,17 @@ class Scoring:
             self._energies += [(slot, cast, found) for cast, found in energies.items()]
         if not self._reached_a_loss:
             self._keep_gradient(met, gradient)
+
+    def _measure_slopes(self, met: Met, gradient: Tensor) -> None:
+        """⟨g, δ⟩ of each operand and cast, g the training's own gradient; products of a slot add up."""
+        operands = [operand.detach().float() for operand in met.call.operands]
+        at_operands = vjp(met.call, operands, gradient.detach().float(), range(len(operands)))
+        for key, operand, slope in zip(met.keys, operands, at_operands, strict=True):
+            found = torch.stack(
+                [torch.sum(slope * (cast(operand) - operand), dtype=torch.float64) for cast in self.casts]
+            )
+            before = self._slopes_met.get(key.slot)
+            self._slopes_met[key.slot] = found if before is None else before + found
 
     def _measure_errors(self, met: Met, gradient: Tensor) -> None:
         self._errors += site_backward_errors(met.call, gradient, seed=self._generation)
@@ -244,6 +259,9 @@ class Scoring:
         passes = max(len(self._roots), 1)
         self._settle("gradient", total_of(self._gradients), loss_scale**2 / passes)
         self._settle_noise(loss_scale)
+        for slot, row in zip(self._slopes_met, _read(list(self._slopes_met.values())), strict=True):
+            if bool(row.isfinite().all()):
+                self._slopes[slot].append(row / loss_scale)
         if drawn:
             self.steps.append(step)
             self._say_what_is_untold()
@@ -322,10 +340,17 @@ class Scoring:
             for cast, upstream in self._noise.get(Slot(slot.site, UPSTREAM), {}).items():
                 if cast in noise and not math.isnan(upstream.ratio):
                     noise[cast] = max(noise[cast], upstream.ratio * batch_noise)
+        first_order, first_order_se = self._first_order(slot)
         mixed = slot.site in self.whole_batch
         measured = self._gauss_newton(slot)
         if measured is None:
-            return Evidence(relative_noise=noise, batch_noise=batch_noise, whole_batch=mixed)
+            return Evidence(
+                first_order=first_order,
+                first_order_se=first_order_se,
+                relative_noise=noise,
+                batch_noise=batch_noise,
+                whole_batch=mixed,
+            )
         names, (curvature, directional, variance) = [str(cast) for cast in self.casts], measured
         beyond: dict[str, float] = {}
         ratio = self._believed.get(slot)
@@ -343,10 +368,23 @@ class Scoring:
             directional=dict(zip(names, directional.tolist(), strict=True)),
             directional_se=dict(zip(names, variance.sqrt().tolist(), strict=True)),
             beyond=beyond,
+            first_order=first_order,
+            first_order_se=first_order_se,
             relative_noise=noise,
             batch_noise=batch_noise,
             whole_batch=mixed,
         )
+
+    def _first_order(self, slot: Slot) -> tuple[dict[str, float], dict[str, float]]:
+        """⟨g, δ⟩ by cast, mean over the scored steps, and that mean's standard error where there are two or more."""
+        rows = self._slopes.get(slot)
+        if not rows or not self.casts:
+            return {}, {}
+        names, found = [str(cast) for cast in self.casts], torch.stack(rows)
+        means = dict(zip(names, found.mean(0).tolist(), strict=True))
+        if len(rows) < 2:
+            return means, {}
+        return means, dict(zip(names, (found.std(0) / math.sqrt(len(rows))).tolist(), strict=True))
 
     def _gauss_newton(self, slot: Slot) -> tuple[float, Tensor, Tensor] | None:
         """Curvature, damage [casts] and that mean's variance [casts]; None where nothing reached the slot."""

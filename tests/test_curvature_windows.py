@@ -371,3 +371,23 @@ def test_the_users_random_stream_and_gradients_are_untouched(monkeypatch: pytest
         return [*model.state_dict().values(), torch.rand(3)]
 
     assert all(map(torch.equal, run(None), run(3)))
+
+
+def test_the_first_order_part_is_the_gradient_along_the_error() -> None:
+    """⟨g, δ⟩ of a weight is what autograd's own gradient gives, and it follows the sign of a cast that shrinks."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    shrinking = Cast.parse("e4m3fn/tensor/current/zero")
+    x, target = torch.randn(16, 8), torch.randint(4, (16,))
+    with advisor.probe(model, optimizer, steps=2, casts=[shrinking]) as window:
+        for _ in range(2):
+            nn.functional.cross_entropy(model(x), target).backward()
+            gradient = model.weight.grad.clone()
+            optimizer.step()
+            optimizer.zero_grad()
+    exact = float((gradient * (shrinking(model.weight.detach()) - model.weight.detach())).sum())
+    (row,) = advisor.score(window, [shrinking]).of("(root)", "weight")
+    assert row["bias_damage"] == pytest.approx(exact, rel=1e-5)
+    assert row["bias_damage_se"] == pytest.approx(0.0, abs=1e-9)  # the same batch and weights twice
+    assert advisor.score(window, ["int8"]).of("(root)", "weight")[0]["bias_damage"] is None
