@@ -47,7 +47,7 @@ def test_a_part_tells_of_the_whole(name: str, adaptive: bool, monkeypatch: pytes
             found.append(noise_energies(caught.met[0].product.call, g, CASTS, adaptive))
     part, whole = found
     assert part.keys() == whole.keys()
-    assert len(part) == (4 if name == "attention" else 3)
+    assert len(part) == 4  # two operands, the gradient and what it passes upstream; or three operands and the gradient
     for slot, energies in part.items():
         for cast, found in energies.items():
             assert found.ratio == pytest.approx(whole[slot][cast].ratio, rel=0.25)
