@@ -232,6 +232,8 @@ class Scoring:
 
     def _measure_slopes(self, met: Met, gradient: Tensor) -> None:
         """⟨g, δ⟩ of each operand and cast, g the training's own gradient; products of a slot add up."""
+        if not self.casts:
+            return
         operands = [operand.detach().float() for operand in met.call.operands]
         at_operands = vjp(met.call, operands, gradient.detach().float(), range(len(operands)))
         for key, operand, slope in zip(met.keys, operands, at_operands, strict=True):
