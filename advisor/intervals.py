@@ -20,7 +20,7 @@ same way; and of the window's part the least that any slot has beyond OWN_FLOOR:
 that happened to be scored, are one and the same for all.
 
 Everything is arrays over slots and casts, so that thousands take no longer than one. The figures are measured by
-`benchmarks/intervals.py`, whose results (`intervals.json`) say how many cases of held-out trainings lay inside.
+`benchmarks/intervals.py`, before the network's own curvature was counted; they are wide, and want to be measured again.
 """
 
 from __future__ import annotations
