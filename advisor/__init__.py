@@ -29,6 +29,7 @@ _HOME = {
     "compare": "advisor.comparing",
     "connect": "advisor.client",
     "curvature_of": "probes.losses",
+    "diagnose": "advisor.diagnosis",
     "drift": "advisor.drifting",
     "export": "advisor.exports.exporting",
     "load_plan": "advisor.plan",

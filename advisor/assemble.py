@@ -126,7 +126,7 @@ def assemble(draft: Draft) -> Plan:
         sites=tuple(_planned_site(site) for site in draft.sites),
         front=draft.front,
         summary=tuple(draft.summary),
-        notes=(*draft.notes, *_notes(draft, seen, total)),
+        notes=(*draft.notes, *_slower(draft, time_before_s, time_after_s), *_notes(draft, seen, total)),
         approximations=(
             *APPROXIMATIONS,
             *(RECORDED_APPROXIMATIONS if draft.records else COST_APPROXIMATIONS),
@@ -224,6 +224,16 @@ def _notes(draft: Draft, seen: float, total: float) -> list[str]:
     if not draft.hardware.has_rates:
         notes.append(SPEED_NOTE)
     return [*notes, WATCH_NOTE]
+
+
+def _slower(draft: Draft, before_s: float | None, after_s: float | None) -> list[str]:
+    """A note where the plan takes longer than no plan: small products, whose casts cost more than they gain."""
+    if before_s is None or after_s is None or after_s <= before_s:
+        return []
+    way_out = "" if draft.objective == "time" else "; objective='time' narrows only what gains by it"
+    longer = f"{after_s / before_s:.2g} times as long with this plan"
+    why = "at these sizes the casts cost more than 8 bits gain"
+    return [f"on {draft.hardware.name} the matrix products take {longer}: {why}{way_out}"]
 
 
 def _gap_note(draft: Draft) -> str:

@@ -16,6 +16,7 @@ as are formats without a sign. What overflows and is saturated stays what it is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from math import inf
 
@@ -87,6 +88,30 @@ def lost_of(window: Window, parameter: str, casts: Sequence[Cast]) -> dict[str, 
         for cast, steps in by_step.items()
         if steps
     }
+
+
+def lost_by_size(window: Window, name: str, cast: Cast, role: str = MASTER) -> float | None:
+    """Of a parameter's or buffer's moves over all followed steps: the share of Σ|Δw| that a cast does not take.
+
+    A large share of small moves may be lost at no cost; by size, one half is half the way. `role`: MASTER, or `buffer`.
+    None where nothing can be said, as in `lost_updates`.
+    """
+    record = window.parameter_record(name)
+    if record is None or not {Slot(name, kind) for kind in (role, UPDATE)} <= set(window.slots):
+        return None
+    held, update = window.history(name, role), window.history(name, UPDATE)
+    largest = dict(zip(held.steps.tolist(), held.amax.tolist(), strict=True))
+    ranges = dict(zip(update.steps.tolist(), zip(update.amin.tolist(), update.amax.tolist(), strict=True), strict=True))
+    lost = moved = 0.0
+    for step, updates in record.updates.items():
+        if step in largest and step in ranges and len(updates.cells):
+            sizes = updates.counts * (_UPDATE_EDGES[updates.update] + _UPDATE_EDGES[updates.update + 1]) / 2
+            # In whole units, which the kernel counts in: 2^40 of them make up the largest cell.
+            units = np.rint(sizes * (2.0**40 / sizes.max())).astype(np.int64)
+            share = lost_updates(replace(updates, counts=units), cast, largest[step], ranges[step])
+            if share is not None:
+                lost, moved = lost + share * float(sizes.sum()), moved + float(sizes.sum())
+    return lost / moved if moved else None
 
 
 def epsilon_vanishes(record: ParameterRecord, target: Format) -> bool | None:

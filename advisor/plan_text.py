@@ -108,7 +108,8 @@ def _summary(plan: Plan) -> Iterator[str]:
     )
     yield f"  loss scaling {plan.loss_scaling.kind}; master weights {plan.master_weights}"
     if found.speedup is not None:
-        yield f"  matrix products {found.speedup:.2f} times as fast"
+        slower = " (casts cost more than they gain at these sizes: see the notes)" if found.speedup < 1 else ""
+        yield f"  matrix products {found.speedup:.2f} times as fast{slower}"
     if found.optimal is False:
         yield "  the solver stopped before it could prove that no plan within the limits has more in 8 bits"
 

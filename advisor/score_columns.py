@@ -23,6 +23,7 @@ from probes.parameter_records import MASTER, WEIGHT_GRADIENT
 from probes.records import GRADIENT, Evidence, Slot
 from probes.window import Window
 
+LOST = 0.5  # error energy over the tensor's own, from which on a cast loses the tensor: 3 dB. Ours
 Mask = NDArray[np.bool_]
 
 
@@ -171,7 +172,10 @@ def _of_damage(
     measured, sketched = np.where(here, directional, np.nan), np.where(here, sketched, np.nan)
     shrinking = _shrinking(metrics)
     estimates = Estimates(measured, sketched, shrinking, metrics.error_energy)
-    damage, is_measured = estimates.values, estimates.is_measured
+    floor = _least_of_what_is_lost(estimates, metrics)
+    with np.errstate(invalid="ignore"):
+        lost = floor > np.where(np.isnan(estimates.values), np.inf, estimates.values)
+    damage, is_measured = np.where(lost, floor, estimates.values), estimates.is_measured & ~lost
     spread = table_of([e.directional_se for e in evidence], places)
     with np.errstate(invalid="ignore", divide="ignore"):
         relative = row_medians(np.where(directional > 0, spread / directional, np.nan))[:, None]
@@ -204,6 +208,19 @@ def _of_intervals(columns: Mapping[str, Column]) -> dict[str, Column]:
     ends = damage_intervals(damage, error, confidence, of_rows)
     missing = np.isnan(ends[:, 0]) if len(ends) else np.zeros(0, dtype=np.bool_)
     return {"damage_lower": Column(ends[:, 0], missing), "damage_upper": Column(ends[:, 1], missing)}
+
+
+def _least_of_what_is_lost(estimates: Estimates, metrics: MetricColumns) -> Array:
+    """What a cast that loses the tensor costs at least, [P, K]; NaN for one that does not.
+
+    δ = -x is no small step: the second order along it can be zero (a weight before a BatchNorm, which its size is
+    nothing to) and the loss still rises by tenths. An error of its energy in any other direction is the least that is
+    to be expected.
+    """
+    coherence = np.where(np.isnan(estimates.coherence), 1.0, estimates.coherence)[:, None]
+    with np.errstate(invalid="ignore"):
+        loses = metrics.error_energy > LOST * metrics.signal_energy
+    return np.where(loses, coherence * estimates.sketched, np.nan)
 
 
 def _of_noise(

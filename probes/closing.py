@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from probes.buffers import BufferWatch
 from probes.history import SlotHistory
 from probes.losses import KNOWN_NAMES
 from probes.names import written_parameter
@@ -20,12 +22,20 @@ from probes.window import Contents
 
 
 def contents_of(
-    recorder: Recorder, parameters: ParameterWatch, model: nn.Module, optimizer: torch.optim.Optimizer
+    recorder: Recorder,
+    parameters: ParameterWatch,
+    buffers: BufferWatch,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> Contents:
     """Plain data; nothing of the model stays in it."""
     steps = max(len(recorder.recorded), 1)
-    histories = _in_order(recorder.rows.histories(), recorder.tallies)
-    records = parameters.records()
+    met = recorder.rows.histories()
+    still = buffers.still(met)
+    histories = _in_order({slot: met[slot] for slot in met if slot not in still}, recorder.tallies)
+    records = tuple(
+        replace(record, lookups=tuple(recorder.lookups.get(record.name, ()))) for record in parameters.records()
+    )
     shapes = {written_parameter(name): _shape(parameter) for name, parameter in model.named_parameters()}
     sites = tuple(
         _site(name, tally, steps, Slot(name, GRADIENT) in histories, shapes)
@@ -58,7 +68,7 @@ def contents_of(
         evidence={slot: recorder.scoring.evidence(slot, noise.get(slot.site)) for slot in histories},
         notes=tuple(recorder.notes),
         loss_scales=scales,
-        parameter_records=records,
+        parameter_records=(*records, *buffers.records(met)),
         sampled=() if sampled is None else (sampled,),
         backward_errors=recorder.scoring.backward_errors,
         curvature_from=recorder.scoring.curvature_from,

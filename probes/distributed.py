@@ -156,7 +156,9 @@ def _same_on_every_rank(ranks: Sequence[Contents], occupied: Sequence[Occupied],
     weights = {Slot(site.name, role) for site in sites if site.parameter for role in site.roles if "weight" in role}
     products = {Slot(site.name, role) for site in sites for role in site.roles}
     parameters = {key.slot for keys in occupied for key in keys if key.slot not in products}
-    return frozenset(weights if sharded else weights | parameters)
+    moving = {record.name for rank in ranks for record in rank.parameter_records if record.is_buffer}
+    buffers = {slot for slot in parameters if slot.site in moving}
+    return frozenset(weights | buffers if sharded else weights | parameters)
 
 
 def _added(

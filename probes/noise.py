@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ from probes.cuts import cuts_of
 from probes.records import GRADIENT, Slot
 from probes.sites import ProductCall
 from probes.vjp import vjp
+
+UPSTREAM = "(upstream)"
+"""Role of what a weight's site passes on: its grad_output's noise in the gradient of its input."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,9 @@ def noise_energies(
     Numbers on the device. Those of calls with the same shapes and seed add up. `adaptive`: the optimizer divides each
     element by its own size. `grad_output` enters the weight gradient (both gradients where neither operand is a
     parameter); an operand enters the other's gradient. Attention is not bilinear: there the error is the difference of
-    two backward passes. Of a recurrent layer `grad_output` alone is measured: each operand would take it as often
+    two backward passes. What `grad_output`'s error puts into the input's gradient, and so into all that lies upstream,
+    is beside it under the role UPSTREAM, over all samples together. Of a recurrent layer `grad_output` alone is
+    measured: each operand would take it as often
     forward and back. `seed`: of the parts that are calculated. Call it in `undisturbed()`.
     """
     tensors = [*(operand.detach().float() for operand in call.operands), gradient.detach().float()]
@@ -92,7 +98,32 @@ def noise_energies(
                 for j, found in zip(wanted, vjp(call, changed[:-1], changed[-1], wanted), strict=True):
                     pairs.append((found if linear else found - whole[j], whole[j], cut.channels))
             energies[Slot(call.site, role)][str(cast)] = _energies(pairs, by_channel)
+            beneath = [j for j in trained if j not in entered] if i == len(call.operands) and linear else []
+            pairs = _errors_in(beneath, cuts, parts, exact, i, moved, call)
+            if pairs:
+                energies[Slot(call.site, UPSTREAM)][str(cast)] = _energies(pairs, by_channel=False)
     return energies
+
+
+def _errors_in(
+    wanted: Sequence[int],
+    cuts: Sequence[Any],
+    parts: Sequence[Sequence[Tensor]],
+    exact: Sequence[dict[int, Tensor]],
+    i: int,
+    moved: Tensor,
+    call: ProductCall,
+) -> list[tuple[Tensor, Tensor, tuple[int, ...]]]:
+    """What the error of tensor i puts into the gradients of these operands, beside them, of a bilinear product."""
+    pairs = []
+    for cut, part, whole in zip(cuts, parts, exact, strict=True):
+        targets = [j for j in cut.targets if j in wanted]
+        if targets:
+            there = cut.of(i, moved)
+            changed = [there - one if k == i else one for k, one in enumerate(part)]
+            found = vjp(call, changed[:-1], changed[-1], targets)
+            pairs += [(error, whole[j], cut.channels) for j, error in zip(targets, found, strict=True)]
+    return pairs
 
 
 def _enters(call: ProductCall, i: int, trained: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a window says of each trainable parameter: plain data, which the window file's header holds."""
+"""What a window says of each trainable parameter and moving buffer: plain data, held in the window file's header."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from probes.lost_updates import SAMPLE, UpdateSketch
 from probes.numbers import from_json
 from probes.records import list_of, shape_of, text
 
-MASTER, WEIGHT_GRADIENT, UPDATE = "master", "weight_grad", "update"
+MASTER, WEIGHT_GRADIENT, UPDATE, BUFFER = "master", "weight_grad", "update", "buffer"
 
 
 @dataclass(frozen=True)
 class ParameterRecord:
-    """One trainable parameter as the optimizer sees it.
+    """One trainable parameter as the optimizer sees it, or a floating buffer that the training moves (`buffers.py`).
 
     name, shape, dtype   its dotted name; `optimizer.group0.param3` where only the optimizer has it
     roles                which of its tensors have sketches, under its name
@@ -28,6 +28,7 @@ class ParameterRecord:
     sparse               its gradient is sparse, so weight_grad is of the coalesced values alone
     elements             that this process holds
     packed_updates       step → the joint sketch of updates and weights as text; empty where no update was seen
+    lookups              modules in which rows of it are looked up by index, as of an embedding
     """
 
     name: str
@@ -41,6 +42,12 @@ class ParameterRecord:
     noise_from: str | None = None
     sparse: bool = False
     packed_updates: Mapping[int, str] = field(default_factory=dict)
+    lookups: tuple[str, ...] = ()
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it is no parameter but a buffer."""
+        return BUFFER in self.roles
 
     @property
     def signal_to_noise(self) -> float | None:
@@ -71,6 +78,7 @@ class ParameterRecord:
             noise_from=None if data["noise_from"] is None else text(data["noise_from"]),
             sparse=bool(data["sparse"]),
             packed_updates={int(step): text(packed) for step, packed in data["packed_updates"].items()},
+            lookups=tuple(map(text, list_of(data.get("lookups", ())))),  # windows before have none
         )
         _ = record.updates  # raises MalformedWindow
         return record
@@ -82,7 +90,7 @@ def joined_records(ranks: Sequence[Sequence[ParameterRecord]], sharded: bool) ->
     for records in ranks:
         for record in records:
             found[record.name].append(record)
-    return tuple(_joined(parts) if sharded else parts[0] for parts in found.values())
+    return tuple(_joined(parts) if sharded and not parts[0].is_buffer else parts[0] for parts in found.values())
 
 
 def _joined(parts: Sequence[ParameterRecord]) -> ParameterRecord:

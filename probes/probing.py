@@ -22,6 +22,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
+from probes.buffers import BufferWatch
 from probes.casts import Cast
 from probes.closing import contents_of
 from probes.distributed import Group, agreed, group_of, is_sharded, merged, ranks_of
@@ -101,6 +102,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         )
         self._recorder.gradient_factor = 1.0 / ranks_of(self._group)
         self._parameters = ParameterWatch(self._model, optimizer, self._recorder.rows, self._recorder.note)
+        self._buffers = BufferWatch(self._model, self._recorder.rows, self._recorder.note)
         self._scored = spread(curvature_steps, range(0, steps, every))
         self._followed = spread(PARAMETER_STEPS, range(0, steps, every))
         self._clock = None if overhead is None else Clock(overhead, steps)
@@ -157,7 +159,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         self._recorder.__enter__()
 
     def __exit__(self, kind: Any, *error: Any) -> None:
-        recorder, parameters = self._recorder, self._parameters
+        recorder, parameters, buffers = self._recorder, self._parameters, self._buffers
         self._stop()
         self._hooks.close()
         recorder.__exit__(kind, *error)
@@ -166,18 +168,18 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         if kind is not None:
             recorder.note(f"the window was cut short by {kind.__name__} in step {recorder.step}")
         self.window.done = True
-        contents = self._closed(recorder, parameters)
+        contents = self._closed(recorder, parameters, buffers)
         taken = steps_taken(len(contents.steps), recorder.step, self._every, self._clock)
         contents = replace(contents, sampled=(*taken, *contents.sampled))
         if self._group is not None and kind is None:
             contents = merged(contents, self._group, is_sharded(self._model))
         self.window.fill(contents)
         # This object may outlive its block, in a traceback too: it keeps nothing of the training alive.
-        del self._recorder, self._parameters, self._given, self._model, self._optimizer
+        del self._recorder, self._parameters, self._buffers, self._given, self._model, self._optimizer
 
-    def _closed(self, recorder: Recorder, parameters: ParameterWatch) -> Contents:
+    def _closed(self, recorder: Recorder, parameters: ParameterWatch, buffers: BufferWatch) -> Contents:
         try:
-            return contents_of(recorder, parameters, self._model, self._optimizer)
+            return contents_of(recorder, parameters, buffers, self._model, self._optimizer)
         except Exception as error:  # the training goes on, with a window that says why it holds nothing
             said = f"the window could not be closed, and holds nothing: {type(error).__name__}: {error}"
             warnings.warn(said, RuntimeWarning, stacklevel=3)
@@ -215,6 +217,8 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         if not self.window.done:
             with self._noting("the parameters were not read after the optimizer's step"):
                 self._parameters.after_step(recorder.step, recorder.depth.recorded, recorder.depth.followed)
+            with self._noting("the buffers were not read"):
+                self._buffers.at_end(recorder.step)
             self._stepped = True
             self._end_step()
 
@@ -280,6 +284,8 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
             followed=recorded and len(self._parameters.steps) < self._due(self._followed),
             tiled=scored if self._tiled_where_scored else recorded,
         )
+        with self._noting("the buffers were not read"):
+            self._buffers.at_start(recorder.depth.followed)
         if recorded:
             recorder.count_beneath()
 
@@ -302,6 +308,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         self._recorder.stop_counting()
         self._recorder.forget()
         self._parameters.forget()
+        self._buffers.forget()
         self._open.close()
 
 

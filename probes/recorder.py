@@ -26,6 +26,7 @@ from probes.coverage import FlopsBeneath
 from probes.curvature import view_of
 from probes.edges import await_gradient
 from probes.functions import FunctionProduct
+from probes.lookups import table_looked_up
 from probes.loss_scale import LossScale, StepScale
 from probes.losses import loss_call
 from probes.names import Frame, in_backward
@@ -94,6 +95,7 @@ class Recorder(SiteHook):
         self.losses: list[Tensor | None] = []
         self.loss_scales: list[StepScale] = []
         self.tallies: dict[str, SiteTally] = {}
+        self.lookups: dict[str, dict[str, None]] = defaultdict(dict)  # parameter → modules that look its rows up
         self.flops: FlopsBeneath | None = None
         self.seen_flops = 0.0
         self.began = False
@@ -199,10 +201,17 @@ class Recorder(SiteHook):
             return function(*args, **kwargs)
         if self.depth.scored and torch.is_grad_enabled():
             self._tried(UNREAD, self.scoring.on_other, function, args, kwargs, self._batch, self.stack.frames)
+        self._tried(UNREAD, self._meet_lookup, function, args, kwargs)
         result = function(*args, **kwargs)
         if torch.is_grad_enabled():
             self._tried("a loss could not be read", self._meet_loss, function, args, kwargs, result)
         return result
+
+    def _meet_lookup(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        table = table_looked_up(function, args, kwargs)
+        owned = self.owners.of(table, self.stack.frames[-1]) if table is not None and self.stack.frames else None
+        if owned is not None and owned.dotted is not None:
+            self.lookups[owned.dotted][self.stack.frames[-1].path] = None
 
     def _meet_loss(self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
         loss = loss_call(function, args, kwargs)

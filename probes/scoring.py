@@ -31,9 +31,9 @@ from probes.losscall import LossCall
 from probes.losses import WITHOUT_CURVATURE
 from probes.names import Frame, in_backward
 from probes.network_curvature import Beyond, network_curvature, share
-from probes.noise import NoiseEnergies, noise_energies
+from probes.noise import UPSTREAM, NoiseEnergies, noise_energies
 from probes.product_errors import ProductError, pooled, site_backward_errors
-from probes.records import Evidence, Slot
+from probes.records import GRADIENT, Evidence, Slot
 from probes.samples import crosses_samples, mixes_samples, picks_rows, told_batch
 from probes.shrinking import Ratio, believed
 from probes.sites import ProductCall
@@ -316,11 +316,17 @@ class Scoring:
         """What was measured of a slot."""
         ratios = {cast: found.ratio for cast, found in self._noise.get(slot, {}).items()}
         noise = {cast: ratio for cast, ratio in ratios.items() if not math.isnan(ratio)}
+        if slot.role == GRADIENT and batch_noise is not None:
+            # Error over gradient, sample by sample, is the ratio to the batch's noise itself; `noise` is over the mean
+            # gradient. At the head of a classifier the gradient sums to zero over classes, and a rounded one does not.
+            for cast, upstream in self._noise.get(Slot(slot.site, UPSTREAM), {}).items():
+                if cast in noise and not math.isnan(upstream.ratio):
+                    noise[cast] = max(noise[cast], upstream.ratio * batch_noise)
         mixed = slot.site in self.whole_batch
-        found = self._gauss_newton(slot)
-        if found is None:
+        measured = self._gauss_newton(slot)
+        if measured is None:
             return Evidence(relative_noise=noise, batch_noise=batch_noise, whole_batch=mixed)
-        names, (curvature, directional, variance) = [str(cast) for cast in self.casts], found
+        names, (curvature, directional, variance) = [str(cast) for cast in self.casts], measured
         beyond: dict[str, float] = {}
         ratio = self._believed.get(slot)
         if ratio is not None:

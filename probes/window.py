@@ -131,10 +131,15 @@ class Window:
     @property
     def parameter_records(self) -> tuple[ParameterRecord, ...]:
         """What the optimizer's steps showed of each parameter: lost updates, gradient noise, epsilon."""
-        return self._held.parameter_records
+        return tuple(record for record in self._held.parameter_records if not record.is_buffer)
+
+    @property
+    def buffer_records(self) -> tuple[ParameterRecord, ...]:
+        """The floating buffers that the training moved, as BatchNorm's running statistics; role `buffer`."""
+        return tuple(record for record in self._held.parameter_records if record.is_buffer)
 
     def parameter_record(self, name: str) -> ParameterRecord | None:
-        """That of one parameter by its dotted name, None where it was not followed."""
+        """That of one parameter or buffer by its dotted name, None where it was not followed."""
         return self._records.get(name) if self._held else None
 
     @property

@@ -28,6 +28,7 @@ PUBLIC = [
     "compare",
     "connect",
     "curvature_of",
+    "diagnose",
     "drift",
     "export",
     "load_plan",

@@ -319,3 +319,22 @@ def test_a_tolerance_near_the_largest_number_is_no_error() -> None:
     site = linear()
     plan = planned([site], scores([site], seed=1), tolerance=1e308)
     assert plan.predicted.share_8bit == 1
+
+
+def test_a_plan_that_takes_longer_says_so() -> None:
+    """At these sizes a launch and a cast cost more than a product; with rates a thousand times lower they do not."""
+    sites = [linear("small")]
+    plan = plan_from_rows(
+        sites,
+        scores(sites, seed=1),
+        hardware=hardware_named("h100"),
+        tolerance=1.0,
+        max_lost_batch=0.5,
+        total_flops=flops(sites),
+        mean_loss=1.0,
+    )
+    assert plan.predicted.speedup is not None
+    assert plan.predicted.share_8bit > 0
+    slower = [note for note in plan.notes if "times as long with this plan" in note]
+    assert bool(slower) == (plan.predicted.speedup < 1)
+    assert slower, "a product of this size gains nothing"

@@ -50,11 +50,13 @@ def test_a_file_is_shown_and_as_json_holds_all(files: tuple[Path, Path], run: Ru
     assert status == 0
     assert "Net, 6 steps, 27 tensors" in out
     assert "Alerts\n  none" in out
+    assert "What would fail, and why\n" in out
     assert "loss noise from step to step: " in out
     assert "up.weight  s/n\N{NO-BREAK SPACE}" in out
     status, out, _ = run("show", str(files[1]), "--json")
     told = json.loads(out)
     assert told["alerts"][0]["site"] == "down"
+    assert all(finding["sentence"] and finding["remedy"]["says"] for finding in told["findings"])
     assert len(told["scores"]) == 27 * 5  # 9 slots of products; master, gradient and update of 6 parameters
     assert len(told["statistics"]["amax"]) == 9 * 6 + 18 * 4
     assert told["drift"]["slots"]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from advisor.alerting import Alert
+    from advisor.diagnosis import Finding
     from advisor.drifting import Drift
     from advisor.execution import Stepwise
     from probes.product_errors import ProductError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from probes.window import Window
 
 ALERTS_A_RULE = 8  # how many of one rule are printed
+FINDINGS_A_CAUSE = 4  # and of one cause
 PRODUCT_COLUMN, ERROR_COLUMN = 34, 17  # columns that a product's name and a cast's errors take
 WIDE = 140  # columns from which on a tensor's line also has its 16-bit casts
 NARROW_CASTS, MORE_CASTS = ("e4m3fn", "e5m2", "int8"), ("bf16", "fp16")
@@ -31,6 +33,7 @@ class WindowReport:
 
     def __init__(self, window: Window) -> None:
         from advisor.alerting import found_in
+        from advisor.diagnosis import diagnose
         from advisor.drifting import drift_within
         from advisor.execution import Stepwise
         from advisor.scores import DEFAULT_CASTS, score
@@ -41,14 +44,16 @@ class WindowReport:
         self.alerts: tuple[Alert, ...] = found_in(steps)
         self.drift: Drift | None = drift_within(steps) if len(window.steps) >= 2 else None
         self.rows = score(window).rows
+        self.findings: tuple[Finding, ...] = diagnose(window)
 
     def to_json(self) -> dict[str, Any]:
-        """The window file's header, and beside it alerts, drift, scores and the statistics of every slot and step."""
+        """The window file's header, and beside it alerts, findings, drift, scores, and statistics by slot and step."""
         from probes.step_table import step_table
 
         return {
             **self.window.header(),
             "alerts": [{**vars(alert), "threshold": alert.threshold} for alert in self.alerts],
+            "findings": [finding.to_dict() for finding in self.findings],
             "drift": None if self.drift is None else {**vars(self.drift), "sentences": self.drift.sentences},
             "scores": self.rows,
             "statistics": step_table(self.window),
@@ -59,6 +64,7 @@ class WindowReport:
         for line in self._head(name):
             console.print(line)
         _section(console, "Alerts", _alert_lines(self.alerts))
+        _section(console, "What would fail, and why", _finding_lines(self.findings))
         _section(console, "How steady it is", self._steadiness())
         products, parameters = self._slots(products=True), self._slots(products=False)
         if products:
@@ -229,6 +235,21 @@ def _alert_lines(alerts: Sequence[Alert]) -> list[str]:
         if len(of_rule) > ALERTS_A_RULE:
             lines.append(f"and {len(of_rule) - ALERTS_A_RULE} more of the rule {rule} (--json has them all)")
     return lines or ["none"]
+
+
+def _finding_lines(findings: Sequence[Finding]) -> list[str]:
+    """Each cause's worst; those that bite under a usual recipe first, and of the others one a cause."""
+    lines = []
+    for cause in dict.fromkeys(finding.cause for finding in findings if finding.severe):
+        severe = [finding for finding in findings if finding.cause == cause and finding.severe]
+        lines += [str(finding) for finding in severe[:FINDINGS_A_CAUSE]]
+        if len(severe) > FINDINGS_A_CAUSE:
+            lines.append(f"and {len(severe) - FINDINGS_A_CAUSE} more of the cause {cause} (--json has them all)")
+    for cause in dict.fromkeys(finding.cause for finding in findings if not finding.severe):
+        mild = [finding for finding in findings if finding.cause == cause and not finding.severe]
+        more = f" (and {len(mild) - 1} more such)" if len(mild) > 1 else ""
+        lines.append(f"under a recipe with {short_cast(mild[0].cast)}, or at little cost: {mild[0]}{more}")
+    return lines or ["nothing under the usual recipes"]
 
 
 def _backward_errors_table(errors: Sequence[ProductError], width: int) -> Table:

@@ -13,6 +13,7 @@ element divided by the root of its mean square over the batches: `noise_each`, `
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,11 @@ class GradientTruth:
     ratio_se: float
     scatter_ratio: float
     shrinkage: float
+
+    @property
+    def systematic(self) -> float:
+        """Share of the error's energy that is alike in all batches, 0 to 1 but for chance; NaN without an error."""
+        return 1 - self.scatter_ratio / self.ratio if self.ratio else math.nan
 
     @property
     def decided(self) -> bool:

@@ -149,7 +149,7 @@ def _trainings(ledger: Ledger, noises: Mapping[Pair, GradientTruth], predicted: 
                 "cast": pair[1],
                 "predicted": predicted.of(pair, "lost_batch_share"),
                 "measured_noise_ratio": noises[pair].ratio,
-                "shrinkage": noises[pair].shrinkage,
+                "systematic": noises[pair].systematic,
                 "gap": mean,
                 "gap_half_width": width,
                 "seeds": len(gap),
@@ -185,12 +185,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "window_steps": STEPS,
         "scored_steps": SCORED,
         "casts": list(map(str, CASTS)),
-        "models": json.loads(RESULT.read_text())["models"] if asked.write and RESULT.exists() else {},
+        "models": {},
     }
     for name in asked.models:
         start = Start(name, asked.seed, asked.cache)
         show(f"{start.label}: window, scores and plans")
-        known = {**result["models"], start.label: plain(result_of(start, asked.quick))}
+        found = plain(result_of(start, asked.quick))
+        if asked.write and RESULT.exists():  # another process may have written meanwhile
+            result["models"] = json.loads(RESULT.read_text())["models"]
+        known = {**result["models"], start.label: found}
         result["models"] = {one: known[one] for one in sorted(known, key=_place)}
         if asked.write:
             RESULT.write_text(json_of(result))
