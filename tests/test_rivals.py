@@ -42,4 +42,9 @@ def test_gaps_are_paired_by_seed() -> None:
     found = model_table(runs, "m")
     assert found["contenders"]["te-hybrid"]["gap"] == 0.5
     assert found["contenders"]["te-hybrid"]["half_width"] == 0.0
-    assert found["at_equal_share"]["te-hybrid"] == {"difference": -0.25, "half_width": 0.0, "ours": "better"}
+    assert found["at_equal_share"]["te-hybrid"] == {
+        "difference": -0.25,
+        "half_width": 0.0,
+        "ours": "better",
+        "shares_8bit": [0.8, 0.8],
+    }
