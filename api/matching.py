@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import advisor
+from advisor.training import build_optimizer
 from advisor.zoo.spec import ArchitectureSpec
 from probes.errors import WindowError
 from probes.window import Window
@@ -35,7 +36,9 @@ def require_window(spec: dict[str, Any], window: Window, name: str) -> None:
 
 def require_plan(spec: dict[str, Any], plan: advisor.Plan) -> None:
     """Raises PlanMismatch, which names the sites, for a plan that this spec's model cannot be trained with."""
-    advisor.apply(plan, _model(spec))
+    model = _model(spec)
+    # A plan that scales the loss or keeps tensors narrow needs the optimizer; this one never steps.
+    advisor.apply(plan, model, build_optimizer(model, ArchitectureSpec.parse(spec).training))
 
 
 def _difference(path: str, has: tuple[int, ...] | None, recorded: tuple[int, ...] | None) -> str:

@@ -33,8 +33,8 @@ Row = Mapping[str, Any]
 # Written after the table was run.
 READING = (
     "The LSTM: what its recurrent inputs and weights do to gradients is not predicted, so no plan narrows them and",
-    "`te-hybrid`'s share cannot be had. The contender then takes the largest share there is with every limit off, which",
-    "narrows the head's gradient too, and that loses; `plan`, at the same share within the default limits, loses nothing.",
+    "`te-hybrid`'s share cannot be had. The contender then takes the largest share there is with every limit off, and",
+    "that loses; `plan`, at the same share within the default limits, loses nothing.",
     "H100s multiply no two e5m2 operands, so `mellempudi` has no share there, and `torchao-auto` converts nothing at",
     "these sizes. Trainings of the ConvNet and the ViT differ so much by chance that only large differences show.",
 )
