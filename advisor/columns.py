@@ -65,7 +65,7 @@ class MetricColumns:
         """Those of several groups of slots, one after another; of casts that `_put` has not put there yet."""
         if len(parts) == 1:
             return parts[0]
-        arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in (*_PUT, "flags")}
+        arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in (*POOLED, "flags")}
         return cls(**arrays, moments=Moments.joined([part.moments for part in parts]), along={})
 
 
@@ -105,13 +105,13 @@ def _measure_along(
 
 def _put(columns: MetricColumns, p: int, k: int, metrics: Metrics, in_loss_units: bool) -> None:
     pooled = metrics.pooled()
-    for name in _PUT:
+    for name in POOLED:
         getattr(columns, name)[p, k] = getattr(pooled, name)
     columns.flags[p, k] = sum(1 << FLAGS.index(flag) for flag in pooled.flags)
     columns.moments.put(p, k, metrics, in_loss_units)
 
 
-_PUT = (
+POOLED = (
     "nonzero",
     "elements",
     "underflows",
@@ -123,6 +123,7 @@ _PUT = (
     "amax",
     "amin",
 )
+"""What `MetricColumns` has of `PooledMetrics`, each an array [slots, casts] of that name."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advisor.columns import MetricColumns, measure_columns
+from advisor.columns import POOLED, MetricColumns, measure_columns
 from advisor.confidence import loss_octaves
 from advisor.estimates import Estimates, row_medians, table_of
 from advisor.grid import Array
@@ -134,7 +134,7 @@ def _named(names: Sequence[str], of: NDArray[np.int64]) -> Column:
 
 def _of_metrics(metrics: MetricColumns, rows: Rows) -> dict[str, Column]:
     held = Measured(
-        **{name: getattr(metrics, name)[rows] for name in _HELD},
+        **{name: getattr(metrics, name)[rows] for name in POOLED},
         nonfinite=np.zeros(len(rows[0])),
         error_spread=np.zeros(len(rows[0])),
         flags=(),
@@ -143,18 +143,6 @@ def _of_metrics(metrics: MetricColumns, rows: Rows) -> dict[str, Column]:
     return {**found, "rms": Column(_ratio(held.signal_energy, held.elements) ** 0.5)}
 
 
-_HELD = (
-    "nonzero",
-    "elements",
-    "underflows",
-    "subnormals",
-    "overflows",
-    "signal_energy",
-    "error_energy",
-    "bias_energy",
-    "amax",
-    "amin",
-)
 _TOLD = ("underflow", "subnormal", "overflow", "sqnr_db", "dynamic_range_bits", "exponent_bits", "amax")
 
 

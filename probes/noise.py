@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,13 +26,15 @@ from torch import Tensor
 
 from probes.casts import Cast
 from probes.curvature import is_weight
-from probes.cuts import cuts_of
+from probes.cuts import Cut, cuts_of
 from probes.records import GRADIENT, Slot
 from probes.sites import ProductCall
 from probes.vjp import vjp
 
 UPSTREAM = "(upstream)"
 """Role of what a weight's site passes on: its grad_output's noise in the gradient of its input."""
+
+_Pair = tuple[Tensor, Tensor, tuple[int, ...]]  # an error, the gradient that it is in, and that gradient's channels
 
 
 @dataclass(frozen=True)
@@ -68,62 +69,60 @@ def noise_energies(
     parameter); an operand enters the other's gradient. Attention is not bilinear: there the error is the difference of
     two backward passes. What `grad_output`'s error puts into the input's gradient, and so into all that lies upstream,
     is beside it under the role UPSTREAM, over all samples together. Of a recurrent layer `grad_output` alone is
-    measured: each operand would take it as often
-    forward and back. `seed`: of the parts that are calculated. Call it in `undisturbed()`.
+    measured: each operand would take it as often forward and back. `seed`: of the parts that are calculated. Call it in
+    `undisturbed()`.
     """
     tensors = [*(operand.detach().float() for operand in call.operands), gradient.detach().float()]
     trained = [i for i, operand in enumerate(call.operands) if operand.requires_grad]
     by_channel = adaptive and (call.parameter is not None or _is_recurrent(call))
-    cuts = cuts_of(call, tensors, trained, np.random.default_rng(seed))
-    parts = [cut.of_all(tensors) for cut in cuts]
-    exact = [
-        dict(zip(cut.targets, vjp(call, part[:-1], part[-1], cut.targets), strict=True))
-        for cut, part in zip(cuts, parts, strict=True)
-    ]
+    products = _Products.of(call, tensors, trained, seed)
     energies: dict[Slot, dict[str, NoiseEnergies]] = defaultdict(dict)
     for i, role in enumerate([*call.roles, GRADIENT]):
         entered = _enters(call, i, trained)
         if not entered:
             continue
-        linear = i == len(call.operands) or call.operation.multilinear
+        beneath = [j for j in trained if j not in entered] if i == len(call.operands) else []
         for cast in casts:
             moved = cast(tensors[i])
-            pairs = []
-            for cut, part, whole in zip(cuts, parts, exact, strict=True):
-                wanted = [j for j in cut.targets if j in entered]
-                if not wanted:
-                    continue
-                there = cut.of(i, moved)
-                changed = [(there - one if linear else there) if k == i else one for k, one in enumerate(part)]
-                for j, found in zip(wanted, vjp(call, changed[:-1], changed[-1], wanted), strict=True):
-                    pairs.append((found if linear else found - whole[j], whole[j], cut.channels))
-            energies[Slot(call.site, role)][str(cast)] = _energies(pairs, by_channel)
-            beneath = [j for j in trained if j not in entered] if i == len(call.operands) and linear else []
-            pairs = _errors_in(beneath, cuts, parts, exact, i, moved, call)
-            if pairs:
-                energies[Slot(call.site, UPSTREAM)][str(cast)] = _energies(pairs, by_channel=False)
+            found = products.errors(i, moved, entered)
+            energies[Slot(call.site, role)][str(cast)] = _energies(found, by_channel)
+            if found := products.errors(i, moved, beneath):
+                energies[Slot(call.site, UPSTREAM)][str(cast)] = _energies(found, by_channel=False)
     return energies
 
 
-def _errors_in(
-    wanted: Sequence[int],
-    cuts: Sequence[Any],
-    parts: Sequence[Sequence[Tensor]],
-    exact: Sequence[dict[int, Tensor]],
-    i: int,
-    moved: Tensor,
-    call: ProductCall,
-) -> list[tuple[Tensor, Tensor, tuple[int, ...]]]:
-    """What the error of tensor i puts into the gradients of these operands, beside them, of a bilinear product."""
-    pairs = []
-    for cut, part, whole in zip(cuts, parts, exact, strict=True):
-        targets = [j for j in cut.targets if j in wanted]
-        if targets:
-            there = cut.of(i, moved)
-            changed = [there - one if k == i else one for k, one in enumerate(part)]
-            found = vjp(call, changed[:-1], changed[-1], targets)
-            pairs += [(error, whole[j], cut.channels) for j, error in zip(targets, found, strict=True)]
-    return pairs
+@dataclass(frozen=True)
+class _Products:
+    """The gradient products of a call, of which some parts are calculated: for each part its tensors and gradients."""
+
+    call: ProductCall
+    cuts: Sequence[Cut]
+    parts: Sequence[Sequence[Tensor]]
+    exact: Sequence[dict[int, Tensor]]
+
+    @classmethod
+    def of(cls, call: ProductCall, tensors: Sequence[Tensor], trained: Sequence[int], seed: int) -> _Products:
+        """`tensors`: the operands and the gradient at the result, float32."""
+        cuts = cuts_of(call, tensors, trained, np.random.default_rng(seed))
+        parts = [cut.of_all(tensors) for cut in cuts]
+        gradients = [
+            dict(zip(cut.targets, vjp(call, part[:-1], part[-1], cut.targets), strict=True))
+            for cut, part in zip(cuts, parts, strict=True)
+        ]
+        return cls(call, cuts, parts, gradients)
+
+    def errors(self, i: int, moved: Tensor, wanted: Sequence[int]) -> list[_Pair]:
+        """What replacing tensor i changes in the gradients of these operands, each beside that gradient."""
+        linear = i == len(self.call.operands) or self.call.operation.multilinear
+        pairs: list[_Pair] = []
+        for cut, part, whole in zip(self.cuts, self.parts, self.exact, strict=True):
+            targets = [j for j in cut.targets if j in wanted]
+            if targets:
+                there = cut.of(i, moved)
+                changed = [(there - one if linear else there) if k == i else one for k, one in enumerate(part)]
+                for j, found in zip(targets, vjp(self.call, changed[:-1], changed[-1], targets), strict=True):
+                    pairs.append((found if linear else found - whole[j], whole[j], cut.channels))
+        return pairs
 
 
 def _enters(call: ProductCall, i: int, trained: Sequence[int]) -> list[int]:
@@ -142,7 +141,7 @@ def _is_recurrent(call: ProductCall) -> bool:
     return not call.operation.multilinear and any(map(is_weight, call.roles))
 
 
-def _energies(pairs: Sequence[tuple[Tensor, Tensor, tuple[int, ...]]], by_channel: bool) -> NoiseEnergies:
+def _energies(pairs: Sequence[_Pair], by_channel: bool) -> NoiseEnergies:
     """Of pairs of an error and what it is the error of; by channel, along each of the named dimensions."""
     if not by_channel:
         both = [torch.stack([_energy(error), _energy(exact)]) for error, exact, _ in pairs]

@@ -7,13 +7,10 @@ runs before the optimizer is made and before a strategy wraps the model, which i
 
 from __future__ import annotations
 
-from advisor.exports.accelerate_files import precision_settings
-from advisor.exports.layers import half_sentences, stored_sentences
-from advisor.exports.parts import Parts, as_json, script
-from advisor.exports.torchao_files import DATA, SCRIPT, torchao_layers
+from advisor.exports.mixed_precision import mixed_precision_export
+from advisor.exports.parts import Parts
 from advisor.plan import Plan
 
-SETTINGS, CHECK = "plan_lightning.json", "lightning_plan.py"
 USE = (
     "import lightning_plan\n"
     "trainer = lightning.Trainer(callbacks=[lightning_plan.PlanCallback()], **lightning_plan.precision())\n"
@@ -24,8 +21,4 @@ USE = (
 
 def lightning_export(plan: Plan) -> Parts:
     """The trainer's precision, torchao's files for the FP8 layers, and the callback that converts and checks."""
-    layers, cannot = torchao_layers(plan)
-    settings, told = precision_settings(plan, "Lightning")
-    cannot += told + half_sentences(plan, "Lightning") + stored_sentences(plan, "Lightning")
-    files = {SETTINGS: as_json(settings), DATA: as_json(layers), SCRIPT: script(SCRIPT), CHECK: script(CHECK)}
-    return Parts(files, USE, cannot)
+    return mixed_precision_export(plan, "Lightning", "plan_lightning.json", "lightning_plan.py", USE)
