@@ -51,7 +51,10 @@ AVAILABLE = all(
 """Whether this processor has the instructions."""
 
 
-@intrinsic
+_intrinsic: Any = intrinsic  # as numba's own types know nothing of what it returns
+
+
+@_intrinsic
 def codes(_typing, words, size, base, planes):  # type: ignore[no-untyped-def]
     """Turn elements into bit planes of codes: those of the bins from base to base + 127 have the codes 0 to 127.
 
@@ -72,7 +75,7 @@ def element_of(word, bit):  # type: ignore[no-untyped-def]
     return 64 * word + 32 * (byte & 1) + (byte >> 1)
 
 
-@intrinsic
+@_intrinsic
 def count(_typing, planes, size, first, last, counts):  # type: ignore[no-untyped-def]
     """Add how many elements have each code, in the octaves (8 codes) of the window from first to last (int64).
 

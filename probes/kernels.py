@@ -318,7 +318,7 @@ def _take_planes(scratch, chunk, padding, bins, indices, tallies, seen, most_bit
     tallies[SUM_OF_SQUARES - BINS] += squares
     _count_window(scratch, chunk.size, base, lowest, highest, seen)
     while lowest < base:
-        highest, base = base - 1, max(base - CODES, OCTAVE)
+        highest, base = base - 1, max(base - CODES, np.int64(OCTAVE))
         codes(address, chunk.size, np.uint16(base), scratch + _AT_PLANES)
         _count_window(scratch, chunk.size, base, lowest, highest, seen)
 
@@ -365,7 +365,7 @@ def _count_window(scratch, size, base, lowest, highest, seen):  # type: ignore[n
 def _window_below(largest):  # type: ignore[no-untyped-def]
     """The first bin of the window whose last octave is that of a magnitude, by its bits; no zeros or subnormals."""
     octave = np.int64(largest >> np.uint32(MANTISSA_BITS))
-    return np.uint32(max(octave + 1 - CODES // OCTAVE, 1) * OCTAVE)
+    return np.uint32(max(octave + np.int64(1 - CODES // OCTAVE), np.int64(1)) * OCTAVE)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -20,6 +20,9 @@ _TABLE_AT: dict[Callable[..., Any], tuple[int, str]] = {
     Tensor.__getitem__: (0, "self"),
 }
 
+FUNCTIONS = frozenset(_TABLE_AT)
+"""Those that `table_looked_up` asks about."""
+
 
 def table_looked_up(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The table whose rows this call picks by a tensor of indices, None where it is no such call.

@@ -102,4 +102,7 @@ def _declared(loss: Tensor, outputs: Tensor | Sequence[Tensor], factor: Factor) 
 
 _KNOWN: dict[Callable[..., Any], Callable[[Given], LossCall | None]] = {**LIKELIHOODS, **RESIDUALS}
 
+FUNCTIONS = frozenset({*_KNOWN, curvature_of})
+"""Those of which `loss_call` may know something."""
+
 KNOWN_NAMES = tuple(function.__name__ for function in _KNOWN)

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -147,14 +148,24 @@ def cells_of(weight: Tensor, update: Tensor) -> Tensor:
 
     Two tensors of one shape and one order in memory, of any floating dtype; taken in float32.
     """
-    w, change = (strided(values.detach(), SAMPLE).float().contiguous() for values in (weight, update))
-    w_bits, change_bits = w.view(torch.int32) & 0x7FFFFFFF, change.view(torch.int32) & 0x7FFFFFFF
+    w, change = (strided(values.detach(), SAMPLE).float() for values in (weight, update))
+    if w.device.type == "cpu":
+        cells = torch.empty(w.shape, dtype=torch.int32)
+        w_bits, change_bits = (part.resolve_neg().numpy().view(np.int32) for part in (w, change))
+        _fill_cells(w_bits, change_bits, cells.numpy())
+        return cells
+    return _cells_of_bits(w.contiguous().view(torch.int32), change.contiguous().view(torch.int32))
+
+
+def _cells_of_bits(weight: Tensor, change: Tensor) -> Tensor:
+    """What `_fill_cells` does, in torch's operations, for other devices."""
+    w_bits, change_bits = weight & 0x7FFFFFFF, change & 0x7FFFFFFF
     octave = (w_bits >> FRACTION_BITS) - (127 + LOWEST_OCTAVE)
     inside = octave.clamp(max=OCTAVES - 1) * CLASSES + _class_in_octave(w_bits & 0x7FFFFF) + 1
     weight_class = torch.where(octave >= 0, inside, 0)
     lowest = (127 + LOWEST_UPDATE) * UPDATE_BINS_AN_OCTAVE
     update_bin = (((change_bits - 1) >> UPDATE_SHIFT) - lowest).clamp(0, UPDATE_BINS - 1)
-    outward = (torch.signbit(w) == torch.signbit(change)).int()
+    outward = ((weight ^ change) >= 0).int()
     cells = 1 + (weight_class * UPDATE_BINS + update_bin) * 2 + outward
     counted = (change_bits > 0) & (change_bits < 0x7F800000) & (w_bits < 0x7F800000)
     return torch.where(counted, cells, 0)
@@ -173,3 +184,24 @@ def _class_in_octave(fraction: Tensor) -> Tensor:
     for bound in _BOUNDS:
         place += fraction >= bound
     return place
+
+
+_BOUNDS_ARRAY = np.array(_BOUNDS, dtype=np.int32)
+
+
+@njit(cache=True, nogil=True)
+def _fill_cells(weight, change, cells):  # type: ignore[no-untyped-def]
+    """Of the bits of two float32 arrays: int32 [E] each, and the cells, int32 [E], to be written."""
+    for i in range(cells.size):
+        w, bits = weight[i] & 0x7FFFFFFF, change[i] & 0x7FFFFFFF
+        if bits == 0 or bits >= 0x7F800000 or w >= 0x7F800000:
+            cells[i] = 0
+            continue
+        octave, weight_class = (w >> FRACTION_BITS) - (127 + LOWEST_OCTAVE), 0
+        if octave >= 0:
+            weight_class = min(octave, OCTAVES - 1) * CLASSES + 1
+            for bound in _BOUNDS_ARRAY:
+                weight_class += (w & 0x7FFFFF) >= bound
+        update_bin = ((bits - 1) >> UPDATE_SHIFT) - (127 + LOWEST_UPDATE) * UPDATE_BINS_AN_OCTAVE
+        outward = (weight[i] ^ change[i]) >= 0
+        cells[i] = 1 + (weight_class * UPDATE_BINS + min(max(update_bin, 0), UPDATE_BINS - 1)) * 2 + outward

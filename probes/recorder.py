@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from probes import lookups, losses
 from probes.autocast import multiplied_dtype
 from probes.casts import Cast
 from probes.compiled import CompiledParts, Laid
@@ -36,6 +37,8 @@ from probes.samples import leading_sizes
 from probes.scoring import Scoring
 from probes.sites import UNREAD, ProductCall, SiteHook
 from probes.tiles import Tiling, tilings_of
+
+_TELLING = losses.FUNCTIONS | lookups.FUNCTIONS
 
 LONGEST = 200  # characters of an error that a note repeats
 
@@ -197,7 +200,8 @@ class Recorder(SiteHook):
 
     def on_other(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Everything else: losses are recognised, and what mixes samples."""
-        if not self.depth.recorded or in_backward() or self._laying is not None:
+        told = self.depth.scored or function in _TELLING
+        if not (self.depth.recorded and told) or in_backward() or self._laying is not None:
             return function(*args, **kwargs)
         if self.depth.scored and torch.is_grad_enabled():
             self._tried(UNREAD, self.scoring.on_other, function, args, kwargs, self._batch, self.stack.frames)

@@ -7,6 +7,7 @@ As after torch's own operations, a forked child must set_num_threads(1), as Data
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from importlib.util import find_spec
 
@@ -23,9 +24,13 @@ def threads_for(elements: int) -> int:
     if most < 2:
         return 1
     threads = min(most, _available())
-    if threads > 1:
+    if threads > 1 and getattr(_told, "threads", 0) != threads:  # telling it takes longer than a small tensor
         numba.set_num_threads(threads)
+        _told.threads = threads
     return threads
+
+
+_told = threading.local()
 
 
 @cache

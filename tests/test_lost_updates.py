@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import advisor
 from advisor.lost_updates import lost_updates, plain_lost_share
 from advisor.tensor_scales import scales
+from probes import lost_updates as lost_updates_module
 from probes.casts import Cast
 from probes.errors import MalformedWindow
 from probes.lost_updates import CELLS, SAMPLE, UpdateSketch, cells_of, update_edges, weight_edges
@@ -169,6 +170,18 @@ def test_what_is_not_told() -> None:
 
 
 # The sketch itself
+
+
+@pytest.mark.parametrize("kind", ["any bits", "normal"])
+def test_the_kernel_and_torchs_operations_agree(kind: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    if kind == "normal":
+        weight, update = torch.randn(2, 20_000, generator=generator)
+        update *= 10 ** (3 * torch.randn(20_000, generator=generator) - 4)
+    else:
+        weight, update = AWKWARD["any bits"].float(), AWKWARD["any bits"].flip(0).float()
+    bits = (part[:SAMPLE].contiguous().view(torch.int32) for part in (weight, update))
+    assert torch.equal(cells_of(weight[:SAMPLE], update[:SAMPLE]), lost_updates_module._cells_of_bits(*bits))
 
 
 def test_every_element_is_counted_once_and_in_its_place() -> None:
