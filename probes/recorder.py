@@ -284,11 +284,12 @@ class Recorder(SiteHook):
             if view in self._weights_seen[slot]:
                 return
             self._weights_seen[slot].add(view)
+        source = values if type(values) is Tensor and not (once or values.is_inference()) else None
         try:
             with outside_transforms():
                 values = readable(values).detach().to(dtype or values.dtype)
                 self._note_tensor(slot, values)
-                self.rows.add(slot, values)
+                self.rows.add(slot, values, source)
                 for tiling in tilings:
                     self.rows.add_tiles(slot, values, tiling)
         except Exception as error:  # a kind of tensor nobody thought of: the training goes on, and the window says so

@@ -7,9 +7,10 @@ that no step waits for it.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -37,6 +38,23 @@ class _Finished:
     arrived: torch.cuda.Event | None
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A tensor that has been read, and the slot that it is in."""
+
+    source: ReferenceType[Tensor]
+    version: int
+    start: int
+    dtype: torch.dtype
+    slot: Slot
+
+    def is_of(self, source: Tensor, values: Tensor) -> bool:
+        """Whether these are the same values, of the same tensor."""
+        if self.source() is not source or self.dtype != values.dtype:
+            return False
+        return self.version == source._version and self.start == source.data_ptr()
+
+
 class SlotRows:
     """Rows of sketches by slot, and what finished steps left of them."""
 
@@ -46,13 +64,27 @@ class SlotRows:
         self._slots: dict[torch.device, dict[Slot, int]] = defaultdict(dict)
         self._relative: dict[torch.device, RelativeArray[tuple[Slot, str]]] = {}
         self._arriving: list[_Finished] = []
+        self._tensors: Counter[Slot] = Counter()  # of the step under way
+        self._latest: _Read | None = None
 
-    def add(self, slot: Slot, values: Tensor) -> None:
-        """Sketch a tensor into its slot's row. Raises UnsupportedTensor."""
+    def add(self, slot: Slot, values: Tensor, source: Tensor | None = None) -> None:
+        """Sketch a tensor into its slot's row. Raises UnsupportedTensor.
+
+        `source` is the tensor that these are the values of, None where it may not be the same again. If the latest one
+        is, and unchanged, it is not read twice: the projections to query, key and value have one input.
+        """
         if values.is_meta:
             raise UnsupportedTensor("a tensor on the meta device has no values")
         array, row = self._row(slot, values.device)
-        array.add(row, values)
+        latest = self._latest
+        again = source is not None and latest is not None and latest.is_of(source, values)
+        if latest is not None and again and self._tensors[latest.slot] == 1:
+            array.repeat(row, self._slots[values.device][latest.slot])
+        else:
+            array.add(row, values)
+        self._tensors[slot] += 1
+        if source is not None:
+            self._latest = _Read(ref(source), source._version, source.data_ptr(), values.dtype, slot)
 
     def add_sketch(self, slot: Slot, sums: Tensor, extremes: Tensor) -> None:
         """Add a sketch that was made elsewhere."""
@@ -81,6 +113,8 @@ class SlotRows:
     def end_step(self, step: int, gain: Gain) -> None:
         """Close a recorded step. `gain`: what a slot's values had been multiplied by; asked when they are read."""
         self.settle()
+        self._tensors.clear()
+        self._latest = None
         for device, array in self._arrays.items():
             sums, extremes = array.drain()
             arrived = None

@@ -112,6 +112,11 @@ class SketchArray:
         elif values.numel() > 0:
             self._add(self.sums[slot], self.extremes[slot], values.detach())
 
+    def repeat(self, slot: int, other: int) -> None:
+        """Add to a slot what another one holds: the same tensors, without reading them again."""
+        self.sums[slot] += self.sums[other]
+        torch.maximum(self.extremes[slot], self.extremes[other], out=self.extremes[slot])
+
     def drain(self) -> tuple[Tensor, Tensor]:
         """Hand over the contents of the reserved slots, on the host, and start again from nothing.
 

@@ -18,6 +18,7 @@ import advisor
 from probes.errors import MalformedWindow, WindowError
 from probes.pace import Clock
 from probes.probing import probe
+from probes.sketch import SketchArray
 from probes.window import Window
 from probes.windowfile import load_window, window_from_bytes
 from tests.models import INPUTS, convnet, encoder, mlp, train
@@ -52,6 +53,55 @@ def test_every_slot_has_every_step(build: Callable[[], nn.Module]) -> None:
             assert history.elements.tolist() == [math.prod(site.shapes[role])] * 4
         assert {slot.role for slot in window.slots if slot.site == site.name} == set(site.roles)
         assert "grad_output" in site.roles
+
+
+class Projections(nn.Module):
+    """Three layers that take one input; `between` may change it in place, or hand each of them a copy."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+        self.query.requires_grad_(False)  # backward needs x as it was where it met a weight that is trained
+        self.key.requires_grad_(False)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.query(x)
+        key = self.key(self.between(x))
+        return query + key + self.value(self.between(x))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_tensor_that_several_sites_take_is_read_once_and_told_of_each(
+    micro_batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+    add = SketchArray.add
+    monkeypatch.setattr(SketchArray, "add", lambda self, row, values: (reads.append(row), add(self, row, values))[1])
+
+    def trained(between: Callable[[Tensor], Tensor]) -> tuple[Window, int]:
+        reads.clear()
+        model = Projections(between)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with probe(model, optimizer, steps=2, curvature_steps=0) as window:
+            for step in range(2):
+                for part in range(micro_batches):
+                    generator = torch.Generator().manual_seed(10 * step + part)
+                    model(torch.randn(4, 8, generator=generator)).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return window, len(reads)
+
+    same, fewer = trained(lambda x: x)
+    copied, all_of_them = trained(Tensor.clone)
+    assert fewer < all_of_them
+    for name in ("query", "key", "value"):
+        assert same_history(same.history(name, "input"), copied.history(name, "input"))
+
+    doubled, _ = trained(lambda x: x.mul_(2))
+    assert doubled.history("key", "input").amax.tolist() == [2 * a for a in same.history("key", "input").amax]
+    assert doubled.history("value", "input").amax.tolist() == [4 * a for a in same.history("value", "input").amax]
 
 
 def test_sketches_are_of_the_very_tensors() -> None:
