@@ -43,6 +43,7 @@ from advisor.outcome_kernels import (
     in_units,
     inlined,
     is_power_of_two,
+    two_to,
 )
 from advisor.region_kernels import (
     BIAS,
@@ -182,7 +183,7 @@ def _add_bins(
     if (
         scratch[EDGE, n] <= largest
         and is_power_of_two(scale)
-        and target.mantissa_step <= 2.0 ** -float(bits)
+        and target.mantissa_step <= two_to(-bits)
         and target.step * scale <= finest
     ):  # all is on the grid, and nothing happens
         for i in range(n):
@@ -241,7 +242,7 @@ def _first_coarse(base: int, n: int, bits: int, scale: float, target: Target, fi
     """Column of the first subnormal bin in which the tensor's lattice is coarse beside the grid, or on it."""
     if bits <= ALWAYS_BITS:
         return 0
-    lattice = target.step * scale * 2.0 ** float(bits)  # of which octave the lattice is as wide as the grid
+    lattice = target.step * scale * two_to(bits)  # of which octave the lattice is as wide as the grid
     if bits <= LATTICE_BITS:
         lattice /= finer
     elif is_power_of_two(scale):

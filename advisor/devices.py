@@ -9,6 +9,14 @@ Rates are dense. The data sheets of NVIDIA print them with 2:4 sparsity; here is
 the peak is no data sheet's: those figures are measurements that others published or our own fit to such measurements
 (benchmarks/speedups.py prints what they come to), and for devices of which none were found they are borrowed from the
 nearest relative. `sources` says which is which.
+
+The peaks, bandwidths and memories were compared with copies of the data sheets that others publish, and agree:
+glennklockwood.com/garden/processors (A100, H100 and H200, B200), archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html
+(both H100), mullet.se/product.html?product_id=355414 (L40S), waredb.com/processor/nvidia-geforce-rtx-4090; the
+bandwidths of the A100 at 80 GB in thundercompute.com/blog/nvidia-a100-specs-full-guide and of the H200 in
+aiwiki.ai/wiki/nvidia_h200; an MI300X's 16-bit and 8-bit floats, fp32, memory and bandwidth in the rooflines of public
+repositories, its fp64, tf32 and int8 nowhere. For the B200 one copy has an earlier 80 and 40 TFLOPS of fp32 and fp64,
+192 GB and 8 TB/s.
 """
 
 from __future__ import annotations

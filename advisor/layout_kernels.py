@@ -8,7 +8,6 @@ Rows of the scratch, one column a bin from the lowest occupied one on, empty bin
                                      within bins, counted once by count and once by unevenness squared
     ENERGY, FOURTH, SHIFT            sums over every eighth bin from this one up, without the last: count·4^octave,
                                      count·16^octave and unevenness²·16^octave, in units of this bin's octave
-    FIRST, SECOND, THIRD, …          for a cast's own use
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ OCTAVE = 1 << BIN_BITS
 PLACES = BINS + 2 * OCTAVE
 
 EDGE, COUNT, UNEVEN, PER_WIDTH, BEFORE, FLUSHED, FLUSHED_VARIANCE, FLUSHED_SHIFT, ENERGY, FOURTH, SHIFT = range(11)
-FIRST, SECOND, THIRD, FOURTH_ONE = range(11, 15)
-ROWS = 15
+ROWS = 11
 
 
 @inlined

@@ -12,33 +12,27 @@ from advisor.layout_kernels import (
     COUNT,
     EDGE,
     ENERGY,
-    FIRST,
     FOURTH,
-    FOURTH_ONE,
     OCTAVE,
     PER_WIDTH,
-    SECOND,
     SHIFT,
-    THIRD,
     UNEVEN,
 )
 from advisor.outcome_kernels import (
-    EXPONENT_FIELD,
-    MAGIC,
     NEAREST,
     STOCHASTIC,
     TOWARD_ZERO,
     Target,
     antiderivatives,
     bin_of,
-    bits_of,
-    from_bits,
     in_bin,
     in_cells,
     inlined,
     is_power_of_two,
     lattice_of,
     octave_of,
+    summing,
+    two_to,
 )
 
 # What is summed up for a slot and cast. Energies are in recorded units; `GAINED_*` are without the loss scale.
@@ -74,21 +68,11 @@ def add_even(
     if start >= end:
         return
     to_cells = 1 / (scale * target.step)
-    _fill_cells(start, end, to_cells, target.rounding, scratch)
+    error, bias, spread, shift = _sums_of_cells(start, end, to_cells, target.rounding, scratch)
+    _add_moments(step, error, bias, spread, shift, target.step)
     if target.rounding == STOCHASTIC:
-        _add_ramp(start, end, to_cells, target, scratch, step)
+        _add_ramp(start, end, to_cells, target.normal / target.step, scratch, step)
         return
-    _add_means(
-        start,
-        end,
-        scale * target.step,
-        target.step,
-        COUNT,
-        COUNT,
-        UNEVEN,
-        scratch,
-        step,
-    )
     whole = start  # from here on bins are subnormal as a whole
     while whole < end and scratch[EDGE, whole] < first:
         whole += 1
@@ -100,59 +84,33 @@ def add_even(
     _add_cut(max(stop, whole), min(stop + 1, end), scratch, first, second, step)
 
 
-@inlined
-def _fill_cells(start: int, end: int, to_cells: float, rounding: int, scratch: Any) -> None:
-    """∫ δ², ∫ δ⁴ and ∫ v·δ up to the edges from `start` to `end`, on the even grid of spacing 1: `in_cells`, in a loop
-    that vector instructions can take."""
-    if rounding == NEAREST:
-        for i in range(np.uint64(start), np.uint64(end + 1)):
-            w = scratch[EDGE, i] * to_cells
-            n = (w + MAGIC) - MAGIC
-            t = w - n
-            square = t * t
-            cube = square * t
-            scratch[FIRST, i] = n * (1 / 12) + cube * (1 / 3)
-            scratch[SECOND, i] = n * (1 / 80) + cube * square * (1 / 5)
-            scratch[THIRD, i] = n * (1 / 24) - n * square * 0.5 - cube * (1 / 3)
-    else:
-        for i in range(start, end + 1):
-            found = in_cells(scratch[EDGE, i] * to_cells, rounding)
-            scratch[FIRST, i], scratch[SECOND, i], scratch[THIRD, i] = found
-
-
-@inlined
-def _add_means(
-    start: int,
-    end: int,
-    per_unit: float,
-    unit: float,
-    energies: int,
-    fourths: int,
-    shifts: int,
-    scratch: Any,
-    step: Any,
-) -> None:
-    """Add the means over bins, given the integrals up to their edges in FIRST, SECOND and THIRD.
-
-    per_unit  one over the width of what the integrals are over; unit  what δ is in, in units of the scale
-    energies, fourths, shifts  rows of the weights: of δ², of its variance, and of that where elements lie unevenly
-    """
-    one = np.uint64(1)
-    for i in range(np.uint64(start), np.uint64(end)):
-        per = scratch[PER_WIDTH, i] * per_unit
-        squared = (scratch[FIRST, i + one] - scratch[FIRST, i]) * per
-        variance = (scratch[SECOND, i + one] - scratch[SECOND, i]) * per - squared * squared
-        variance = variance if variance > 0 else 0.0
-        scratch[FIRST, i] = scratch[energies, i] * squared
-        scratch[THIRD, i] = scratch[energies, i] * ((scratch[THIRD, i + one] - scratch[THIRD, i]) * per)
-        scratch[SECOND, i] = scratch[fourths, i] * variance
-        scratch[FOURTH_ONE, i] = scratch[shifts, i] * variance
+@summing
+def _sums_of_cells(
+    start: int, end: int, to_cells: float, rounding: int, scratch: Any
+) -> tuple[float, float, float, float]:
+    """Sums over bins of the even grid of spacing 1: of δ², of v·δ, of the variance of δ², and of that where elements
+    lie unevenly."""
     error, bias, spread, shift = 0.0, 0.0, 0.0, 0.0
+    one, down, per_cell = np.uint64(1), in_cells(scratch[EDGE, start] * to_cells, rounding), 1 / to_cells
     for i in range(np.uint64(start), np.uint64(end)):
-        error += scratch[FIRST, i]
-        bias += scratch[THIRD, i]
-        spread += scratch[SECOND, i]
-        shift += scratch[FOURTH_ONE, i]
+        up = in_cells(scratch[EDGE, i + one] * to_cells, rounding)
+        per = scratch[PER_WIDTH, i] * per_cell
+        squared = (up[0] - down[0]) * per
+        variance = (up[1] - down[1]) * per - squared * squared
+        variance = variance if variance > 0 else 0.0
+        error += scratch[COUNT, i] * squared
+        bias += scratch[COUNT, i] * ((up[2] - down[2]) * per)
+        spread += scratch[COUNT, i] * variance
+        if rounding == STOCHASTIC:
+            variance = min(variance, _by_place(1 / per, 1.0))
+        shift += scratch[UNEVEN, i] * variance
+        down = up
+    return error, bias, spread, shift
+
+
+@inlined
+def _add_moments(step: Any, error: float, bias: float, spread: float, shift: float, unit: float) -> None:
+    """Add such sums, errors in a unit that is given in units of the scale."""
     square = unit * unit
     step[ERROR] += error * square
     step[BIAS] += bias * square
@@ -176,31 +134,20 @@ def _add_cut(start: int, end: int, scratch: Any, first: float, second: float, st
 
 
 @inlined
-def _add_ramp(start: int, end: int, to_cells: float, target: Target, scratch: Any, step: Any) -> None:
-    """The same of stochastic rounding, whose rates rise and fall in ramps."""
-    normal_at = target.normal / target.step
-    error, spread, shift = 0.0, 0.0, 0.0
+def _add_ramp(start: int, end: int, to_cells: float, normal_at: float, scratch: Any, step: Any) -> None:
+    """Rates of stochastic rounding, which rise and fall in ramps up to the smallest normal value, given in cells."""
     for i in range(start, end):
+        w, v = scratch[EDGE, i] * to_cells, scratch[EDGE, i + 1] * to_cells
+        if w >= normal_at:
+            return
         if scratch[COUNT, i] == 0:
             continue
-        w, v = scratch[EDGE, i] * to_cells, scratch[EDGE, i + 1] * to_cells
-        a_cell = 1 / (v - w)
-        squared = (scratch[FIRST, i + 1] - scratch[FIRST, i]) * a_cell
-        variance = max((scratch[SECOND, i + 1] - scratch[SECOND, i]) * a_cell - squared * squared, 0.0)
-        error += scratch[COUNT, i] * squared
-        spread += scratch[COUNT, i] * variance
-        shift += scratch[UNEVEN, i] * min(variance, _by_place(v - w, 1.0))
-        if w < normal_at:
-            nonzero = min((_ramp_up_to(v, 1.0) - _ramp_up_to(w, 1.0)) * a_cell, 1.0)
-            normal = min((_ramp_up_to(v, normal_at) - _ramp_up_to(w, normal_at)) * a_cell, 1.0)
-            under, sub = 1 - nonzero, max(nonzero - normal, 0.0)
-            _add_rates(step, scratch[COUNT, i], under, sub, 0.0)
-            if 0 < under < 1 or 0 < sub < 1:
-                step[RATE_SHIFT] += np.sqrt(scratch[UNEVEN, i]) * min(v - w, 1.0)
-    square = target.step * target.step
-    step[ERROR] += error * square
-    step[VARIANCE] += spread * square * square
-    step[ENERGY_SHIFT] += shift * square * square
+        nonzero = min((_ramp_up_to(v, 1.0) - _ramp_up_to(w, 1.0)) / (v - w), 1.0)
+        normal = min((_ramp_up_to(v, normal_at) - _ramp_up_to(w, normal_at)) / (v - w), 1.0)
+        under, sub = 1 - nonzero, max(nonzero - normal, 0.0)
+        _add_rates(step, scratch[COUNT, i], under, sub, 0.0)
+        if 0 < under < 1 or 0 < sub < 1:
+            step[RATE_SHIFT] += np.sqrt(scratch[UNEVEN, i]) * min(v - w, 1.0)
 
 
 @inlined
@@ -230,46 +177,53 @@ def add_octaves(
         return
     finer = FINER_TOWARD_ZERO if target.rounding == TOWARD_ZERO else LATTICE_FINER
     aligned = is_power_of_two(scale)
-    if bits > LATTICE_BITS and aligned and 2.0 ** -float(bits) >= target.mantissa_step:
+    if bits > LATTICE_BITS and aligned and two_to(-bits) >= target.mantissa_step:
         return  # on the grid
     last = min(start + OCTAVE, end)
-    may_show = bits <= ALWAYS_BITS or (bits <= LATTICE_BITS and 2.0 ** -float(bits) * finer > target.mantissa_step / 2)
+    may_show = bits <= ALWAYS_BITS or (bits <= LATTICE_BITS and two_to(-bits) * finer > target.mantissa_step / 2)
     if target.rounding == NEAREST and not may_show and end >= n - 1:
-        unit = from_bits(bits_of(scratch[EDGE, start] / scale) & EXPONENT_FIELD)
-        _fill_octave(start, last, scale, target, scratch)
-        _add_means(start, last, scale * unit, unit, ENERGY, FOURTH, SHIFT, scratch, step)
+        unit = octave_of(scratch[EDGE, start] / scale, target)
+        error, bias, spread, shift = _sums_of_octaves(start, last, scale * unit, target.mantissa_step, scratch)
+        _add_moments(step, error, bias, spread, shift, unit)
         return
     for i in range(start, last):
         _add_eighth(i, end, n, scratch, base, bits, finest, scale, target, edges, float(finer), aligned, step)
 
 
+@summing
+def _sums_of_octaves(start: int, end: int, unit: float, m: float, scratch: Any) -> tuple[float, float, float, float]:
+    """The same sums over normal values under rounding to nearest, in units of the octave of the first edge: the bins
+    from `start` to `end`, at most eight, with those of all higher octaves. `m`: the spacing at 1."""
+    error, bias, spread, shift = 0.0, 0.0, 0.0, 0.0
+    one, inverse, cells = np.uint64(1), 1 / unit, 1 / m
+    down = _in_octaves(scratch[EDGE, start] * inverse, m, cells)
+    for i in range(np.uint64(start), np.uint64(end)):
+        up = _in_octaves(scratch[EDGE, i + one] * inverse, m, cells)
+        per = scratch[PER_WIDTH, i] * unit
+        squared = (up[0] - down[0]) * per
+        variance = (up[1] - down[1]) * per - squared * squared
+        variance = variance if variance > 0 else 0.0
+        error += scratch[ENERGY, i] * squared
+        bias += scratch[ENERGY, i] * ((up[2] - down[2]) * per)
+        spread += scratch[FOURTH, i] * variance
+        shift += scratch[SHIFT, i] * variance
+        down = up
+    return error, bias, spread, shift
+
+
 @inlined
-def _fill_octave(start: int, end: int, scale: float, target: Target, scratch: Any) -> None:
-    """∫ δ², ∫ δ⁴ and ∫ v·δ up to the edges from `start` to `end`, at most an octave of normal values: as
-    `antiderivatives`, in a loop that vector instructions can take."""
-    inverse, m = 1 / scale, target.mantissa_step
-    one, two, three = 1 / 12 * 6 / 7 * m * m, 1 / 80 * 30 / 31 * m * m * m * m, m * m / 24 * 6 / 7
-    per_step = 1 / m
-    unit = from_bits(
-        bits_of(scratch[EDGE, start] * inverse) & EXPONENT_FIELD
-    )  # octave of the first edge: 1 from here on
-    inverse /= unit
-    for i in range(np.uint64(start), np.uint64(end + 1)):
-        u = scratch[EDGE, i] * inverse
-        octave = 1.0 if u < 2 else 2.0 if u < 4 else 4.0
-        per_octave = 1.0 if u < 2 else 0.5 if u < 4 else 0.25
-        w = u * per_octave * per_step
-        n = (w + MAGIC) - MAGIC
-        t = w - n
-        square = t * t
-        cube = square * t
-        spacing = octave * m
-        cubes, volume = octave * octave * octave, spacing * spacing * spacing
-        scratch[FIRST, i] = (n * (1 / 12) + cube * (1 / 3)) * volume - one * cubes
-        scratch[SECOND, i] = (
-            n * (1 / 80) + cube * square * (1 / 5)
-        ) * volume * spacing * spacing - two * cubes * octave * octave
-        scratch[THIRD, i] = (n * (1 / 24) - n * square * 0.5 - cube * (1 / 3)) * volume - three * cubes
+def _in_octaves(u: float, m: float, cells: float) -> tuple[float, float, float]:
+    """`antiderivatives` of a magnitude from 1 to 8, all of it normal, under rounding to nearest, without branches."""
+    octave = 1.0 if u < 2 else 2.0 if u < 4 else 4.0
+    per_octave = 1.0 if u < 2 else 0.5 if u < 4 else 0.25
+    first, second, third = in_cells(u * per_octave * cells, NEAREST)
+    square, spacing = octave * octave, octave * m
+    cubes, volume = square * octave, spacing * spacing * spacing
+    return (
+        first * volume - 1 / 12 * 6 / 7 * m * m * cubes,
+        second * volume * spacing * spacing - 1 / 80 * 30 / 31 * m * m * m * m * cubes * square,
+        third * volume - m * m / 24 * 6 / 7 * cubes,
+    )
 
 
 @inlined
@@ -289,15 +243,13 @@ def _add_eighth(
     step: Any,
 ) -> None:
     """One of the eight, with the same bins of all higher octaves."""
-    place = base + i
-    u, v = edges[place] / scale, edges[place + 1] / scale
+    low, high = edges[base + i], edges[base + i + 1]
+    u, v = low / scale, high / scale
     spacing = octave_of(u, target) * target.mantissa_step
-    lattice = lattice_of(place, bits, finest) / scale
+    lattice = lattice_of(low, bits, finest) / scale
     shows = lattice * finer > spacing if bits <= LATTICE_BITS else aligned and lattice >= spacing
     if shows or bits <= ALWAYS_BITS:
-        _, _, _, squared, fourth, product = in_bin(
-            place, edges[place], edges[place + 1], bits, finest, scale, target, edges
-        )
+        _, _, _, squared, fourth, product = in_bin(low, high, low, high, bits, finest, scale, target)
     else:
         down, up = antiderivatives(u, target), antiderivatives(v, target)
         squared, fourth = (up[0] - down[0]) / (v - u), (up[1] - down[1]) / (v - u)
@@ -360,7 +312,7 @@ def add_each(
         if count == 0:
             continue
         low, high = scratch[EDGE, i], scratch[EDGE, i + 1]
-        found = in_bin(base + i, low, high, bits, finest, scale, target, edges)
+        found = in_bin(edges[base + i], edges[base + i + 1], low, high, bits, finest, scale, target)
         _add_rates(step, count, found[0], found[1], found[2])
         step[ERROR] += count * found[3]
         step[BIAS] += count * found[5]

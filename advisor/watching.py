@@ -24,6 +24,8 @@ import numpy as np
 from advisor.assemble import WATCH_NOTE
 from advisor.castnames import KEEP, short_cast
 from advisor.cautions import cautions, growth_of, in_steps
+from advisor.diagnosis import diagnose
+from advisor.diagnosis.findings import worst_of_each_cause
 from advisor.metrics import measure
 from advisor.plan import Assignment, Plan, Watch
 from advisor.tensor_scales import scales
@@ -41,7 +43,14 @@ def watched(plan: Plan, windows: Sequence[Window]) -> Plan:
     """The plan with what to watch and what its windows cannot have seen, the windows being those it was made from."""
     warned = cautions(plan, windows)
     kept = [note for note in plan.notes if note != WATCH_NOTE or not warned]  # what is said of this plan stands for it
-    return plan.model_copy(update={"watch": tuple(watch_list(plan, windows)), "notes": (*kept, *warned)})
+    notes = (*kept, *causes(windows), *warned)
+    return plan.model_copy(update={"watch": tuple(watch_list(plan, windows)), "notes": notes})
+
+
+def causes(windows: Sequence[Window]) -> list[str]:
+    """Why usual recipes would fail on this training, one sentence a cause; of several windows, as the latest saw it."""
+    found = {(one.cause, one.site, one.role): one for window in windows for one in diagnose(window) if one.severe}
+    return [f"a usual recipe would fail here: {sentence}" for sentence in worst_of_each_cause(found.values())]
 
 
 def watch_list(plan: Plan, windows: Sequence[Window]) -> list[Watch]:

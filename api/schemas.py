@@ -159,6 +159,34 @@ class WindowView(View):
     notes: list[str] = []
 
 
+class RemedyView(View):
+    """What choice of a plan mends a finding."""
+
+    kind: Literal["cast", "loss_scale", "storage"]
+    says: str
+    casts: list[str] = Field([], description="canonical casts that keep the tensor, the narrowest first")
+    loss_scale: Number | None = Field(None, description="the power of two to multiply the loss with")
+
+
+class FindingView(View):
+    """Why a cast would fail on this training, at one place."""
+
+    cause: str = Field(description="channel_outliers, heavy_tails, small_gradients, growing_amax, epsilon_vanishes, …")
+    site: str
+    role: str
+    cast: str = Field(description="under which it bites")
+    severe: bool = Field(description="whether it bites under a usual recipe, by more than is harmless")
+    numbers: dict[str, Number] = Field(description="what the sentence is made of")
+    sentence: str
+    remedy: RemedyView
+
+
+class WindowDetail(WindowView):
+    """One window, with what would fail on its training and why; none until it is recorded."""
+
+    findings: list[FindingView] = Field([], description="severe ones first, each cause's largest first")
+
+
 class WindowCreated(View):
     window: WindowView
     job: "JobView"

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+from advisor.diagnosis import Finding, diagnose
 from db.session import Database
 from db.store import windows
 from probes.history import SlotHistory
@@ -18,12 +19,21 @@ SCORES_A_WINDOW = 8  # score tables kept for each window, one a set of casts
 
 
 class Entry:
-    """A window and its score tables by casts. Under its lock one thread computes and others wait."""
+    """A window, its score tables by casts, and its diagnosis. Under its lock one thread computes and others wait."""
 
     def __init__(self, window: Window) -> None:
         self.window = window
         self.lock = threading.Lock()
         self._rows: OrderedDict[tuple[str, ...] | None, list[dict[str, Any]]] = OrderedDict()
+        self._findings: tuple[Finding, ...] | None = None
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What `advisor.diagnose` says of the window."""
+        with self.lock:
+            if self._findings is None:
+                self._findings = diagnose(self.window)
+            return self._findings
 
     def rows(self, casts: tuple[str, ...] | None, compute: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """The score rows for these casts (None: the default ones)."""

@@ -12,6 +12,7 @@ from urllib.parse import quote
 import pytest
 from service import TINY_GPT, Service, quick_settings, serving, small_window, wait_until
 from test_api_models import problem
+from test_diagnosis import net_window, wide_channels
 
 import advisor
 from advisor.metrics import measure
@@ -41,7 +42,8 @@ def pushed(service: Service, window: advisor.Window) -> dict[str, Any]:
 
 
 def test_a_pushed_window_is_shown(service: Service, pushed: dict[str, Any], window: advisor.Window) -> None:
-    assert service.get(f"/v1/windows/{pushed['id']}") == pushed
+    shown = service.get(f"/v1/windows/{pushed['id']}")
+    assert {name: value for name, value in shown.items() if name != "findings"} == pushed
     assert (pushed["state"], pushed["origin"], pushed["job_id"]) == ("recorded", "pushed", None)
     assert pushed["steps"] == list(window.steps) == [0, 1, 2]
     assert pushed["losses"] == pytest.approx(window.losses)
@@ -50,6 +52,19 @@ def test_a_pushed_window_is_shown(service: Service, pushed: dict[str, Any], wind
     assert len(window.product_slots) == 6
     assert 0 < pushed["bytes_per_sketch"] < 2040
     assert pushed["id"] in [row["id"] for row in service.get("/v1/models/net/windows")["items"]]
+
+
+def test_a_planted_cause_is_found_with_its_place_and_remedy(service: Service) -> None:
+    planted = net_window(wide_channels)
+    service.post("/v1/models", {"name": "planted", "kind": "external"}, status=201)
+    body = service.push("planted", planted.to_bytes()).json()
+    findings = service.get(f"/v1/windows/{body['id']}")["findings"]
+    assert [(one["cause"], one["site"], one["role"]) for one in findings if one["severe"]] == [
+        ("channel_outliers", "head", "input")
+    ]
+    assert findings == json.loads(json.dumps([one.to_dict() for one in advisor.diagnose(planted)]))
+    made = service.post("/v1/models/planted/plans", {"tolerance": 1.0}, status=201).json()
+    assert f"a usual recipe would fail here: {advisor.diagnose(planted)[0]}" in made["plan"]["notes"]
 
 
 def test_the_file_is_the_window_again(service: Service, pushed: dict[str, Any], window: advisor.Window) -> None:

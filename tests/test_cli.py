@@ -48,6 +48,19 @@ WINDOW = {
     "coverage": {"share": 1.0, "unseen": []},
     "bytes_stored": 12_345,
     "notes": [],
+    "findings": [
+        {
+            "cause": "channel_outliers",
+            "site": site,
+            "role": "input",
+            "cast": "int8/tensor/current/nearest",
+            "severe": severe,
+            "numbers": {"ratio": 80.0},
+            "sentence": f"{site} input: 3 of 64 channels hold values 80× the others'",
+            "remedy": {"kind": "cast", "says": "e4m3fn keeps it", "casts": ["e4m3fn"], "loss_scale": None},
+        }
+        for site, severe in (("head", True), ("up", True), ("down", False))
+    ],
 }
 JOB = {"id": "job_1", "kind": "window", "state": "queued", "error": None}
 STEP = {"phase": "window", "step": 1, "steps": 2, "loss": 1.5, "steps_per_s": 3.0, "seconds_left": 61.0}
@@ -263,6 +276,9 @@ def test_probe_shows_progress_and_writes_the_file(run: Run, tmp_path: Path) -> N
         status, out, err = run("probe", "m", "--steps", "2", "-o", str(tmp_path / "w.safetensors"), server=server)
     assert status == 0
     assert "win_1: 2 steps, 3 sites, 100% of the matrix FLOPs seen" in out
+    told = "head input: 3 of 64 channels hold values 80× the others'; e4m3fn keeps it (1 more of the cause"
+    assert told in " ".join(out.split())
+    assert "down input" not in out
     assert "training, probed" in err
     assert "loss 1.5000" in err
     assert (tmp_path / "w.safetensors").read_bytes() == b"sketches"

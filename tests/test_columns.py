@@ -19,7 +19,6 @@ from advisor.outcome_kernels import Target, at_point, in_bin, over_interval
 from probes.casts import Cast
 from probes.history import SlotHistory
 from probes.records import Coverage, Site, Slot
-from probes.sketch import BIN_EDGES
 from probes.window import Contents, Window
 from tests.tensors import generator
 from tests.test_metrics import history
@@ -124,9 +123,8 @@ def test_outcomes_of_a_bin_are_those_of_the_plain_grid(text: str) -> None:
 def test_a_lattice_point_shows_where_it_is_coarse() -> None:
     """A bf16 value amid two values of e4m3fn is known exactly, a float32 one is spread over its bin."""
     target = Target.of(Cast.parse("e4m3fn/none"))
-    place = int(np.searchsorted(BIN_EDGES, 1.0, side="right")) - 1
-    exact = in_bin(place, 1.0, 1.125, 3, SMALLEST, 1.0, target, BIN_EDGES)
-    spread = in_bin(place, 1.0, 1.125, 23, SMALLEST, 1.0, target, BIN_EDGES)
+    exact = in_bin(1.0, 1.125, 1.0, 1.125, 3, SMALLEST, 1.0, target)
+    spread = in_bin(1.0, 1.125, 1.0, 1.125, 23, SMALLEST, 1.0, target)
     assert exact[3] == 0
     assert spread[3] == pytest.approx(0.125**2 / 12)
 

@@ -19,6 +19,7 @@ from advisor.diagnosis import CAUSES, Finding
 from advisor.diagnosis.tiles import tiles_at
 from advisor.errors import CastNotScored
 from advisor.training import Trainer
+from advisor.watching import causes
 from advisor.zoo.spec import ArchitectureSpec
 from probes.probing import probe
 from probes.window import Window
@@ -136,6 +137,17 @@ def test_show_prints_the_cause_the_site_and_what_mends_it() -> None:
     text = " ".join(console.export_text().split())
     assert "What would fail, and why head input: 3 of 64 channels hold values" in text
     assert "e4m3fn, e4m3fn/row or int8/column keep it" in text
+
+
+def test_a_plan_s_notes_say_once_what_would_fail() -> None:
+    window = net_window(factor=1e-5)
+    found = of_cause(window, "small_gradients", severe=True)
+    assert len(found) > 1
+    told = f"a usual recipe would fail here: {found[0]} ({len(found) - 1} more of the cause small_gradients)"
+    assert advisor.recommend(window, tolerance=1.0).notes.count(told) == 1
+    assert not [note for note in advisor.recommend(net_window(), tolerance=1.0).notes if "would fail here" in note]
+    latest = causes([window, net_window()])
+    assert latest == [told]
 
 
 @pytest.mark.parametrize(("outlying", "of", "times"), [(1, 32, 20.0), (3, 256, 80.0), (12, 512, 14.0), (0, 64, 1.0)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -77,6 +77,14 @@ def probe(
     )
     for note in window["notes"]:
         console.print(f"note: {note}")
+    for sentence in _failures(window.get("findings", [])):
+        console.print(f"a usual recipe would fail here: {sentence}")
     if out is not None:
         console.print(f"written to {out}")
     console.print(f"next: advisor plan {model}")
+
+
+def _failures(findings: list[dict[str, Any]]) -> list[str]:
+    from advisor.diagnosis.findings import Finding, Remedy, worst_of_each_cause
+
+    return worst_of_each_cause(Finding(**{**one, "remedy": Remedy(**one["remedy"])}) for one in findings)

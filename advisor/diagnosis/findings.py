@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -72,6 +72,18 @@ class Finding:
         held = {name: value for name, value in vars(self).items() if name != "size"}
         remedy = {**vars(self.remedy), "casts": list(self.remedy.casts)}
         return {**held, "numbers": dict(self.numbers), "remedy": remedy}
+
+
+def worst_of_each_cause(findings: Iterable[Finding]) -> list[str]:
+    """A sentence a cause among the severe findings, of the one that stands first, with how many more there are."""
+    by_cause: dict[str, list[Finding]] = {}
+    for finding in findings:
+        if finding.severe:
+            by_cause.setdefault(finding.cause, []).append(finding)
+    return [
+        f"{found[0]}{f' ({len(found) - 1} more of the cause {cause})' if len(found) > 1 else ''}"
+        for cause, found in by_cause.items()
+    ]
 
 
 @dataclass(frozen=True)

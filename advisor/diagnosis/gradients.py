@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from advisor.castnames import parse_cast, short_cast
+from advisor.columns import measure_columns
 from advisor.diagnosis.findings import HEADROOM_BITS, THRESHOLDS, Finding, Remedy, percent
 from advisor.diagnosis.recipes import Recipes
 from advisor.metrics import PooledMetrics, measure
@@ -36,17 +37,32 @@ def small_gradients(window: Window, recipes: Recipes) -> Iterator[Finding]:
 
 def _flushed(window: Window, recipes: Recipes) -> Iterator[tuple[Slot, list[tuple[PooledMetrics, Cast]], bool]]:
     """Slots with what flushes them, and whether they are looked at in the training's own format."""
-    for slot in window.product_slots:
-        if slot.role != GRADIENT:
-            continue
+    for slot in _perhaps_flushed(window, recipes.unscaled):
         history = window.history(*slot)
-        own = window.dtype(slot) == "float16"
+        own = _is_own(window, slot)
         if own:  # as it stands in memory: with the loss scale that it was recorded with
             history = replace(history, gain=np.ones_like(history.gain))
         found = [(measure(history, cast, window.dtype(slot)).pooled(), cast) for cast in recipes.unscaled]
         bitten = [pair for pair in found if is_flushed(pair[0])]
         if bitten:
             yield slot, bitten, own
+
+
+def _is_own(window: Window, slot: Slot) -> bool:
+    """Whether the training itself has this gradient in fp16."""
+    return window.dtype(slot) == "float16"
+
+
+def _perhaps_flushed(window: Window, casts: Sequence[Cast]) -> Iterator[Slot]:
+    """Gradients that one of the casts may flush: all are measured at once, those that the training has in fp16 aside,
+    which are to be looked at as they stand in memory."""
+    slots = [slot for slot in window.product_slots if slot.role == GRADIENT]
+    every = np.ones((len(slots), len(casts)), dtype=np.bool_)
+    columns = measure_columns(window, slots, casts, every, np.zeros(len(slots), dtype=np.bool_))
+    small = (columns.underflows + columns.subnormals) * (1 + 1e-6) > columns.nonzero / 2
+    for p, slot in enumerate(slots):
+        if small[p].any() or _is_own(window, slot):
+            yield slot
 
 
 def is_flushed(metrics: PooledMetrics) -> bool:

@@ -18,7 +18,7 @@ from api.idempotency import KeyHeader, Once, fingerprint
 from api.limits import WINDOW_TYPES
 from api.pages import Cursor, Limit, after_of, next_of
 from api.problems import Refusal, validation_response
-from api.schemas import Page, WindowCreated, WindowRequest, WindowView, checked_name
+from api.schemas import FindingView, Page, WindowCreated, WindowDetail, WindowRequest, WindowView, checked_name
 from api.views import job_view, window_view, window_views
 from api.windowcache import decode
 from db.store import jobs, models, windows
@@ -103,10 +103,13 @@ def list_windows(model_id: str, services: ServicesDep, cursor: Cursor = None, li
 
 
 @router.get("/windows/{window_id}")
-def show(window_id: str, services: ServicesDep) -> WindowView:
-    """One window."""
+def show(window_id: str, services: ServicesDep) -> WindowDetail:
+    """One window, and why usual recipes would fail on its training, where they would."""
     with services.database.reading() as session:
-        return window_view(session, windows.get(session, window_id))
+        view = window_view(session, windows.get(session, window_id))
+    found = services.windows.get(window_id).findings if view.state == "recorded" else ()
+    findings = [FindingView.model_validate(finding.to_dict()) for finding in found]
+    return WindowDetail(**view.model_dump(), findings=findings)
 
 
 @router.get(
