@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -205,11 +206,21 @@ class SparseRow(NamedTuple):
     gain: float = 1.0
 
 
-def sparse_row(step: int, sums: NDArray[np.float64], extremes: NDArray[np.float32], gain: float = 1.0) -> SparseRow:
-    """A row of the sketch arrays (`sums` [SUMS], `extremes` [EXTREMES], as `sketch.py` lays them out), compacted."""
-    (bins,) = np.nonzero(sums[:BINS])
-    counts = sums[bins].astype(np.int64)
-    return SparseRow(step, bins.astype(np.uint16), counts, sums[BINS : BINS + 5].copy(), extremes.copy(), gain)
+def sparse_rows(step: int, sums: NDArray[np.float64], extremes: NDArray[np.float32]) -> list[SparseRow]:
+    """The rows of the sketch arrays (`sums` [rows, SUMS], `extremes` [rows, EXTREMES], see `sketch.py`), compacted."""
+    rows, places = np.nonzero(sums[:, :BINS])
+    bins, counts = places.astype(np.uint16), sums[rows, places].astype(np.int64)
+    ends = np.searchsorted(rows, np.arange(len(sums) + 1)).tolist()
+    tails, extremes = sums[:, BINS : BINS + 5].copy(), extremes.copy()
+    return [
+        SparseRow(step, bins[first:last], counts[first:last], tail, most)
+        for (first, last), tail, most in zip(pairwise(ends), tails, extremes, strict=True)
+    ]
+
+
+def sparse_row(step: int, sums: NDArray[np.float64], extremes: NDArray[np.float32]) -> SparseRow:
+    """One row of them, `sums` [SUMS] and `extremes` [EXTREMES]."""
+    return sparse_rows(step, sums[None], extremes[None])[0]
 
 
 def history_of(rows: Sequence[SparseRow], finer: Mapping[str, RelativeHistory] | None = None) -> SlotHistory:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from probes.errors import UnsupportedTensor
-from probes.history import SlotHistory, SparseRow, history_of, sparse_row
+from probes.history import SlotHistory, SparseRow, history_of, sparse_rows
 from probes.records import Slot
 from probes.relative import RelativeArray
 from probes.relative_history import RelativeHistory, RelativeRow
@@ -130,11 +130,11 @@ class SlotRows:
         for finished in self._arriving:
             if finished.arrived is not None:
                 finished.arrived.synchronize()
-            sums, extremes = finished.sums.numpy(), finished.extremes.numpy()
+            rows = sparse_rows(finished.step, finished.sums.numpy(), finished.extremes.numpy())
             for slot, row in finished.slots.items():
-                if sums[row].any():
-                    gain = finished.gain(slot)
-                    self.finished[slot].append(sparse_row(finished.step, sums[row], extremes[row], gain))
+                found = rows[row]
+                if found.bins.size or found.tail.any():
+                    self.finished[slot].append(found._replace(gain=finished.gain(slot)))
         self._arriving = []
 
     def histories(self) -> dict[Slot, SlotHistory]:
