@@ -17,7 +17,7 @@ from advisor.castnames import KEEP, parse_cast
 from advisor.cost import (
     Operand,
     ProductShape,
-    cast_time_s,
+    cast_times_s,
     native_refusal,
     operand,
     own_operand,
@@ -70,6 +70,9 @@ class Consequences:
         self._tables: dict[Any, Array] = {}
         self._bits: dict[Any, Array] = {}
         self._no_worse: dict[Any, NDArray[np.bool_]] = {}
+        self._kinds: dict[tuple[object, ...], int] = {}
+        self._of_site: dict[int, tuple[Site, int]] = {}  # by id: the site is kept, so that no other gets its id
+        self._shapes_of: dict[int, tuple[ProductShape, ...]] = {}
 
     def forms(self, site: Site, role: str, casts: tuple[str, ...]) -> Forms:
         """The forms of canonical casts on a role's tensor; the same object for the same dtype and casts."""
@@ -87,7 +90,7 @@ class Consequences:
 
     def table(self, site: Site, forms: Mapping[str, Forms], picked: Mapping[str, NDArray[np.intp]]) -> Array:
         """What every combination of some of the forms brings: [measures, the picked forms of each role in turn]."""
-        key = (_likeness(site), *((id(forms[role]), picked[role].tobytes()) for role in site.roles))
+        key = (self._likeness(site), *((id(forms[role]), picked[role].tobytes()) for role in site.roles))
         if key not in self._tables:
             shape = tuple(len(picked[role]) for role in site.roles)
             table = np.zeros((len(MEASURES), *shape))
@@ -97,7 +100,7 @@ class Consequences:
                 table[1] += product.flops * (bits <= 16)
             for role in site.roles:
                 table[2] += along(site, self._bytes(site, role, forms[role])[picked[role]], role)
-            for one in product_shapes(site) if self.timed else ():
+            for one in self._shapes(site) if self.timed else ():
                 seconds = self._of_operands(site, one, forms, product_times_s)
                 table[3] += self._over(site, one.product, seconds, picked)
             for role in site.roles if self.timed else ():
@@ -114,21 +117,21 @@ class Consequences:
         of 8 bits. A tensor is cast once, so one product that wants it as it was makes the cast of no use.
         """
         found = np.ones(tuple(len(picked[role]) for role in site.roles), dtype=bool)
-        for one in product_shapes(site) if self.native_only else ():
+        for one in self._shapes(site) if self.native_only else ():
             fits = self._of_operands(site, one, forms, _are_native)
             found &= self._over(site, one.product, fits, picked) > 0
         return found
 
     def no_worse(self, site: Site, role: str, forms: Mapping[str, Forms]) -> NDArray[np.bool_]:
         """[forms, forms]: whether a form brings at least what another does, whatever the other roles' casts are."""
-        key = (_likeness(site), role, *(id(forms[name]) for name in site.roles))
+        key = (self._likeness(site), role, *(id(forms[name]) for name in site.roles))
         if key not in self._no_worse:
             held = self._bytes(site, role, forms[role])
             found: NDArray[np.bool_] = np.asarray(held[:, None] <= held[None, :])
             for product in site.products:
                 if role in product.operands and set(product.operands) <= set(site.roles):
                     found = found & self._runs_no_wider(product, role, forms)
-            for one in product_shapes(site) if self.timed or self.native_only else ():
+            for one in self._shapes(site) if self.timed or self.native_only else ():
                 if role in one.product.operands:
                     if self.timed:
                         found = found & _no_larger(self._of_operands(site, one, forms, product_times_s), one, role)
@@ -139,6 +142,19 @@ class Consequences:
                 found = found & (seconds[:, None] <= seconds[None, :])
             self._no_worse[key] = np.asarray(found)
         return self._no_worse[key]
+
+    def _likeness(self, site: Site) -> int:
+        """The same number for sites whose tables are the same."""
+        if id(site) not in self._of_site:
+            kind = self._kinds.setdefault(_what_counts(site), len(self._kinds))
+            self._of_site[id(site)] = site, kind
+        return self._of_site[id(site)][1]
+
+    def _shapes(self, site: Site) -> tuple[ProductShape, ...]:
+        kind = self._likeness(site)
+        if kind not in self._shapes_of:
+            self._shapes_of[kind] = product_shapes(site)
+        return self._shapes_of[kind]
 
     def _runs_no_wider(self, product: Product, role: str, forms: Mapping[str, Forms]) -> NDArray[np.bool_]:
         left, right = product.operands
@@ -177,23 +193,25 @@ class Consequences:
         return self._bits[key]
 
     def _bytes(self, site: Site, role: str, forms: Forms) -> Array:
-        key = (_likeness(site), role, id(forms), "bytes")
+        key = (self._likeness(site), role, id(forms), "bytes")
         if key not in self._tables:
-            held = [role_bytes(site, role, cast) for cast in forms.casts]
-            self._tables[key] = np.array(held, dtype=np.float64)
+            bits = np.array([form.operand.bits for form in forms.forms])
+            held = np.zeros(len(bits))
+            for width in np.unique(bits):
+                held[bits == width] = role_bytes(site, role, forms.casts[int((bits == width).argmax())])
+            self._tables[key] = held
         return self._tables[key]
 
     def _cast_seconds(self, site: Site, role: str, forms: Forms) -> Array:
-        key = (_likeness(site), role, id(forms))
+        key = (self._likeness(site), role, id(forms))
         if key not in self._tables:
-            seconds = [cast_time_s(site, role, cast, self.hardware) for cast in forms.casts]
-            self._tables[key] = np.array(seconds, dtype=np.float64)
+            self._tables[key] = cast_times_s(site, role, forms.casts, self.hardware)
         return self._tables[key]
 
     def _of_operands(self, site: Site, one: ProductShape, forms: Mapping[str, Forms], value: OfProduct) -> Array:
         """A value of a product for all forms of its operands, [left, right]; one where no cast reaches the operand."""
         sides = [forms[name] if name in site.roles else _UNSEEN for name in one.product.operands]
-        key = (_likeness(site), one.product.name, value, *map(id, sides))
+        key = (self._likeness(site), one.product.name, value, *map(id, sides))
         if key not in self._tables:
             operands = [list(dict.fromkeys(form.operand for form in side.forms)) for side in sides]
             at = [
@@ -224,7 +242,7 @@ def form_of(site: Site, role: str, cast: Cast) -> Form:
     return Form(found, cast.granularity, cast.scale.rule)
 
 
-def _likeness(site: Site) -> tuple[object, ...]:
+def _what_counts(site: Site) -> tuple[object, ...]:
     """What sites have in common whose tables are the same."""
     return (
         site.op,
@@ -232,6 +250,7 @@ def _likeness(site: Site) -> tuple[object, ...]:
         tuple((product.name, product.operands, product.flops) for product in site.products),
         tuple((site.shapes.get(role), site.elements.get(role)) for role in site.roles),
         site.calls,
+        tuple(site.dtypes.get(role) for role in site.roles),
     )
 
 

@@ -24,7 +24,15 @@ from advisor.operands import (
 )
 from advisor.product_shapes import ProductShape, product_shapes
 from advisor.roofline import APPROXIMATIONS as TIME_APPROXIMATIONS
-from advisor.roofline import cast_time_s, product_time_s, product_times_s, site_time_s, step_speedup, time_s
+from advisor.roofline import (
+    cast_time_s,
+    cast_times_s,
+    product_time_s,
+    product_times_s,
+    site_time_s,
+    step_speedup,
+    time_s,
+)
 from advisor.sharing import shared_tensors
 from probes.casts import Cast
 from probes.records import Site
@@ -39,6 +47,7 @@ __all__ = [
     "ProductShape",
     "Shares",
     "cast_time_s",
+    "cast_times_s",
     "enters_gradient",
     "has_backward",
     "memory",

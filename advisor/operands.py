@@ -49,7 +49,12 @@ def _own(dtype: str) -> Operand:
 
 def operand(site: Site, role: str, cast: Cast) -> Operand:
     """The tensor after `cast`; a cast to a wider format than the tensor's own leaves it as it is."""
-    own, wanted = own_operand(site, role), cast.format
+    return cast_operand(own_operand(site, role), cast)
+
+
+def cast_operand(own: Operand, cast: Cast) -> Operand:
+    """The same for any tensor whose own operand is known."""
+    wanted = cast.format
     if keeps(cast) or wanted.stored_bits > own.bits:
         return own
     return Operand(wanted.name, wanted.stored_bits, "tensor" if cast.granularity == "none" else cast.granularity)

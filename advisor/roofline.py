@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import ceil, inf
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +32,14 @@ from numpy.typing import NDArray
 from advisor.castnames import keeps
 from advisor.device import FULL_PRECISION, Hardware
 from advisor.native import has_odd_sizes, refused_op
-from advisor.operands import Operand, is_taken, is_weight, operand, own_operand, product_operands, widened_format
+from advisor.operands import Operand, cast_operand, is_taken, is_weight, own_operand, product_operands, widened_format
 from advisor.product_shapes import ProductShape, product_shapes
 from probes.casts import Cast
 from probes.format_names import format_named
 from probes.formats import FORMATS
 from probes.records import Site
+
+Moved = TypeVar("Moved", float, NDArray[np.float64])
 
 # Rows and columns of a result that one unit works on at once, and what part of the full rate such a tile reaches:
 # small ones read their operands more often for each operation. Ours, fitted to published products
@@ -68,25 +71,31 @@ def product_times_s(
     shape: ProductShape, lefts: Sequence[Operand], rights: Sequence[Operand], hardware: Hardware
 ) -> NDArray[np.float64]:
     """The same for every pair of a left operand and a right one: [lefts, rights]."""
-    refused = _is_refused(shape)
-    sizes = shape.batch * shape.m * shape.k, shape.batch * shape.k * shape.n
-    runs: dict[tuple[str, int], float] = {}
-    found = np.empty((len(lefts), len(rights)))
-    widened: dict[tuple[int, Operand, tuple[str, int]], float] = {}
-    for i, left in enumerate(lefts):
-        for j, right in enumerate(rights):
-            run = _runs_in(refused, shape.own, left, right, hardware)
-            if run not in runs:
-                runs[run] = _matmul_s(shape.batch, shape.m, shape.n, shape.k, *run, hardware)
-            seconds = runs[run]
-            for side, one in ((0, left), (1, right)):
-                if one.bits < run[1]:
-                    key = side, one, run
-                    if key not in widened:
-                        widened[key] = _widening_s(one, sizes[side], *run, hardware)
-                    seconds += widened[key]
-            found[i, j] = seconds
-    return found * shape.calls
+    runs, run_of, widened = _pairs(_is_refused(shape), shape.own, tuple(lefts), tuple(rights), hardware)
+    each = [_matmul_s(shape.batch, shape.m, shape.n, shape.k, *run, hardware) for run in runs]
+    seconds = np.array(each, dtype=np.float64)[run_of]
+    for elements, bits in zip((shape.batch * shape.m * shape.k, shape.batch * shape.k * shape.n), widened, strict=True):
+        seconds += np.where(bits > 0, _pass_s(elements * bits / 8, hardware), 0.0)
+    return seconds * shape.calls
+
+
+@lru_cache(maxsize=256)
+def _pairs(
+    refused: bool, own: str, lefts: tuple[Operand, ...], rights: tuple[Operand, ...], hardware: Hardware
+) -> tuple[list[tuple[str, int]], NDArray[np.intp], NDArray[np.float64]]:
+    """What pairs of operands run in, whatever their sizes: the distinct formats and bits, each pair's place in these.
+
+    And the bits an element that widening the left and the right one reads and writes: [2, lefts, rights].
+    """
+    found = [[_runs_in(refused, own, left, right, hardware) for right in rights] for left in lefts]
+    runs = list(dict.fromkeys(run for row in found for run in row))
+    widened = [
+        [[_widening_bits(left, *run) for run in row] for left, row in zip(lefts, found, strict=True)],
+        [[_widening_bits(right, *run) for right, run in zip(rights, row, strict=True)] for row in found],
+    ]
+    shape = (len(lefts), len(rights))
+    places = np.array([[runs.index(run) for run in row] for row in found], dtype=np.intp).reshape(shape)
+    return runs, places, np.array(widened, dtype=np.float64).reshape(2, *shape)
 
 
 def runs_in(shape: ProductShape, left: Operand, right: Operand, hardware: Hardware) -> tuple[str, int]:
@@ -117,15 +126,31 @@ def cast_time_s(site: Site, role: str, cast: Cast, hardware: Hardware) -> float:
 
     A weight is cast at every call of its module.
     """
-    own, new = own_operand(site, role), operand(site, role, cast)
+    return float(cast_times_s(site, role, (cast,), hardware)[0])
+
+
+def cast_times_s(site: Site, role: str, casts: tuple[Cast, ...], hardware: Hardware) -> NDArray[np.float64]:
+    """The same for several casts."""
     uses = sum(role in product.operands for product in site.products)
-    if keeps(cast) or new == own or not uses:
-        return 0.0
     calls = max(site.calls, 1.0)
     elements = site.elements.get(role, 0.0) / (1.0 if is_weight(role) else calls)
-    layouts = min(uses, 2) if hardware.inner_layout and new.bits <= 8 else 1
-    moved = _passes(cast, own.bits / 8, _stored_bytes(cast, new), layouts, is_weight(role))
-    return calls * sum(_pass_s(elements * each, hardware) for each in moved)
+    moved = _moved(own_operand(site, role), casts, min(uses, 2), is_weight(role), hardware.inner_layout)
+    return calls * np.where(np.isnan(moved), 0.0, _pass_s(elements * moved, hardware)).sum(axis=1)
+
+
+@lru_cache(maxsize=1024)
+def _moved(own: Operand, casts: tuple[Cast, ...], uses: int, weight: bool, inner_layout: bool) -> NDArray[np.float64]:
+    """[casts, kernels] bytes an element that each kernel of a cast reads and writes; NaN where it has no more."""
+    found = []
+    for cast in casts:
+        new = cast_operand(own, cast)
+        layouts = uses if inner_layout and new.bits <= 8 else 1
+        idle = keeps(cast) or new == own or not uses
+        found.append([] if idle else [*_passes(cast, own.bits / 8, _stored_bytes(cast, new), layouts, weight)])
+    table = np.full((len(casts), max(map(len, found), default=0)), np.nan)
+    for row, kernels in zip(table, found, strict=True):
+        row[: len(kernels)] = kernels
+    return table
 
 
 def site_time_s(site: Site, casts: Mapping[str, Cast], hardware: Hardware) -> float:
@@ -159,9 +184,13 @@ def _is_refused(shape: ProductShape) -> bool:
 
 def _widening_s(one: Operand, elements: int, format_name: str, bits: int, hardware: Hardware) -> float:
     """Seconds to bring an operand from its own format to the one that its product runs in."""
-    if one.bits >= bits or one.format in (None, format_name):
-        return 0.0
-    return _pass_s(elements * (one.bits + bits) / 8, hardware)
+    moved = _widening_bits(one, format_name, bits)
+    return _pass_s(elements * moved / 8, hardware) if moved else 0.0
+
+
+def _widening_bits(one: Operand, format_name: str, bits: int) -> int:
+    """Bits an element that this reads and writes."""
+    return 0 if one.bits >= bits or one.format in (None, format_name) else one.bits + bits
 
 
 @lru_cache(maxsize=65536)
@@ -223,7 +252,7 @@ def _stored_bytes(cast: Cast, new: Operand) -> float:
     return new.bits / 8 + (1 / block if block else 0.0)
 
 
-def _pass_s(moved_bytes: float, hardware: Hardware) -> float:
+def _pass_s(moved_bytes: Moved, hardware: Hardware) -> Moved:
     return moved_bytes / hardware.traffic_bytes_s + hardware.launch_s
 
 

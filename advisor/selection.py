@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from advisor.errors import InvalidPlan
-from advisor.knapsack import Group, solve
+from advisor.knapsack import Choice, Group, Knapsack, solve
 from advisor.menu import Candidate, Limits, Menu, lost_share
 from advisor.objectives import Task
 from advisor.plan import FrontPoint
@@ -105,11 +105,13 @@ def front(options: Sequence[Menu], limits: Limits, unit: float, frame: Frame) ->
     if not options:
         return []
     goal = next(name for name in options[0].task.goals if name != "damage")
-    groups = [_front_group(menu, goal) for menu in options]
+    knapsack = Knapsack([_front_group(menu, goal) for menu in options])
+    apart = FRONT_APART if len(options) > FRONT_EXACT else 0.0
     points: list[FrontPoint] = []
+    choice: Choice | None = None
     last = -math.inf
     for tolerance in sorted({factor * unit for factor in FRONT_FACTORS if math.isfinite(factor * unit)}):
-        choice = solve(groups, (tolerance, limits.noise), apart=FRONT_APART if len(groups) > FRONT_EXACT else 0.0)
+        choice = knapsack.solve((tolerance, limits.noise), apart=apart, known=choice)
         assert choice is not None, "every role can stay as it is"
         if choice.proven[0] and choice.gains[0] > last:
             last = choice.gains[0]
