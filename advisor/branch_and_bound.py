@@ -5,6 +5,9 @@ from 1e-9 to 1e-1. So each row is scaled to what the limit leaves, each objectiv
 answer are checked exactly (`math.fsum`, rounded once). An answer that breaks a limit is cut off by a cover inequality,
 which no permitted choice breaks, and the program is solved again; after several such answers the limits are tightened
 by 4e-6, so that a choice closer to a limit than that may be missed. A limit is never exceeded.
+
+HiGHS 1.12, which scipy 1.17 has, prints a line now and then whatever its options are (ERGO-Code/HiGHS issue 2783). To
+keep it from stdout would mean to turn the descriptor away from everyone else in the process for as long: it is let be.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ from scipy.sparse import csr_array
 
 from advisor.errors import AdvisorError
 from advisor.least_regret import Goal, Indices
-from advisor.quiet import without_prints_of
 
 # All ours. A row reads "sum ≤ ROW_SCALE", so HiGHS's absolute 1e-6 is 1e-9 of the limit; an objective spans
 # OBJECTIVE_SCALE, so its absolute gap of 1e-6 is 1e-12 of the range. With larger ones its arithmetic suffers.
@@ -30,8 +32,6 @@ TIGHTENED = 1.0 - 4e-6
 MOST_NODES = 200_000
 FEWEST_NODES = 20
 MOST_WORK = 2_000_000
-# HiGHS 1.12 says so whatever its options are (ERGO-Code/HiGHS issue 2783; scipy 1.17 has that version).
-SAID = b"HighsMipSolverData::transformNewIntegerFeasibleSolution"
 
 
 def least_within(goal: Goal, core: NDArray[np.bool_], fallback: Indices | None) -> tuple[Indices | None, bool]:
@@ -81,14 +81,13 @@ def _program(goal: Goal, core: NDArray[np.bool_], tightened: float) -> tuple[Ind
     span, step = goal.span, goal.step
     # In whole steps HiGHS sees that the objective is whole and rounds its bounds: else likeness of sites costs hours.
     scale = 1.0 / step if 0 < span <= step * OBJECTIVE_SCALE else OBJECTIVE_SCALE / (span or 1.0)
-    with without_prints_of(SAID):
-        result = milp(
-            goal.regret[free] * scale,
-            integrality=np.ones(len(free)),
-            bounds=Bounds(0.0, 1.0),
-            constraints=constraints,
-            options={"mip_rel_gap": max(goal.near, goal.apart), "node_limit": _nodes(len(free), goal.effort)},
-        )
+    result = milp(
+        goal.regret[free] * scale,
+        integrality=np.ones(len(free)),
+        bounds=Bounds(0.0, 1.0),
+        constraints=constraints,
+        options={"mip_rel_gap": max(goal.near, goal.apart), "node_limit": _nodes(len(free), goal.effort)},
+    )
     if result.x is None:
         # scipy 1.17 calls HiGHS's "solution limit reached", its word for the limit on nodes, unrecognized.
         if result.status in (1, 2) or "limit reached" in str(result.message):
