@@ -9,7 +9,10 @@ turns: a watcher that stands between the user and torch (ours) does so in its th
 
 `ratio` is the median of a watcher's step times over that of the unwatched steps, the quartiles are those of the ratio
 within a round, and `window` is the sum of its step times over that of the unwatched steps, which is what a share of the
-time means. The second table says what each peer's record can tell about underflow (`underflow.py`).
+time means. Two copies are trained unwatched, and a round's unwatched time is the mean of theirs: where a copy's memory
+happens to lie makes some percent, which is also why `--repeats` builds all copies anew so many times. Told is the mean
+over these, and the lowest and highest ratio. The second table says what each peer's record can tell about underflow
+(`underflow.py`).
 
 Two threads that share a core tell nothing: state the threads, and let the machine be quiet. `--clock cpu` counts the
 process's CPU time in place of the wall's, which other processes disturb less; with one thread it is nearly the same.
@@ -37,7 +40,7 @@ import torch
 from torch import Tensor
 from underflow import print_bounds, underflow_bounds
 from watched import MODELS, Batch, built, loss_of
-from watchers import OURS, PEERS, PLAIN, Watcher
+from watchers import AGAIN, OURS, PEERS, PLAIN, Watcher
 
 ROUNDS = {False: 40, True: 6}  # whole windows, and for --quick a look
 WARMUP = 2
@@ -122,7 +125,10 @@ def measured(name: str, watchers: Sequence[Watcher], rounds: int, clock: str) ->
                 order.remove(one)
     plain = copies.pop(PLAIN.name)
     plain.close()
+    again = copies.get(AGAIN.name)
     base = np.array(plain.seconds)
+    if again in order:
+        base = (base + np.array(again.seconds)) / 2
     for one in copies.values():
         if one not in order:
             continue
@@ -145,18 +151,36 @@ def measured(name: str, watchers: Sequence[Watcher], rounds: int, clock: str) ->
     return rows
 
 
+def joined(repeats: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of several runs as one of each watcher: means, and the ratios they are of."""
+    rows = []
+    for first in repeats[0]:
+        same = [row for rows_of_one in repeats for row in rows_of_one if row["watcher"] == first["watcher"]]
+        row = dict(first)
+        if all("failed" not in each for each in same):
+            for figure in ("ratio", "window", "closing_steps", "step_ms"):
+                row[figure] = float(np.mean([each[figure] for each in same]))
+            row["quartiles"] = np.mean([each["quartiles"] for each in same], axis=0).tolist()
+            row["ratios"] = [each["ratio"] for each in same]
+            row["same_losses"] = all(each["same_losses"] for each in same)
+        rows.append(row)
+    return rows
+
+
 def print_ratios(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> None:
     """A table in Markdown for each model, and what differed."""
     for model in models:
         found = [row for row in rows if row["model"] == model and "failed" not in row]
         print(f"\n{model}: {MODELS[model].__doc__}\n")
         print(
-            "| watched by | ratio | quartiles | window | closing, in steps | what it gives |\n|---|---|---|---|---|---|"
+            "| watched by | ratio | lowest, highest | quartiles | window | closing, in steps | what it gives |\n"
+            "|---|---|---|---|---|---|---|"
         )
         for row in found:
             low, high = row["quartiles"]
             cells = (
                 f"{row['ratio']:.3f}",
+                f"{min(row['ratios']):.3f}, {max(row['ratios']):.3f}",
                 f"{low:.3f} to {high:.3f}",
                 f"{row['window']:.3f}",
                 f"{row['closing_steps']:.2f}",
@@ -177,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME")
     parser.add_argument("--variants", nargs="+", metavar="TEXT", help="only those whose names contain one of these")
     parser.add_argument("--rounds", type=int, help=f"steps of each; default {ROUNDS[False]}, windows of 20")
+    parser.add_argument("--repeats", type=int, default=1, help="times that all is built and measured")
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="see above")
     parser.add_argument("--quick", action="store_true", help=f"a look: {ROUNDS[True]} rounds")
@@ -187,7 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(asked.threads)
     wanted = list(OURS if asked.no_peers else known)
     if asked.variants:
-        wanted = [one for one in wanted if any(text.lower() in one.name.lower() for text in asked.variants)]
+        chosen = [one for one in wanted if any(text.lower() in one.name.lower() for text in asked.variants)]
+        wanted = chosen and [AGAIN, *(one for one in chosen if one is not AGAIN)]
     if not wanted:
         parser.error(f"no variant has such a name; there are: {', '.join(one.name for one in known)}")
     missing = [one.name for one in wanted if not one.is_installed]
@@ -197,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     where = (
         f"{_processor()}, threads: {torch.get_num_threads()}; Python {platform.python_version()}, "
-        f"torch {torch.__version__}; {rounds} rounds, {asked.clock} clock"
+        f"torch {torch.__version__}; {asked.repeats} × {rounds} rounds, {asked.clock} clock"
     )
     print(where)
     if missing:
@@ -205,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for name in asked.models:
         print(f"training {name} …", file=sys.stderr)
-        rows += measured(name, wanted, rounds, asked.clock)
+        rows += joined([measured(name, wanted, rounds, asked.clock) for _ in range(asked.repeats)])
         print_ratios(rows, [name])
     bounds = {} if asked.no_peers else underflow_bounds(asked.models[0])
     if bounds:

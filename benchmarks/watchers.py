@@ -225,9 +225,10 @@ def _track_scales(model: nn.Module, _: torch.optim.Optimizer) -> Iterator[Watche
 
 
 PLAIN = Watcher("plain", "the same steps, unwatched", _unwatched)
+AGAIN = Watcher("plain again (A/A)", "the noise of this table", _unwatched)
 
 OURS = (
-    Watcher("plain again (A/A)", "the noise of this table", _unwatched),
+    AGAIN,
     Watcher("ours: the mode alone", "nothing, but for a first recorded step", _window(every=2 * WINDOW)),
     Watcher("ours: every slot, every step", "a log2 sketch of each tensor of each product", _window()),
     Watcher("ours: overhead=0.05", "the same, of fewer steps", _window(overhead=0.05)),
