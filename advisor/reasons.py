@@ -256,10 +256,9 @@ def _errs_alike(case: Case, row: Row, name: str) -> str:
     )
     if most > 0:
         said += f", and the limit is {_steps(most)}"
-    verdict = f"{said}{_because(row)}"
     if error is None or ratio - 2 * error > most:
-        return verdict
-    return f"{verdict}; not settled: more scored steps (curvature_steps=) tell this better"
+        return said
+    return f"{said}; not settled: more scored steps (curvature_steps=) tell this better"
 
 
 def _steps(ratio: float) -> str:

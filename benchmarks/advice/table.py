@@ -62,6 +62,7 @@ def result_of(start: Start, quick: bool) -> dict[str, Any]:
             )
             for role in _groups(compared)
         },
+        "alike": agreement(list(_alike(noises, predicted).values())),
         "first_order": _first_order(rises, first_orders(start)),
         "plans": [
             {**plain(one), "meets": within_factor(one.predicted, one.measured, one.standard_error)} for one in plans
@@ -85,6 +86,16 @@ def compare(
         if pair[0].role == GRADIENT:
             found[pair] = Compared(noise.ratio, noise.ratio_se, predicted.of(pair, "noise_ratio"))
     return found
+
+
+def _alike(noises: Mapping[Pair, GradientTruth], predicted: Predicted) -> dict[Pair, Compared]:
+    """The mean error that casts put into weights' gradients, over the minibatch's noise; of sites with a weight."""
+    told = {pair: predicted.of(pair, "systematic_ratio") for pair in noises}
+    return {
+        pair: Compared(noises[pair].alike, noises[pair].alike_se, value)
+        for pair, value in told.items()
+        if pair[0].role == GRADIENT and value is not None
+    }
 
 
 def _groups(compared: Mapping[Pair, Compared]) -> list[str]:
@@ -149,7 +160,8 @@ def _trainings(ledger: Ledger, noises: Mapping[Pair, GradientTruth], predicted: 
                 "cast": pair[1],
                 "predicted": predicted.of(pair, "lost_batch_share"),
                 "measured_noise_ratio": noises[pair].ratio,
-                "systematic": noises[pair].systematic,
+                "predicted_alike": predicted.of(pair, "systematic_ratio"),
+                "alike": noises[pair].alike,
                 "gap": mean,
                 "gap_half_width": width,
                 "seeds": len(gap),
