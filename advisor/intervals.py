@@ -67,11 +67,11 @@ CALIBRATION: dict[tuple[str, str], Calibration] = {
     ("input", "whole batch"): Calibration(ratio=10.0, common=1.6, own=0.5),
     ("weight", "whole batch"): Calibration(ratio=13.0, common=1.6, own=1.0),
 }
-# Of a gradient's noise ratio, measured at the scored steps or told by other casts' noise; figures of ours, chosen on
-# `benchmarks/advice/advice.json` ("noise_calibration").
+# Of a gradient's noise ratio, measured at the scored steps or told by other casts' noise. Figures of ours: what `python
+# -m benchmarks.advice.noise_calibration` takes of windows with eight scored steps, and `common` of the default two.
 NOISE_CALIBRATION: dict[str, Calibration] = {
-    "measured": Calibration(ratio=1.0, common=0.4, own=0.4),
-    "sketch": Calibration(ratio=1.0, common=0.4, own=0.4),
+    "measured": Calibration(ratio=1.1, common=0.4, own=0.15),
+    "sketch": Calibration(ratio=1.1, common=0.4, own=0.35),
 }
 UNKNOWN_WINDOW = 1.5  # octaves, where a window has too few steps for a confidence. Ours
 OWN_FLOOR = 0.3  # octaves of a window's part that are a slot's own, whatever the others do. Ours

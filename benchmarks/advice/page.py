@@ -117,12 +117,21 @@ def _sketches(models: Mapping[str, Any]) -> str:
         for name, one in models.items()
         for role, found in one["from_sketches"].items()
     ]
+    counts = {
+        source: [sum(one["in_intervals"][source][what] for one in models.values()) for what in ("inside", "pairs")]
+        for source in ("measured", "sketch")
+    }
     return f"""## Formats that the window did not know
 
-A second window, in which e4m3fn, e5m2 and int8 were the candidates: what its sketches and each slot's coherence tell of
-the other casts above, none of which it measured.
+A second window, in which e4m3fn, e5m2 and int8 were the candidates: what its sketches and what was measured of these
+tell of the other casts above, none of which it measured. Of gradients a window measures two other casts beside its
+candidates, `e2m2` and `e2m0`, which are none of these.
 
-{_table(("model", "role", "decided", "Spearman", "ratio"), rows)}"""
+{_table(("model", "role", "decided", "Spearman", "ratio"), rows)}
+
+Of the decided noise ratios of gradients {counts["measured"][0]} of {counts["measured"][1]} lie in the 95% intervals of
+what was measured in the first window, and {counts["sketch"][0]} of {counts["sketch"][1]} in those of what was told in
+the second."""
 
 
 def _first_order(models: Mapping[str, Any]) -> str:
