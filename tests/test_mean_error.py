@@ -13,6 +13,7 @@ import advisor
 from probes.casts import Cast
 from probes.mean_error import NUMBERS, MeanError, Signs
 from probes.probing import probe
+from probes.window import Window
 from tests.tensors import generator
 
 HEAD = "e2m1/tensor/current/nearest"
@@ -98,16 +99,28 @@ def test_scored_steps_tell_it_as_brute_force_does(optimizer: type[torch.optim.Op
     assert advisor.score(window, [HEAD]).of("2", "grad_output")[0]["systematic_ratio"] > 0
 
 
-def test_what_is_rounded_at_random_is_not_alike() -> None:
+def window_of(casts: list[str], steps: int) -> Window:
     model = head()
     stepper = torch.optim.SGD(model.parameters(), lr=0.0)
-    random = "e4m3fn/tensor/current/stochastic"
-    with probe(model, stepper, steps=8, curvature_steps=8, casts=[random, HEAD]) as window:
+    with probe(model, stepper, steps=8, curvature_steps=steps, casts=casts) as window:
         for seed in range(8):
             x, target = batch(seed)
             F.cross_entropy(model(x), target).backward()
             stepper.step()
             stepper.zero_grad()
-    told = window.evidence("2", "grad_output")
+    return window
+
+
+def test_a_plan_leaves_a_head_alone_whose_errors_are_alike() -> None:
+    """With the usual candidates and two scored steps: e2m1 is told from what other casts flush."""
+    plan = advisor.recommend(window_of(["e4m3fn", "e5m2", "int8"], 2), tolerance=10.0, casts=["e2m1"])
+    (gradient,) = (one for one in plan.assignments if (one.site, one.role) == ("2", "grad_output"))
+    assert gradient.cast == "fp32/none/nearest"
+    assert "it errs the same way in every batch" in gradient.reason
+
+
+def test_what_is_rounded_at_random_is_not_alike() -> None:
+    random = "e4m3fn/tensor/current/stochastic"
+    told = window_of([random, HEAD], 8).evidence("2", "grad_output")
     assert abs(told.systematic_noise[random]) < 5 * told.systematic_noise_se[random]
     assert told.systematic_noise[HEAD] > 5 * told.systematic_noise_se[HEAD]

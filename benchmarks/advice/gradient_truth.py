@@ -43,6 +43,7 @@ class GradientTruth:
     ratio, ratio_se   error over minibatch noise, and its standard error over batches
     alike, alike_se   the mean error over minibatch noise, over the whole gradient whatever the optimizer, without bias;
                       and the standard error that it has at most, were all of the error's scatter along one direction
+    alike_share       of the error's energy that is the mean error's, 0 to 1 but for chance
     shrinkage         share of the gradient that is taken away
     """
 
@@ -50,6 +51,7 @@ class GradientTruth:
     ratio_se: float
     alike: float
     alike_se: float
+    alike_share: float
     shrinkage: float
 
     @property
@@ -58,7 +60,7 @@ class GradientTruth:
         return self.ratio > 2 * self.ratio_se
 
 
-NOTHING = GradientTruth(0.0, 0.0, 0.0, 0.0, 0.0)
+NOTHING = GradientTruth(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class _Exact:
@@ -152,13 +154,15 @@ def _at(exact: Mapping[str, Any], at: Mapping[str, Any], kind: str) -> GradientT
         return NOTHING
     errors = torch.tensor(at[f"error{kind}"], dtype=torch.float64)
     batches, scatter = len(errors), at["scatter"]
-    alike = sum(at["error"]) / batches - scatter
+    energy = sum(at["error"]) / batches
+    alike = energy - scatter
     alike_se = math.sqrt(2 / (batches * (batches - 1)) * scatter**2 + 4 / batches * scatter * max(alike, 0.0))
     return GradientTruth(
         float(errors.mean()) / noise,
         float(errors.std()) / batches**0.5 / noise,
         alike / exact["noise"],
         alike_se / exact["noise"],
+        alike / energy,
         at["shrinkage"],
     )
 

@@ -211,7 +211,8 @@ def _trainings(models: Mapping[str, Any]) -> str:
 
 {STEPS} steps from new weights, with and without the cast, the same batches; the mean difference of the loss over the
 last {LAST} steps, with its 95% interval over seeds. {PAIRS} pairs a model are spread over the measured noise, the
-strongest first; {PAIRS_ALIKE} more have little noise, at most {SMALL:g} of the minibatch's, and most that is alike.
+strongest first; {PAIRS_ALIKE} more are those of little noise, at most {SMALL:g} of the minibatch's, of which most is
+alike.
 
 Alike is the energy of the mean error over the minibatch's noise, over the whole gradient: it does not average out as
 noise does, and outweighs it after the inverse of that number of steps. The small gradients of a cross-entropy's many
