@@ -40,8 +40,8 @@ SHARE_8BIT = Task()
 SYSTEMATIC_SHARE = 0.025
 """Of the noise that gradients may have, how much may be alike in every batch, a cast. Ours. Noise of ratio r is as
 good as a smaller batch; what is alike stays while the minibatch's own noise averages out, and outweighs it after 1/r
-steps: at the default limit of 2% on lost batch, after 2,000. Whole trainings with one gradient cast bear it out
-(`docs/advice.md`).
+steps: at the default limit of 2% on lost batch, after 2,000. Chosen on whole trainings of two models with one gradient
+cast; `docs/advice.md` has those of six.
 """
 
 

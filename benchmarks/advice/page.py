@@ -117,10 +117,12 @@ def _sketches(models: Mapping[str, Any]) -> str:
         for name, one in models.items()
         for role, found in one["from_sketches"].items()
     ]
-    counts = {
-        source: [sum(one["in_intervals"][source][what] for one in models.values()) for what in ("inside", "pairs")]
+    own, told = (
+        " of ".join(
+            str(sum(one["in_intervals"][source][what] for one in models.values())) for what in ("inside", "pairs")
+        )
         for source in ("measured", "sketch")
-    }
+    )
     return f"""## Formats that the window did not know
 
 A second window, in which e4m3fn, e5m2 and int8 were the candidates: what its sketches and what was measured of these
@@ -129,9 +131,8 @@ candidates, `e2m2` and `e2m0`, which are none of these.
 
 {_table(("model", "role", "decided", "Spearman", "ratio"), rows)}
 
-Of the decided noise ratios of gradients {counts["measured"][0]} of {counts["measured"][1]} lie in the 95% intervals of
-what was measured in the first window, and {counts["sketch"][0]} of {counts["sketch"][1]} in those of what was told in
-the second."""
+Of the decided noise ratios of gradients {own} lie in the 95% intervals of what the first window measured,
+and {told} in those of what the second told."""
 
 
 def _first_order(models: Mapping[str, Any]) -> str:
@@ -222,8 +223,9 @@ Predicted, measured, of sites with a weight (of others nothing is told), all cas
 
 {_table(("model", "decided", "Spearman", "ratio"), _alike(models))}
 
-A loss rises where the whole interval is above {RISE:g} of it, the default tolerance. Of {len(risen)} pairs for which it
-rises the limits allow {sum(risen)}; of the other {len(unharmed)} they allow {sum(unharmed)}.
+A loss rises where the whole interval is above {RISE:g} of it, the default tolerance. Of {len(risen)} pairs for which it rises the
+limits allow {sum(risen)}; of the other {len(unharmed)} they allow {sum(unharmed)}. The limit on what is alike was
+chosen on chargpt and lstm.
 
 {_table(head, rows)}"""
 
