@@ -224,8 +224,8 @@ Predicted, measured, of sites with a weight (of others nothing is told), all cas
 {_table(("model", "decided", "Spearman", "ratio"), _alike(models))}
 
 A loss rises where the whole interval is above {RISE:g} of it, the default tolerance. Of {len(risen)} pairs for which it
-rises the limits allow {sum(risen)}; of the other {len(unharmed)} they allow {sum(unharmed)}. The limit on what is alike was
-chosen on chargpt and lstm.
+rises the limits allow {sum(risen)}; of the other {len(unharmed)} they allow {sum(unharmed)}.
+The limit on what is alike was chosen on chargpt and lstm.
 
 {_table(head, rows)}"""
 
