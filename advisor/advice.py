@@ -62,7 +62,8 @@ def recommend(
     hardware        a name of the hardware table, or a Hardware: which pairs of formats its matrix units take, how fast
     tolerance       rise of the loss that all casts together may cost, in loss units; default 0.1% of the window's
                     mean loss, and none for the objective "damage"
-    max_lost_batch  share of the batch that rounding noise in the gradients may cost, at least 0 and below 1
+    max_lost_batch  share of the batch that rounding noise in the gradients may cost, at least 0 and below 1. A fortieth
+                    of that noise may be alike in every batch, cast by cast, because that does not average out
     casts           candidates; default: e4m3fn, e5m2 and int8 per tensor, bf16 and fp16, and e4m3fn with a scale a row
                     where the hardware multiplies that and the window tells of it
     objective       "share_8bit", "time" (of matrix products and casts), "memory", or "damage": the least, within a
@@ -182,8 +183,14 @@ def _worst(tables: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
             row = rows.setdefault((other["site"], other["role"], other["cast"]), dict(other))
             for name in WORST:
                 row[name] = _worse(row[name], other[name])
+            # What a window from before it was measured does not tell limits nothing.
+            row["systematic_ratio"] = _largest(row.get("systematic_ratio"), other.get("systematic_ratio"))
             row["sqnr_db"] = -float(_worse(-row["sqnr_db"], -other["sqnr_db"]) or 0.0)
     return list(rows.values())
+
+
+def _largest(*values: float | None) -> float | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def _worse(one: float | None, other: float | None) -> float | None:

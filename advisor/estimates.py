@@ -32,6 +32,11 @@ LITTLE, MOSTLY = (
     0.1,
     0.5,
 )  # share of the shrinking part up to and from which a cast tells of the one and the other. Ours
+FEW_FLUSHED = 0.02  # share of flushed elements up to which a gradient's noise is that of rounding. Ours
+LEAST = (
+    0.01  # of the error's energy: what flushing adds at least where it was measured, so that it has a logarithm. Ours
+)
+NEXT_TO_NONE = 1e-7  # a share from which on, or from one less which, more makes no difference
 SAME = 1e-9  # relative: errors so alike in energy and in what they shrink are one
 
 
@@ -67,15 +72,8 @@ class Estimates:
 
     @cached_property
     def taken_from(self) -> NDArray[np.int64]:
-        """[P, K]: the cast whose measurement a value is: its own, or another's that makes the same error; -1: none."""
-        found = np.where(np.isnan(self.measured), -1, np.arange(self.measured.shape[1]))
-        for j in np.flatnonzero(~np.isnan(self.measured).all(axis=0)).tolist():
-            with np.errstate(invalid="ignore"):
-                alike = np.abs(self.error - self.error[:, j : j + 1]) <= SAME * self.error[:, j : j + 1]
-                alike &= np.abs(self.shrinking - self.shrinking[:, j : j + 1]) <= SAME
-            alike &= ~np.isnan(self.measured[:, j : j + 1]) & (self.error > 0)
-            found = np.where(alike & (found < 0), j, found)
-        return np.asarray(found, dtype=np.int64)
+        """[P, K]: the cast whose measurement a value is (`measurement_of`)."""
+        return measurement_of(self.measured, self.error, self.shrinking)
 
     @property
     def is_measured(self) -> Mask:
@@ -105,6 +103,129 @@ class Estimates:
         with np.errstate(divide="ignore", invalid="ignore"):
             both = (self.measured > 0) & (np.abs(self.sketched) > 0) & (chosen | np.isnan(self.shrinking))
             return row_medians(np.where(both, self.measured / self.sketched, np.nan))
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseEstimates:
+    """Noise that casts put into gradients, relative to these gradients: P slots, K casts, float64 [P, K], NaN: unknown.
+
+    A gradient's elements are written small beside its largest, and a cast does two things to them. Rounding of those
+    that stay is random, and its energy passes on as it is. Those flushed to zero go one way: what a whole sample, token
+    or channel with small gradients would have added is gone, and such losses add up in the sum over samples to ten or a
+    hundred times their energy. Which part of the error is of this kind depends on how much is flushed, and on little
+    else about the cast. So
+
+        value    = rounding·E·(1 − S) + E·S + flushing(u)
+        rounding = median of measured/E over the measured casts that flush next to nothing
+        flushing = what a measured cast's noise has beyond the two other terms, as a function of u: between two of them
+                   log(flushing) is linear in log(u/(1 − u)), but below the first that flushes more than FEW_FLUSHED it
+                   falls as u does at least; below all of them it goes with u²
+
+    with E the error's energy over the tensor's, S the share of E that shrinks the tensor as a whole (the gradients
+    shrink with it: products are linear) and u the share of the elements that is flushed. The same tells what of the
+    error is alike in all batches.
+
+    measured   what the scored steps measured; a cast that makes the very error of a measured one has its value
+    error      E; shrinking: S; flushed: u
+    random     [K]: casts that round stochastically, and so flush without bias
+    """
+
+    measured: Array
+    error: Array
+    shrinking: Array
+    flushed: Array
+    random: Mask
+
+    @cached_property
+    def rounding(self) -> Array:
+        """Noise over error energy of what is rounded, [P]; NaN where no cast was measured."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            known = (self.measured >= 0) & (self.error > 0)
+            ratio = np.where(known, self.measured / self.error, np.nan)
+            share = np.where(known & (self.shrinking < LITTLE), self.flushed, np.nan)
+            least = np.where(np.isnan(share), np.inf, share).min(axis=1, initial=np.inf)[:, None]
+            return row_medians(np.where(share <= np.maximum(least, FEW_FLUSHED), ratio, np.nan))
+
+    @cached_property
+    def values(self) -> Array:
+        """The best that is known, [P, K]."""
+        excess = self._between(
+            np.where(self._tells, np.maximum(self.measured - self._plain, LEAST * self.error), np.nan)
+        )
+        told = self._plain + np.where(self.random, 0.0, excess)
+        return np.where(self.is_measured, self.of_measured(self.measured), told)
+
+    @property
+    def is_measured(self) -> Mask:
+        """[P, K]: the cast itself, or one that makes the same error."""
+        return np.asarray(self._taken_from >= 0)
+
+    @cached_property
+    def _taken_from(self) -> NDArray[np.int64]:
+        return measurement_of(self.measured, self.error, self.shrinking)
+
+    def of_measured(self, values: Array) -> Array:
+        """What goes with a measured value, [P, K], where it is taken over from another cast; else as it is."""
+        return np.take_along_axis(values, np.maximum(self._taken_from, 0), axis=1) if values.size else values
+
+    @property
+    def _plain(self) -> Array:
+        """Without the flushing."""
+        rounding = np.where(np.isnan(self.rounding), 1.0, self.rounding)[:, None]
+        with np.errstate(invalid="ignore"):
+            return np.asarray(self.error * (rounding * (1 - self.shrinking) + self.shrinking))
+
+    @property
+    def _tells(self) -> Mask:
+        with np.errstate(invalid="ignore"):
+            return (self.measured >= 0) & (self.error > 0) & ~self.random
+
+    def _between(self, known: Array) -> Array:
+        """At every cast's share of flushed elements, from the casts where it is known, [P, K]; 0 where none is."""
+        place = _logit(self.flushed)
+        held = np.flatnonzero(~np.isnan(known).all(axis=0))
+        if not len(held):
+            return np.zeros(known.shape)
+        with np.errstate(divide="ignore"):
+            heights = np.log(known[:, held])
+        points = np.where(np.isnan(heights), np.inf, place[:, held])
+        order = np.argsort(points, axis=1, kind="stable")
+        points, heights = np.take_along_axis(points, order, 1), np.take_along_axis(heights, order, 1)
+        after = (points[:, None, :] <= place[:, :, None]).sum(axis=2)
+        last = np.maximum(np.isfinite(points).sum(axis=1)[:, None] - 1, 0)
+        left, right = np.clip(after - 1, 0, last), np.clip(after, 0, last)
+        x0, x1 = np.take_along_axis(points, left, 1), np.take_along_axis(points, right, 1)
+        y0, y1 = np.take_along_axis(heights, left, 1), np.take_along_axis(heights, right, 1)
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            inside = y0 + np.where(x1 > x0, (place - x0) / (x1 - x0), 0.0) * (y1 - y0)
+            first = np.minimum(inside, y1 + np.log(self.flushed / _share(x1)))
+            inside = np.where(_share(x0) < FEW_FLUSHED, first, inside)
+            below = y0 + 2 * np.minimum(np.log(self.flushed / _share(x0)), 0.0)
+            found = np.exp(np.where(after == 0, below, inside))
+            # Beyond the last there is less and less that is not shrunk as a whole.
+            found = np.where(after > last, found * (1 - self.shrinking), found)
+        return np.where(np.isfinite(found), found, 0.0)
+
+
+def measurement_of(measured: Array, error: Array, shrinking: Array) -> NDArray[np.int64]:
+    """[P, K]: the cast whose measurement a cast has: its own, or another's that makes the same error; -1: none."""
+    found = np.where(np.isnan(measured), -1, np.arange(measured.shape[1]))
+    for j in np.flatnonzero(~np.isnan(measured).all(axis=0)).tolist():
+        with np.errstate(invalid="ignore"):
+            alike = np.abs(error - error[:, j : j + 1]) <= SAME * error[:, j : j + 1]
+            alike &= np.abs(shrinking - shrinking[:, j : j + 1]) <= SAME
+        alike &= ~np.isnan(measured[:, j : j + 1]) & (error > 0)
+        found = np.where(alike & (found < 0), j, found)
+    return np.asarray(found, dtype=np.int64)
+
+
+def _logit(share: Array) -> Array:
+    held = np.clip(np.where(np.isnan(share), 0.0, share), NEXT_TO_NONE, 1 - NEXT_TO_NONE)
+    return np.asarray(np.log(held / (1 - held)))
+
+
+def _share(logit: Array) -> Array:
+    return np.asarray(1 / (1 + np.exp(-logit)))
 
 
 def table_of(values: Sequence[Mapping[str, float]], places: Mapping[str, int]) -> Array:

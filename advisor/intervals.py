@@ -67,8 +67,13 @@ CALIBRATION: dict[tuple[str, str], Calibration] = {
     ("input", "whole batch"): Calibration(ratio=10.0, common=1.6, own=0.5),
     ("weight", "whole batch"): Calibration(ratio=13.0, common=1.6, own=1.0),
 }
+# Of a gradient's noise ratio, measured at the scored steps or told by other casts' noise. Figures of ours: what `python
+# -m benchmarks.advice.noise_calibration` takes of windows with eight scored steps, and `common` of the default two.
+NOISE_CALIBRATION: dict[str, Calibration] = {
+    "measured": Calibration(ratio=1.1, common=0.4, own=0.15),
+    "sketch": Calibration(ratio=1.1, common=0.4, own=0.35),
+}
 UNKNOWN_WINDOW = 1.5  # octaves, where a window has too few steps for a confidence. Ours
-NOISE_CALIBRATION = 0.5  # octaves, of a gradient's noise ratio: 95% within half to twice. Ours, not measured
 OWN_FLOOR = 0.3  # octaves of a window's part that are a slot's own, whatever the others do. Ours
 
 _KINDS = tuple(CALIBRATION)
@@ -147,6 +152,30 @@ def interval_of(row: Mapping[str, Any]) -> tuple[float, float] | None:
     return None if math.isnan(lower) else (lower, upper)
 
 
+def noise_intervals(noise_ratio: ArrayLike, confidence: ArrayLike, is_measured: ArrayLike) -> Array:
+    """Where gradients' noise ratios lie with 95% probability, [N, 2]; NaN for one that is NaN.
+
+    confidence    of `confidence.py`, 0 to 1, NaN where unknown; with 0 the interval is from 0 to infinity
+    is_measured   the cast's noise was measured; otherwise other casts' tells of it
+    """
+    ratio, sure = (np.asarray(part, dtype=np.float64) for part in (noise_ratio, confidence))
+    kinds = [NOISE_CALIBRATION[name] for name in ("sketch", "measured")]
+    centre, common, own = (
+        np.array([getattr(kind, name) for kind in kinds])[np.asarray(is_measured, dtype=np.intp)]
+        for name in ("ratio", "common", "own")
+    )
+    reach = DEVIATIONS * np.sqrt(_window_octaves(sure) ** 2 + common**2 + own**2)
+    with np.errstate(over="ignore", invalid="ignore"):
+        ends = [np.where(ratio > 0, ratio * centre * 2.0**side, ratio) for side in (-reach, reach)]
+    return np.stack(ends, axis=-1)
+
+
+def lost_shares(noise_ratio: ArrayLike) -> Array:
+    """Shares of the batch that are lost to noise of these ratios: 1 - 1/(1 + r), 1 for an infinite one."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(1 - 1 / (1 + np.asarray(noise_ratio, dtype=np.float64)))
+
+
 def noise_interval(row: Mapping[str, Any]) -> tuple[float, float] | None:
     """Where a gradient's noise ratio lies with 95% probability; None where it is unknown.
 
@@ -155,9 +184,9 @@ def noise_interval(row: Mapping[str, Any]) -> tuple[float, float] | None:
     ratio = row.get("noise_ratio")
     if ratio is None or math.isnan(ratio) or row["role"] != GRADIENT:
         return None
-    window = float(_window_octaves(_columns([row])[2])[0])
-    reach = DEVIATIONS * math.hypot(window, NOISE_CALIBRATION)
-    return (ratio * 2.0**-reach, ratio * 2.0**reach) if math.isfinite(reach) else (0.0, math.inf)
+    confidence = _columns([row])[2]
+    low, high = noise_intervals([ratio], confidence, [row.get("noise_from") != "sketch"])[0].tolist()
+    return low, high
 
 
 def interval_of_sum(rows: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:

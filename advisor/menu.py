@@ -37,6 +37,13 @@ Row = Mapping[str, Any]
 
 SHARE_8BIT = Task()
 
+SYSTEMATIC_SHARE = 0.025
+"""Of the noise that gradients may have, how much may be alike in every batch, a cast. Ours. Noise of ratio r is as
+good as a smaller batch; what is alike stays while the minibatch's own noise averages out, and outweighs it after 1/r
+steps: at the default limit of 2% on lost batch, after 2,000. Chosen on whole trainings of two models with one gradient
+cast; `docs/advice.md` has those of six.
+"""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -76,6 +83,11 @@ class Limits:
         """The largest sum of noise ratios."""
         return self.max_lost_batch / (1 - self.max_lost_batch)
 
+    @property
+    def systematic(self) -> float:
+        """The largest `systematic_ratio` of a single cast."""
+        return SYSTEMATIC_SHARE * self.noise
+
 
 def _impossible(tolerance: float) -> str:
     return (
@@ -87,6 +99,12 @@ def _impossible(tolerance: float) -> str:
 def lost_share(noise_ratio: float) -> float:
     """Share of the batch that is lost to noise of this ratio: 1 - 1/(1 + r)."""
     return 1.0 if math.isinf(noise_ratio) else noise_ratio / (1 + noise_ratio)
+
+
+def errs_alike(row: Row, limits: Limits) -> bool:
+    """Whether more of the error that a cast puts into a gradient is the same in every batch than the limits allow."""
+    ratio = row.get("systematic_ratio")
+    return row["role"] == GRADIENT and ratio is not None and ratio > limits.systematic
 
 
 def by_slot(sites: Sequence[Site], rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:

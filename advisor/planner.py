@@ -30,7 +30,7 @@ from advisor.errors import InvalidPlan
 from advisor.hardware import Hardware
 from advisor.holding_back import Spent, plan_sentences
 from advisor.loss_scale_choice import LossScale
-from advisor.menu import SHARE_8BIT, Limits, Menu, Row, by_slot, candidate, menus
+from advisor.menu import SHARE_8BIT, Limits, Menu, Row, by_slot, candidate, errs_alike, menus
 from advisor.objectives import Task
 from advisor.plan import FrontPoint, Plan
 from advisor.reasons import Case, reason
@@ -103,6 +103,7 @@ def plan_from_rows(
     if uniform:
         casts = tried_casts(sites, table, limits)
         rows = [row for row in rows if str(parse_cast(row["cast"])) in casts[row["role"]]]
+    rows = [row for row in rows if not errs_alike(row, limits)]
     options = menus(sites, rows, hardware, task, kept=kept, native_only=restrictions.native_only, whole=uniform)
     total = max(total_flops, math.fsum(site.flops for site in sites))
     frame = _frame(sites, total, extras)

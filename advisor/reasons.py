@@ -20,7 +20,7 @@ from advisor.cost import operand, own_operand, role_bytes, site_shares
 from advisor.failures import OUTLIER_RATIO, cause, crest_of, outlier_clause
 from advisor.hardware import Hardware
 from advisor.intervals import interval_of, noise_interval
-from advisor.menu import Candidate, Limits, Menu, Row, candidate, lost_share
+from advisor.menu import Candidate, Limits, Menu, Row, candidate, errs_alike, lost_share
 from advisor.settling import settling
 from probes.casts import Cast
 from probes.records import GRADIENT, Site
@@ -193,7 +193,9 @@ def _pressure(case: Case, text: str) -> tuple[float, float, float, str]:
     option = candidate(case.site, case.role, parse_cast(text), case.rows[text])
     if option is None:
         return (math.inf, math.inf, math.inf, text)
-    parts = (_part(option.damage, case.limits.tolerance), _part(option.noise_ratio, case.limits.noise))
+    row, limits = case.rows[text], case.limits
+    alike = _part(row.get("systematic_ratio") or 0.0, limits.systematic) if errs_alike(row, limits) else 0.0
+    parts = (_part(option.damage, limits.tolerance), _part(option.noise_ratio, limits.noise), alike)
     return (max(parts), option.damage, option.noise_ratio, text)
 
 
@@ -204,8 +206,11 @@ def _part(value: float, limit: float) -> float:
 
 
 def _fails_alone(case: Case, text: str) -> bool:
-    option = candidate(case.site, case.role, parse_cast(text), case.rows[text])
-    return option is None or option.damage > case.limits.tolerance or option.noise_ratio > case.limits.noise
+    row, limits = case.rows[text], case.limits
+    option = candidate(case.site, case.role, parse_cast(text), row)
+    if option is None or errs_alike(row, limits):
+        return True
+    return option.damage > limits.tolerance or option.noise_ratio > limits.noise
 
 
 def _why_lost(case: Case, text: str) -> str:
@@ -221,6 +226,8 @@ def _why_lost(case: Case, text: str) -> str:
             return f"{said}, and the tolerance is 0"
         verdict = f"{said} is {_percent(option.damage / limits.tolerance)} of the tolerance{_because(row)}"
         return "; ".join([verdict, *_unsettled(case, row, name)])
+    if errs_alike(row, limits):
+        return _errs_alike(case, row, name)
     if option.noise_ratio > limits.noise:
         verdict = (
             f"{name} fails: {_quality(row)}, it loses {_percent(lost_share(option.noise_ratio))} of the "
@@ -238,6 +245,26 @@ def _why_lost(case: Case, text: str) -> str:
     if then > now:
         return f"{name} fits alone ({_cost(case, option)}), but the limits are spent where they save more"
     return _compared(case, name, option, same=then == now)
+
+
+def _errs_alike(case: Case, row: Row, name: str) -> str:
+    """That a cast of a gradient errs the same way in every batch, from which step on that counts most, and how sure."""
+    ratio, error, most = row["systematic_ratio"], row.get("systematic_ratio_se"), case.limits.systematic
+    said = (
+        f"{name} fails: {_quality(row)}, it errs the same way in every batch, which does not average out: after "
+        f"{_steps(ratio)} that outweighs the minibatch's noise"
+    )
+    if most > 0:
+        said += f", and the limit is {_steps(most)}"
+    if error is None or ratio - 2 * error > most:
+        return said
+    return f"{said}; not settled: more scored steps (curvature_steps=) tell this better"
+
+
+def _steps(ratio: float) -> str:
+    """How long it takes a systematic error of that ratio to outweigh noise."""
+    count = max(1, round(1 / ratio))
+    return "1 step" if count == 1 else f"{count} steps"
 
 
 def _unpaired(case: Case, text: str) -> str | None:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from advisor.columns import POOLED, MetricColumns, measure_columns
 from advisor.confidence import loss_octaves
-from advisor.estimates import Estimates, row_medians, table_of
+from advisor.estimates import Estimates, NoiseEstimates, row_medians, table_of
 from advisor.grid import Array
-from advisor.intervals import damage_intervals, kind_of
+from advisor.intervals import damage_intervals, kind_of, lost_shares, noise_intervals
 from advisor.lost_updates import epsilon_vanishes, lost_of
 from advisor.measured import Measured
 from advisor.metrics import has_tiles
@@ -102,7 +102,7 @@ class ScoreColumns:
             "cast": _named([str(cast) for cast in casts], cast_of),
             **_of_metrics(metrics, rows),
             **_of_damage(metrics, directional, forward, evidence, places, rows),
-            **_of_noise(metrics, noise, slots, is_product, evidence, rows),
+            **_of_noise(metrics, noise, slots, is_product, every, evidence, places, rows),
             **_of_parameters(window, slots, is_product, casts, slot_of, cast_of),
             "bias": Column(_ratio(metrics.bias_energy, metrics.signal_energy)[rows]),
             **_of_first_order(evidence, places, rows),
@@ -118,6 +118,7 @@ class ScoreColumns:
 
 
 _EVIDENCE = "directional", "relative_noise"
+_SYSTEMATIC = "systematic_noise", "systematic_noise_se"
 
 Rows = tuple[NDArray[np.int64], NDArray[np.int64]]
 
@@ -195,14 +196,18 @@ def _shrinking(metrics: MetricColumns) -> Array:
 
 
 def _of_intervals(columns: Mapping[str, Column]) -> dict[str, Column]:
-    """The ends of the damages' intervals, NaN where a damage is unknown."""
+    """The ends of the damages' intervals, and of lost batch shares, NaN where these are unknown."""
     names = ("role", "damage_from", "whole_batch")
     kinds = {key: kind_of(*key) for key in set(zip(*(columns[name].to_list() for name in names), strict=True))}
     of_rows = [kinds[key] for key in zip(*(columns[name].to_list() for name in names), strict=True)]
     damage, error, confidence = (columns[name].array for name in ("damage", "damage_se", "confidence"))
     ends = damage_intervals(damage, error, confidence, of_rows)
-    missing = np.isnan(ends[:, 0]) if len(ends) else np.zeros(0, dtype=np.bool_)
-    return {"damage_lower": Column(ends[:, 0], missing), "damage_upper": Column(ends[:, 1], missing)}
+    gradient = columns["role"].array == GRADIENT
+    noise = np.where(gradient, columns["noise_ratio"].read_only(), np.nan)
+    lost = lost_shares(noise_intervals(noise, confidence, columns["noise_from"].array == "measured"))
+    found = {"damage_lower": ends[:, 0], "damage_upper": ends[:, 1]}
+    found |= {"lost_batch_lower": lost[:, 0], "lost_batch_upper": lost[:, 1]}
+    return {name: Column(values, np.isnan(values)) for name, values in found.items()}
 
 
 def _least_of_what_is_lost(estimates: Estimates, metrics: MetricColumns) -> Array:
@@ -223,20 +228,40 @@ def _of_noise(
     measured: Array,
     slots: Sequence[Slot],
     is_product: Mask,
+    casts: Sequence[Cast],
     evidence: Sequence[Evidence],
+    places: Mapping[str, int],
     rows: Rows,
 ) -> dict[str, Column]:
-    sketched = _ratio(metrics.error_energy, metrics.signal_energy)
-    relative = Estimates(measured, sketched, _shrinking(metrics), metrics.error_energy).values
+    random = np.array([cast.rounding == "stochastic" for cast in casts], dtype=np.bool_)
+    error, flushed = _ratio(metrics.error_energy, metrics.signal_energy), _ratio(metrics.underflows, metrics.nonzero)
+    systematic, systematic_se = (table_of([getattr(e, name) for e in evidence], places) for name in _SYSTEMATIC)
+    estimates, alike = (
+        NoiseEstimates(found, error, _shrinking(metrics), flushed, random)
+        for found in (measured, np.maximum(systematic, 0.0))
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # What was not measured is as unsure as what was, in proportion.
+        unsure = row_medians(systematic_se / np.maximum(systematic, systematic_se))[:, None] * alike.values
+    alike_se = np.where(alike.is_measured, alike.of_measured(systematic_se), unsure)
     batch = np.array([np.nan if not e.batch_noise else e.batch_noise for e in evidence], dtype=np.float64)
     # A weight's gradient that is itself cast has the cast's own error in it; other gradients were measured.
     own = ~is_product & np.array([slot.role == WEIGHT_GRADIENT for slot in slots], dtype=np.bool_)
     told = (own | np.array([bool(e.relative_noise) for e in evidence], dtype=np.bool_)) & ~np.isnan(batch)
     with np.errstate(invalid="ignore"):
-        ratio = (relative / batch[:, None])[rows]
+        ratio, systematic_ratio, systematic_se = (
+            (values / batch[:, None])[rows] for values in (estimates.values, alike.values, alike_se)
+        )
         share = ratio / (1 + ratio)
     missing = ~told[rows[0]]
-    return {"noise_ratio": Column(ratio, missing), "lost_batch_share": Column(share, missing)}
+    unknown = np.asarray(np.isnan(systematic).all(axis=1))[rows[0]]
+    return {
+        "noise_ratio": Column(ratio, missing),
+        "lost_batch_share": Column(share, missing),
+        "noise_from": Column(np.where(estimates.is_measured[rows], "measured", "sketch").astype(object), missing),
+        "systematic_ratio": Column(systematic_ratio, missing | unknown),
+        "systematic_ratio_se": Column(systematic_se, missing | unknown | np.isnan(systematic_se)),
+    }
 
 
 def _of_parameters(

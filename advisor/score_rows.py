@@ -38,6 +38,10 @@ _ORDER = (
     "shrinking",
     "noise_ratio",
     "lost_batch_share",
+    "lost_batch_interval",
+    "noise_from",
+    "systematic_ratio",
+    "systematic_ratio_se",
     "lost_updates",
     "epsilon_vanishes",
     "bias",
@@ -66,8 +70,9 @@ def _nothing_collected() -> Iterator[None]:
 def rows_of(scored: ScoreColumns) -> list[dict[str, Any]]:
     """One dict a row."""
     lists = {name: column.to_list() for name, column in scored.columns.items()}
-    ends = zip(lists.pop("damage_lower"), lists.pop("damage_upper"), strict=True)
-    lists["damage_interval"] = [None if low is None else [low, high] for low, high in ends]
+    for name in ("damage", "lost_batch"):
+        ends = zip(lists.pop(f"{name}_lower"), lists.pop(f"{name}_upper"), strict=True)
+        lists[f"{name}_interval"] = [None if low is None else [low, high] for low, high in ends]
     bits = scored.metrics.flags[scored.slot_of, scored.cast_at].tolist()
     lists["flags"] = [_flags(these) if these else [] for these in bits]
     lists["axis"], lists["other_axes"] = [None] * len(scored), [[] for _ in range(len(scored))]

@@ -5,12 +5,14 @@ where the cast was a candidate there; for any other cast they are estimated from
 the slot's coherence, the ratio of the two estimates for the casts that have both (`estimates.py`):
 
     damage (forward roles)  directional: ½·Σ_samples (g·δ)²          from sketches: ½·Σg²·mean(δ²) × coherence
-    noise (all roles)       measured in the gradient products        from sketches: error/signal energy × coherence
+    noise (all roles)       measured in the gradient products        from sketches: what is rounded, what is flushed
 
-Noise is divided by the minibatch's own: `lost_batch_share` = 1 − 1/(1 + ratio). What is approximate: Gauss-Newton for
-the Hessian, a few draws of it, second order in δ, and the weight gradient's noise standing for all that lies upstream.
-A delayed cast's metrics follow the window's steps, but what was measured of it was measured with the scale of the
-scored step's own tensor.
+Noise is divided by the minibatch's own: `lost_batch_share` = 1 − 1/(1 + ratio). That takes the error for noise; what
+of it is alike in every batch stays when noise has averaged out, and is told beside it.
+
+What is approximate: Gauss-Newton for the Hessian, a few draws of it, second order in δ, and the weight gradient's noise
+standing for all that lies upstream. A delayed cast's metrics follow the window's steps, but what was measured of it was
+measured with the scale of the scored step's own tensor.
 
 All slots and casts are scored at once, as columns; the rows are made of them when they are asked for.
 """
@@ -56,6 +58,13 @@ class Scores:
     shrinking                  share of the error energy in the part that shrinks the tensor: (Σx·δ)²/(Σx²·Σδ²)
     noise_ratio                noise energy that the cast adds to gradients, over the minibatch's own
     lost_batch_share           1 − 1/(1 + noise_ratio)
+    lost_batch_interval        [lower, upper]: where a gradient's lost batch share lies with 95% probability, or None
+    noise_from                 "measured" (at the scored steps, of this cast or of one that makes the same error) or
+                               "sketch" (told by how much of the tensor is flushed, from casts that were measured)
+    systematic_ratio, systematic_ratio_se  of casts of gradients: energy of the mean of their errors in the weight's
+                               gradient, over the minibatch's noise, and its standard error. It does not average out:
+                               after 1/systematic_ratio steps it outweighs that noise. None with fewer than two scored
+                               steps, at sites without a weight, and in windows from before it was measured
     lost_updates               of a parameter's master weight: share of the updates that it would not take
                                (`lost_updates.py`); None for other slots, and where nothing can be said
     epsilon_vanishes           of an optimizer's state: whether its epsilon is zero in the cast's format; or None

@@ -3,7 +3,8 @@
 The demo's GPT and ConvNet are trained a little and watched with many candidate casts. Then the measurements of all but
 a few are taken out of the window, and `advisor.score` is asked for the others: its prediction from sketches and
 coherence beside what was measured. `rescoring.json` holds, for each model, set of kept candidates and held-out cast,
-the median ratio and the root mean square of log2 of it over the forward slots.
+the median ratio and the root mean square of log2 of it: of the damage over the forward slots, of the noise ratio over
+the gradients'.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from advisor.training import Trainer
 from advisor.zoo.spec import ArchitectureSpec
 from probes.casts import Cast
 from probes.records import GRADIENT
+from probes.scoring import LADDER
 from probes.window import Window
 
 KEPT = "e4m3fn", "e5m2", "int8", "bf16", "fp16"
@@ -53,22 +55,31 @@ def recorded(model: str, warmup: int, scored: int) -> Window:
 def with_only(window: Window, casts: Sequence[str]) -> Window:
     """The window as it would be had these alone been its candidates."""
     kept, header = {str(Cast.parse(cast)) for cast in casts}, window.header()
+    always = {str(cast) for cast in LADDER}
     for slot in header["slots"]:
-        for kind in ("directional", "directional_se", "relative_noise"):
-            slot["evidence"][kind] = {cast: v for cast, v in slot["evidence"][kind].items() if cast in kept}
+        evidence = slot["evidence"]
+        for kind in ("directional", "directional_se"):
+            evidence[kind] = {cast: v for cast, v in evidence[kind].items() if cast in kept}
+        for kind in ("relative_noise", "systematic_noise", "systematic_noise_se"):
+            held = kept | always if slot["role"] == GRADIENT else kept
+            evidence[kind] = {cast: v for cast, v in evidence[kind].items() if cast in held}
     return Window.from_parts(header, [window.history(*slot) for slot in window.slots])
 
 
-def compared(window: Window, kept: Sequence[str], held_out: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Predicted over measured damage of each held-out cast."""
-    slots = [slot for slot in window.product_slots if slot.role != GRADIENT]
+def compared(
+    window: Window, kept: Sequence[str], held_out: Sequence[str], gradients: bool
+) -> dict[str, dict[str, float]]:
+    """Predicted over measured of each held-out cast: damage, or noise of gradients."""
+    slots = [slot for slot in window.product_slots if (slot.role == GRADIENT) == gradients]
+    value = "noise_ratio" if gradients else "damage"
     truth = advisor.score(window, held_out, slots=slots).columns
     guess = advisor.score(with_only(window, kept), held_out, slots=slots).columns
     found = {}
     for cast in held_out:
-        here = (truth["cast"] == str(Cast.parse(cast))) & (truth["damage"] > 0) & (guess["damage"] > 0)
-        here &= truth["damage"] > 2 * truth["damage_se"]
-        octaves = np.log2(guess["damage"][here] / truth["damage"][here])
+        here = (truth["cast"] == str(Cast.parse(cast))) & (truth[value] > 0) & (guess[value] > 0)
+        if not gradients:
+            here &= truth["damage"] > 2 * truth["damage_se"]
+        octaves = np.log2(guess[value][here] / truth[value][here])
         if len(octaves):
             found[cast] = {
                 "slots": len(octaves),
@@ -91,10 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         window = recorded(model, asked.warmup, asked.scored)
         for name, kept in (("default candidates", KEPT), ("and one that flushes all", (*KEPT, FLUSH))):
             for group, casts in HELD_OUT.items():
-                of_casts = compared(window, kept, casts)
-                found.setdefault(model, {}).setdefault(name, {})[group] = of_casts
-                for cast, told in of_casts.items():
-                    print(f"{model:8} {name:26} {cast:34} {told}")
+                for kind in ("damage", "noise of gradients"):
+                    of_casts = compared(window, kept, casts, kind != "damage")
+                    found.setdefault(model, {}).setdefault(kind, {}).setdefault(name, {})[group] = of_casts
+                    for cast, told in of_casts.items():
+                        print(f"{model:8} {kind:18} {name:26} {cast:34} {told}")
     asked.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

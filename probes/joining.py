@@ -67,6 +67,7 @@ def joined_evidence(ranks: Sequence[Evidence | None]) -> Evidence:
     sure = dict.fromkeys(cast for evidence in held for cast in evidence.first_order_se)
     kept = dict.fromkeys(cast for evidence in held for cast in evidence.beyond)
     noisy = dict.fromkeys(cast for evidence in held for cast in evidence.relative_noise)
+    steady = dict.fromkeys(cast for evidence in held for cast in evidence.systematic_noise)
     batch_noises = [evidence.batch_noise for evidence in held if evidence.batch_noise is not None]
     return Evidence(
         curvature=math.fsum(curvatures) / len(ranks) if curvatures else None,
@@ -81,6 +82,13 @@ def joined_evidence(ranks: Sequence[Evidence | None]) -> Evidence:
         },
         relative_noise={
             cast: _mean([e.relative_noise[cast] for e in held if cast in e.relative_noise]) for cast in noisy
+        },
+        systematic_noise={
+            cast: _mean([e.systematic_noise[cast] for e in held if cast in e.systematic_noise]) for cast in steady
+        },
+        # Ranks see other parts of the same batches: what they err by is not taken to be independent.
+        systematic_noise_se={
+            cast: _mean([e.systematic_noise_se[cast] for e in held if cast in e.systematic_noise_se]) for cast in steady
         },
         batch_noise=_mean(batch_noises) if batch_noises else None,
         whole_batch=any(evidence.whole_batch for evidence in held),

@@ -27,6 +27,7 @@ from torch import Tensor
 from probes.casts import Cast
 from probes.curvature import is_weight
 from probes.cuts import Cut, cuts_of
+from probes.mean_error import Signs
 from probes.records import GRADIENT, Slot
 from probes.sites import ProductCall
 from probes.vjp import vjp
@@ -41,11 +42,14 @@ _Pair = tuple[Tensor, Tensor, tuple[int, ...]]  # an error, the gradient that it
 class NoiseEnergies:
     """Of a cast's error in the gradients that it enters, and of those gradients: `values` float64 [2, channels].
 
-    `groups`: how many of the channels, one after another, are one dimension's; a single channel is the whole gradient.
+    groups   how many of the channels, one after another, are one dimension's; a single channel is the whole gradient
+    sketch   of the error of a cast of `grad_output` in a weight's gradient (`mean_error.py`), and the energy of that
+             gradient: float32 [NUMBERS + 1]; None of others
     """
 
     values: Tensor
     groups: tuple[int, ...]
+    sketch: Tensor | None = None
 
     @property
     def ratio(self) -> float:
@@ -60,7 +64,12 @@ class NoiseEnergies:
 
 
 def noise_energies(
-    call: ProductCall, gradient: Tensor, casts: Sequence[Cast], adaptive: bool, seed: int = 0
+    call: ProductCall,
+    gradient: Tensor,
+    casts: Sequence[Cast],
+    adaptive: bool,
+    seed: int = 0,
+    also: Sequence[Cast] = (),
 ) -> dict[Slot, dict[str, NoiseEnergies]]:
     """For each role and cast: the energy of the cast's error in the gradients it enters, beside those gradients' own.
 
@@ -69,8 +78,8 @@ def noise_energies(
     parameter); an operand enters the other's gradient. Attention is not bilinear: there the error is the difference of
     two backward passes. What `grad_output`'s error puts into the input's gradient, and so into all that lies upstream,
     is beside it under the role UPSTREAM, over all samples together. Of a recurrent layer `grad_output` alone is
-    measured: each operand would take it as often forward and back. `seed`: of the parts that are calculated. Call it in
-    `undisturbed()`.
+    measured: each operand would take it as often forward and back. `also`: casts of `grad_output` alone. `seed`: of the
+    parts that are calculated and of the signs of sketches. Call it in `undisturbed()`.
     """
     tensors = [*(operand.detach().float() for operand in call.operands), gradient.detach().float()]
     trained = [i for i, operand in enumerate(call.operands) if operand.requires_grad]
@@ -81,11 +90,14 @@ def noise_energies(
         entered = _enters(call, i, trained)
         if not entered:
             continue
-        beneath = [j for j in trained if j not in entered] if i == len(call.operands) else []
-        for cast in casts:
+        is_gradient = i == len(call.operands)
+        beneath = [j for j in trained if j not in entered] if is_gradient else []
+        # Only of a parameter is there a mean over batches: activations' gradients are of other samples each time.
+        signs = Signs(seed) if is_gradient and all(is_weight(call.roles[j]) for j in entered) else None
+        for cast in (*casts, *also) if is_gradient else casts:
             moved = cast(tensors[i])
             found = products.errors(i, moved, entered)
-            energies[Slot(call.site, role)][str(cast)] = _energies(found, by_channel)
+            energies[Slot(call.site, role)][str(cast)] = _energies(found, by_channel, signs)
             if found := products.errors(i, moved, beneath):
                 energies[Slot(call.site, UPSTREAM)][str(cast)] = _energies(found, by_channel=False)
     return energies
@@ -141,17 +153,23 @@ def _is_recurrent(call: ProductCall) -> bool:
     return not call.operation.multilinear and any(map(is_weight, call.roles))
 
 
-def _energies(pairs: Sequence[_Pair], by_channel: bool) -> NoiseEnergies:
-    """Of pairs of an error and what it is the error of; by channel, along each of the named dimensions."""
+def _energies(pairs: Sequence[_Pair], by_channel: bool, signs: Signs | None = None) -> NoiseEnergies:
+    """Of pairs of an error and what it is the error of; by channel, along each of the named dimensions.
+
+    `signs`: with a sketch of the error.
+    """
+    whole = torch.stack([torch.stack([_energy(error), _energy(exact)]) for error, exact, _ in pairs]).sum(0)
+    sketch = None
+    if signs is not None:
+        sketch = torch.cat([signs.sketched([error for error, *_ in pairs]), whole[1:].float()])
     if not by_channel:
-        both = [torch.stack([_energy(error), _energy(exact)]) for error, exact, _ in pairs]
-        return NoiseEnergies(torch.stack(both).sum(0)[:, None], (1,))
+        return NoiseEnergies(whole[:, None], (1,), sketch)
     found = [
         torch.stack([_channel_energy(values, dimension) for values in (error, exact)])
         for error, exact, channels in pairs
         for dimension in channels[: exact.dim()]
     ]
-    return NoiseEnergies(torch.cat(found, dim=1), tuple(each.shape[1] for each in found))
+    return NoiseEnergies(torch.cat(found, dim=1), tuple(each.shape[1] for each in found), sketch)
 
 
 def _channel_energy(values: Tensor, dimension: int) -> Tensor:

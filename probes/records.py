@@ -101,6 +101,10 @@ class Evidence:
                     loss units, mean over the scored steps
     first_order_se  cast → standard error of that mean over the steps; empty with fewer than two
     relative_noise  cast → energy of the error that the cast puts into the site's gradients, over those gradients'
+    systematic_noise  cast of a gradient → energy of the mean of its errors in the weight's gradient, over that
+                    gradient's: what is alike in all batches. Without bias, and so below zero by chance; of two scored
+                    steps or more (`mean_error.py`)
+    systematic_noise_se  cast → its standard error
     batch_noise     energy of the minibatch noise in the site's weight gradient, over that gradient's
     whole_batch     samples mix behind this site (BatchNorm, MoE), so the batch was taken as one sample
     """
@@ -112,6 +116,8 @@ class Evidence:
     first_order: dict[str, float] = field(default_factory=dict)
     first_order_se: dict[str, float] = field(default_factory=dict)
     relative_noise: dict[str, float] = field(default_factory=dict)
+    systematic_noise: dict[str, float] = field(default_factory=dict)
+    systematic_noise_se: dict[str, float] = field(default_factory=dict)
     batch_noise: float | None = None
     whole_batch: bool = False
 
@@ -134,6 +140,8 @@ class Evidence:
             first_order=numbers(data.get("first_order", {})),
             first_order_se=numbers(data.get("first_order_se", {})),
             relative_noise=numbers(data["relative_noise"]),
+            systematic_noise=numbers(data.get("systematic_noise", {})),
+            systematic_noise_se=numbers(data.get("systematic_noise_se", {})),
             batch_noise=number(data["batch_noise"]),
             whole_batch=bool(data["whole_batch"]),
         )

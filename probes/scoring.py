@@ -29,6 +29,7 @@ from probes.distributed import is_sharded
 from probes.edges import gradient_edge
 from probes.losscall import LossCall
 from probes.losses import WITHOUT_CURVATURE
+from probes.mean_error import MeanError
 from probes.names import Frame, in_backward
 from probes.network_curvature import Beyond, network_curvature, share
 from probes.noise import UPSTREAM, NoiseEnergies, noise_energies
@@ -41,6 +42,9 @@ from probes.undisturbed import unchanged, undisturbed
 from probes.vjp import vjp
 
 ALONE = "damage is Gauss-Newton's alone, without the network's own curvature"
+LADDER = tuple(map(Cast.parse, ("int8", "e2m2/tensor/current/nearest", "e2m0/tensor/current/nearest")))
+"""Casts of gradients that are measured whether they are candidates or not. They flush ever more, the last nearly all:
+from how the noise grows from one to the next, that of any other cast is told (`advisor/estimates.py`)."""
 LONGEST = 200  # characters of an error that a note repeats
 UNTOLD_SHARE = 0.01  # of the total that no known loss accounts for, from which on the window says so
 
@@ -50,6 +54,7 @@ class Scoring:
 
     def __init__(self, model: nn.Module, casts: Sequence[Cast], adaptive: bool, seed: int, note: Callable[[str], None]):
         self.casts = tuple(casts)
+        self._also = [cast for cast in LADDER if cast not in self.casts] if self.casts else []
         self.drawing = False
         self.tried = 0
         self.steps: list[int] = []
@@ -60,6 +65,7 @@ class Scoring:
         self._found: dict[str, dict[Slot, list[Tensor]]] = {"loss": defaultdict(list), "gradient": defaultdict(list)}
         self._network: dict[Slot, list[Tensor]] = defaultdict(list)
         self._noise: dict[Slot, dict[str, NoiseEnergies]] = defaultdict(dict)
+        self._mean_errors: dict[Slot, dict[str, MeanError]] = defaultdict(lambda: defaultdict(MeanError))
         self._slopes: dict[Slot, list[Tensor]] = defaultdict(list)
         self._errors: list[ProductError] = []
         self._generation, self._numbers = 0, itertools.count()
@@ -225,8 +231,9 @@ class Scoring:
     def _measure_noise(self, met: Met, gradient: Tensor) -> None:
         # The same parts of a gradient are calculated in every step, so that their energies add.
         seed = self._seed + zlib.crc32(met.call.site.encode())
-        for slot, energies in noise_energies(met.call, gradient, self.casts, self._adaptive, seed).items():
-            self._energies += [(slot, cast, found) for cast, found in energies.items()]
+        found = noise_energies(met.call, gradient, self.casts, self._adaptive, seed, self._also)
+        for slot, energies in found.items():
+            self._energies += [(slot, cast, one) for cast, one in energies.items()]
         if not self._reached_a_loss:
             self._keep_gradient(met, gradient)
 
@@ -286,6 +293,10 @@ class Scoring:
         Where a product's shape is another than before (shorter sequences), it has other channels: the latest stay.
         """
         read = _read([found.values.flatten() for *_, found in self._energies])
+        sketched = [(slot, cast, found.sketch) for slot, cast, found in self._energies if found.sketch is not None]
+        for (slot, cast, _), row in zip(sketched, _read([sketch for *_, sketch in sketched]), strict=True):
+            if bool(row.isfinite().all()):
+                self._mean_errors[slot][cast].add(row[:-1] / loss_scale, float(row[-1]) / loss_scale**2)
         for (slot, cast, found), row in zip(self._energies, read, strict=True):
             values = row.reshape(2, -1) / loss_scale**2
             if values.isnan().any() or not values[1].isfinite().all():
@@ -342,6 +353,7 @@ class Scoring:
             for cast, upstream in self._noise.get(Slot(slot.site, UPSTREAM), {}).items():
                 if cast in noise and not math.isnan(upstream.ratio):
                     noise[cast] = max(noise[cast], upstream.ratio * batch_noise)
+        systematic, systematic_se = self._systematic(slot)
         first_order, first_order_se = self._first_order(slot)
         mixed = slot.site in self.whole_batch
         measured = self._gauss_newton(slot)
@@ -350,6 +362,8 @@ class Scoring:
                 first_order=first_order,
                 first_order_se=first_order_se,
                 relative_noise=noise,
+                systematic_noise=systematic,
+                systematic_noise_se=systematic_se,
                 batch_noise=batch_noise,
                 whole_batch=mixed,
             )
@@ -373,9 +387,16 @@ class Scoring:
             first_order=first_order,
             first_order_se=first_order_se,
             relative_noise=noise,
+            systematic_noise=systematic,
+            systematic_noise_se=systematic_se,
             batch_noise=batch_noise,
             whole_batch=mixed,
         )
+
+    def _systematic(self, slot: Slot) -> tuple[dict[str, float], dict[str, float]]:
+        """The energy of each cast's mean error over the gradient's, and its standard error."""
+        found = {cast: error for cast, error in self._mean_errors.get(slot, {}).items() if not math.isnan(error.ratio)}
+        return {cast: error.ratio for cast, error in found.items()}, {cast: e.ratio_se for cast, e in found.items()}
 
     def _first_order(self, slot: Slot) -> tuple[dict[str, float], dict[str, float]]:
         """⟨g, δ⟩ by cast, mean over the scored steps, and that mean's standard error where there are two or more."""

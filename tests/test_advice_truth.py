@@ -173,7 +173,8 @@ def test_the_noise_of_a_cast_over_the_minibatchs(tmp_path: Path, adaptive: bool)
     noise = (gradients / size).var(0).sum()
     found = truths[OUTPUT, str(E2M1)]
     assert found.ratio == pytest.approx(float((moved / size).square().sum((1, 2)).mean() / noise), rel=1e-3)
-    assert found.scatter_ratio == pytest.approx(float((moved / size).var(0).sum() / noise), rel=1e-3)
+    alike = float(moved.mean(0).square().sum() - moved.var(0).sum() / gradient_truth.BATCHES)
+    assert found.alike == pytest.approx(alike / float(gradients.var(0).sum()), rel=1e-3)
     assert truths[WEIGHT, str(E2M1)].ratio == 0  # its error goes to the input's gradient, which nothing learns from
 
 
@@ -185,6 +186,15 @@ def test_pairs_are_spread_over_the_noise() -> None:
     assert [pair[0].site for pair in training_truth.spread_out(ratios)] == ["s20", "s16", "s12", "s8", "s4", "s0"]
     few = dict(list(ratios.items())[:3])
     assert len(training_truth.spread_out(few)) == 3
+
+
+def test_pairs_with_little_noise_are_those_whose_errors_are_most_alike() -> None:
+    ratios = {(Slot(f"s{index}", GRADIENT), "int8"): 0.02 * index for index in range(10)}
+    alike = {pair: -float(place) for place, pair in enumerate(ratios)}
+    chosen = training_truth.most_alike(ratios, alike, list(ratios)[:1])
+    assert [pair[0].site for pair in chosen] == ["s1", "s2", "s3", "s4", "s5"]
+    alike[list(ratios)[8]] = 1.0  # but its noise is not small
+    assert training_truth.most_alike(ratios, alike, list(ratios)[:1]) == chosen
 
 
 def test_the_gap_of_paired_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,9 +135,9 @@ def test_rows_and_columns_are_the_same_numbers() -> None:
     assert len(scores.rows) == len(scores) == 3 * len(SLOTS)
     for name, column in scores.columns.items():
         for row, value in zip(scores.rows, column.tolist(), strict=True):
-            if name in ("damage_lower", "damage_upper"):
-                ends = row["damage_interval"]
-                assert np.isnan(value) if ends is None else ends[name == "damage_upper"] == value
+            if name.endswith(("_lower", "_upper")):
+                ends = row[f"{name[:-6]}_interval"]
+                assert np.isnan(value) if ends is None else ends[name.endswith("_upper")] == value
             elif row[name] is None:
                 assert value is None or np.isnan(value), name
             else:

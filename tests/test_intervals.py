@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import advisor
+from advisor import intervals
 from advisor.confidence import DAMAGE, loss_octaves, octaves_of
 from advisor.intervals import (
     CALIBRATION,
@@ -19,9 +20,12 @@ from advisor.intervals import (
     interval_of,
     interval_of_sum,
     kind_of,
+    noise_interval,
     total_interval,
 )
+from advisor.menu import lost_share
 from probes.probing import probe
+from probes.records import GRADIENT
 from tests.models import mlp, train
 from tests.planned import score
 
@@ -147,3 +151,24 @@ def test_scores_and_plans_have_them() -> None:
 
 def test_the_floor_of_the_window_is_shared() -> None:
     assert DAMAGE.floor > OWN_FLOOR
+
+
+def test_a_gradient_s_lost_batch_has_an_interval() -> None:
+    window = train(mlp, 8, lambda model, optimizer: probe(model, optimizer, steps=8, curvature_steps=2))[2]
+    rows = advisor.score(window, ["e4m3fn", "e2m1"]).rows
+    assert {row["role"] for row in rows if row["lost_batch_interval"] is not None} == {GRADIENT}
+    for row in rows:
+        if row["role"] == GRADIENT and row["lost_batch_share"] is not None:
+            low, high = row["lost_batch_interval"]
+            assert 0 <= low < row["lost_batch_share"] < high <= 1
+            assert [lost_share(end) for end in noise_interval(row)] == pytest.approx([low, high], rel=1e-12)
+            assert row["noise_from"] == ("measured" if row["cast"].startswith("e4m3fn") else "sketch")
+
+
+def test_noise_that_was_measured_is_surer_than_what_other_casts_tell() -> None:
+    ends = intervals.noise_intervals([0.01, 0.01, 0.01, math.nan], [0.9, 0.9, 0.3, 0.9], [True, False, True, True])
+    width = np.log2(ends[:, 1] / ends[:, 0])
+    assert width[0] < width[1]
+    assert width[0] < width[2]
+    assert np.isnan(ends[3]).all()
+    assert np.allclose(intervals.noise_intervals([0.0], [0.9], [True]), 0.0)

@@ -20,6 +20,9 @@ def test_a_file_of_the_first_version() -> None:
     assert window.losses == pytest.approx([1.1057120561599731, 1.071610450744629, 1.0392616987228394])
     assert window.curvature_from == "loss"
     assert advisor.score(window).of("0", "weight")[0]["damage"] > 0
+    gradient = advisor.score(window).of("0", "grad_output")[0]
+    assert gradient["noise_ratio"] > 0
+    assert gradient["systematic_ratio"] is None  # what nobody measured then is unknown, and limits nothing
     again = window_from_bytes(window.to_bytes())
     assert again.header() == window.header()
     assert again.header()["schema"] == "numerics-advisor/window/2"

@@ -185,6 +185,21 @@ def test_gradients_stop_at_the_lost_batch() -> None:
     assert formats(planned([site], rows, max_lost_batch=0.06), "up") == ["e4m3fn"] * 3
 
 
+def test_a_gradient_s_error_that_is_alike_in_every_batch_has_a_limit_of_its_own() -> None:
+    """At the default limit on lost batch it may outweigh the minibatch's noise after some 2,000 steps, not before."""
+    site = linear()
+    rows = [score("up", role, cast, 1e-6) for role in site.roles for cast in ("e4m3fn", "bf16")]
+    for ratio, error, chosen in ((4e-4, 1e-4, "e4m3fn"), (2e-3, 1e-4, "bf16"), (6e-4, 1e-4, "bf16")):
+        rows[4] |= {"systematic_ratio": ratio, "systematic_ratio_se": error}
+        plan = planned([site], rows)
+        assert formats(plan, "up") == ["e4m3fn", "e4m3fn", chosen]
+        reason = assigned(plan, "up", "grad_output").reason
+        told = f"after {round(1 / ratio)} steps that outweighs the minibatch's noise, and the limit is 1960 steps"
+        assert (told in reason) == (chosen == "bf16")
+        assert ("not settled" in reason) == (ratio == 6e-4)
+    assert formats(planned([site], rows, max_lost_batch=0.06), "up") == ["e4m3fn"] * 3
+
+
 def test_the_pair_that_the_hardware_takes_decides() -> None:
     """e5m2 harms less here in every role, but e5m2×e5m2 is multiplied nowhere: one side of each product is e4m3fn."""
     site = linear()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import advisor
-from advisor.estimates import Estimates
+from advisor.estimates import Estimates, NoiseEstimates
 from advisor.hardware import HARDWARE
 from advisor.planner import plan_from_rows
 from probes.probing import probe
@@ -94,6 +94,35 @@ def test_a_cast_that_makes_the_same_error_takes_its_measurement() -> None:
             if row["sqnr_db"] == pytest.approx(same["sqnr_db"], rel=1e-12):
                 assert (row["damage"], row["damage_se"]) == (same["damage"], same["damage_se"])
                 assert row["damage_from"] == "directional"
+
+
+@pytest.mark.parametrize("build", [mlp, convnet, encoder])
+def test_noise_of_casts_that_flush_is_told_by_those_that_flush_more_and_less(build: Any) -> None:
+    """Casts of gradients that were no candidates, of 3 to 7 bits, against a window in which they were."""
+    unseen = ["e3m2", "e2m3", "e2m1", "int4", "e3m1"]
+    truth, guess = (
+        advisor.score(window_of(build, casts), unseen).columns for casts in (unseen, ["e4m3fn", "e5m2", "bf16"])
+    )
+    known = (truth["role"] == "grad_output") & (truth["noise_ratio"] > 0) & (guess["noise_from"] == "sketch")
+    assert known.sum() >= 6
+    octaves = np.log2(guess["noise_ratio"][known] / truth["noise_ratio"][known])
+    assert abs(np.median(octaves)) < 0.3
+    assert np.sqrt(np.mean(octaves**2)) < 0.6
+
+
+def test_rounding_and_flushing_are_told_apart() -> None:
+    """Noise 2·E where nothing is flushed, and beside it what grows with the flushed share u as (u/(1 − u))^3."""
+    flushed = np.array([[0.0, 0.001, 0.1, 0.3, 0.5, 0.7, 0.9]])
+    error = np.array([[0.003, 0.0007, 0.002, 0.01, 0.02, 0.1, 0.2]])
+    exact = 2 * error + 0.1 * (flushed / (1 - flushed)) ** 3
+    some = np.array([[True, True, True, False, False, False, True]])
+    none = np.zeros(error.shape)
+    estimates = NoiseEstimates(np.where(some, exact, np.nan), error, none, flushed, none[0] > 0)
+    assert estimates.rounding[0] == pytest.approx(2, rel=1e-3)
+    np.testing.assert_allclose(estimates.values, exact, rtol=0.02)
+    # Of draws, what is flushed is not lost in the mean.
+    random = NoiseEstimates(np.where(some, exact, np.nan), error, none, flushed, np.arange(7) == 5)
+    assert random.values[0, 5] == pytest.approx(2 * error[0, 5], rel=1e-3)
 
 
 def test_what_shrinks_a_tensor_is_told_by_a_cast_that_does_little_else() -> None:

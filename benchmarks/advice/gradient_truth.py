@@ -41,24 +41,26 @@ class GradientTruth:
     """One pair's, at one parameter.
 
     ratio, ratio_se   error over minibatch noise, and its standard error over batches
-    scatter_ratio     the same without what is alike in all batches
+    alike, alike_se   the mean error over minibatch noise, over the whole gradient whatever the optimizer, without bias;
+                      and the standard error that it has at most, were all of the error's scatter along one direction
+    alike_share       of the error's energy that is the mean error's, 0 to 1 but for chance
     shrinkage         share of the gradient that is taken away
     """
 
     ratio: float
     ratio_se: float
-    scatter_ratio: float
+    alike: float
+    alike_se: float
+    alike_share: float
     shrinkage: float
-
-    @property
-    def systematic(self) -> float:
-        """Share of the error's energy that is alike in all batches, 0 to 1 but for chance; NaN without an error."""
-        return 1 - self.scatter_ratio / self.ratio if self.ratio else math.nan
 
     @property
     def decided(self) -> bool:
         """The ratio is more than twice its standard error."""
         return self.ratio > 2 * self.ratio_se
+
+
+NOTHING = GradientTruth(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class _Exact:
@@ -142,19 +144,25 @@ def gradient_truths(
         own = parameter_of.get(slot.site) if slot.role in (GRADIENT, "input") else None
         names = [own] if own in record["at"] else [name for name in record["at"] if name in matrices]
         each = [_at(exact["at"][name], record["at"][name], kind) for name in names]
-        found[slot, record["cast"]] = max(each, key=lambda one: one.ratio, default=GradientTruth(0.0, 0.0, 0.0, 0.0))
+        found[slot, record["cast"]] = max(each, key=lambda one: one.ratio, default=NOTHING)
     return found
 
 
 def _at(exact: Mapping[str, Any], at: Mapping[str, Any], kind: str) -> GradientTruth:
     noise = exact[f"noise{kind}"]
     if not noise:
-        return GradientTruth(0.0, 0.0, 0.0, 0.0)
+        return NOTHING
     errors = torch.tensor(at[f"error{kind}"], dtype=torch.float64)
+    batches, scatter = len(errors), at["scatter"]
+    energy = sum(at["error"]) / batches
+    alike = energy - scatter
+    alike_se = math.sqrt(2 / (batches * (batches - 1)) * scatter**2 + 4 / batches * scatter * max(alike, 0.0))
     return GradientTruth(
         float(errors.mean()) / noise,
-        float(errors.std()) / len(errors) ** 0.5 / noise,
-        at[f"scatter{kind}"] / noise,
+        float(errors.std()) / batches**0.5 / noise,
+        alike / exact["noise"],
+        alike_se / exact["noise"],
+        alike / energy,
         at["shrinkage"],
     )
 

@@ -6,14 +6,18 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from advisor.menu import Limits
 from benchmarks.advice.agreement import PLAN_FACTOR, TARGETS
 from benchmarks.advice.forward_truth import ROUND
 from benchmarks.advice.gradient_truth import BATCHES, EXACT_BATCHES
-from benchmarks.advice.training_truth import LAST, STEPS
+from benchmarks.advice.training_truth import LAST, PAIRS, PAIRS_ALIKE, SMALL, STEPS
 from probes.numbers import from_json
 from probes.records import GRADIENT
 
 WORST = 5  # pairs a model that are listed
+RISE = 1e-3  # of the loss: the default tolerance
+LOST = 0.02  # the default limit on lost batch
+ALIKE = Limits(math.inf, LOST).systematic
 FAR = 2.0  # predicted over measured, or the reverse, from which on a pair is listed
 
 
@@ -113,12 +117,22 @@ def _sketches(models: Mapping[str, Any]) -> str:
         for name, one in models.items()
         for role, found in one["from_sketches"].items()
     ]
+    own, told = (
+        " of ".join(
+            str(sum(one["in_intervals"][source][what] for one in models.values())) for what in ("inside", "pairs")
+        )
+        for source in ("measured", "sketch")
+    )
     return f"""## Formats that the window did not know
 
-A second window, in which e4m3fn, e5m2 and int8 were the candidates: what its sketches and each slot's coherence tell of
-the other casts above, none of which it measured.
+A second window, in which e4m3fn, e5m2 and int8 were the candidates: what its sketches and what was measured of these
+tell of the other casts above, none of which it measured. Of gradients a window measures two other casts beside its
+candidates, `e2m2` and `e2m0`, which are none of these.
 
-{_table(("model", "role", "decided", "Spearman", "ratio"), rows)}"""
+{_table(("model", "role", "decided", "Spearman", "ratio"), rows)}
+
+Of the decided noise ratios of gradients {own} lie in the 95% intervals of what the first window measured,
+and {told} in those of what the second told."""
 
 
 def _first_order(models: Mapping[str, Any]) -> str:
@@ -168,24 +182,70 @@ plans draw a cast for each tensor.
 
 
 def _trainings(models: Mapping[str, Any]) -> str:
-    rows = []
+    rows, risen, unharmed = [], [], []
     for name, one in models.items():
         for run in one["trainings"]:
-            told = "not told" if run["predicted"] is None else f"{100 * from_json(run['predicted']):.2g}%"
-            gap = f"{_number(run['gap'], 4)} ± {_number(run['gap_half_width'], 4)}"
-            noise = f"{from_json(run['measured_noise_ratio']):.2g}"
-            alike = f"{100 * from_json(run['systematic']):.0f}%"
-            rows.append((name, run["site"], f"`{run['cast']}`", told, noise, alike, gap, str(run["seeds"])))
-    head = ("model", "gradient at", "cast", "lost batch, predicted", "noise ratio", "alike", "loss gap", "seeds")
+            lost, alike = (_told(run[key]) for key in ("predicted", "predicted_alike"))
+            gap, width = from_json(run["gap"]), from_json(run["gap_half_width"])
+            allowed = within(run["predicted"], run["predicted_alike"])
+            proven = gap - width > RISE * from_json(one["loss"])
+            (risen if proven else unharmed).append(allowed)
+            rows.append(
+                (
+                    name,
+                    run["site"],
+                    f"`{run['cast']}`",
+                    "not told" if lost is None else f"{100 * lost:.2g}%",
+                    f"{from_json(run['measured_noise_ratio']):.2g}",
+                    "not told" if alike is None else f"{alike:.2g}",
+                    f"{from_json(run['alike']):.2g}",
+                    f"{_number(gap, 4)} ± {_number(width, 4)}" + (" **rises**" if proven else ""),
+                    str(run["seeds"]),
+                    "yes" if allowed else "no",
+                )
+            )
+    head = (
+        *("model", "gradient at", "cast", "lost batch, predicted", "noise ratio", "alike, predicted", "alike"),
+        *("loss gap", "seeds", "within the limits"),
+    )
     return f"""## Whole trainings with one gradient cast
 
 {STEPS} steps from new weights, with and without the cast, the same batches; the mean difference of the loss over the
-last {LAST} steps, with its 95% interval over seeds. The pairs are spread over the measured noise, the strongest first.
-Alike is the share of the error's energy that is the same in all batches: it does not average out as noise does. The
-small gradients of a cross-entropy's many wrong classes are flushed and the large one of the right class is not, so at a
-head it can be most of the error; the lost share of the batch, which takes it for noise, says too little there.
+last {LAST} steps, with its 95% interval over seeds. {PAIRS} pairs a model are spread over the measured noise, the
+strongest first; {PAIRS_ALIKE} more are those of little noise, at most {SMALL:g} of the minibatch's, of which most is
+alike.
+
+Alike is the energy of the mean error over the minibatch's noise, over the whole gradient: it does not average out as
+noise does, and outweighs it after the inverse of that number of steps. The small gradients of a cross-entropy's many
+wrong classes are flushed and the large one of the right class is not, so at a head it can be most of the error. By
+default a plan takes no cast that loses more than {100 * LOST:g}% of the batch or that has more than {ALIKE:.2g} alike.
+Predicted, measured, of sites with a weight (of others nothing is told), all casts of the benchmark:
+
+{_table(("model", "decided", "Spearman", "ratio"), _alike(models))}
+
+A loss rises where the whole interval is above {RISE:g} of it, the default tolerance. Of {len(risen)} pairs for which it
+rises the limits allow {sum(risen)}; of the other {len(unharmed)} they allow {sum(unharmed)}.
+The limit on what is alike was chosen on chargpt and lstm.
 
 {_table(head, rows)}"""
+
+
+def _alike(models: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    found = {name: one["alike"] for name, one in models.items()}
+    return [
+        (name, f"{one['decided']} of {one['pairs']}", _number(one["spearman"], 3), _number(one["ratio"]))
+        for name, one in found.items()
+    ]
+
+
+def _told(value: Any) -> float | None:
+    return None if value is None else float(from_json(value))
+
+
+def within(lost: Any, alike: Any) -> bool:
+    """Whether a plan's default limits allow a cast of a gradient by itself: what is alike is unknown at some sites."""
+    lost, alike = _told(lost), _told(alike)
+    return lost is not None and lost <= LOST and (alike is None or alike <= ALIKE)
 
 
 def _far(models: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from advisor.menu import lost_share
 from benchmarks.advice.additivity import plan_totals
 from benchmarks.advice.agreement import TARGETS, Compared, agreement, group_of, ranking, within_factor
 from benchmarks.advice.first_order import first_orders
@@ -33,6 +34,7 @@ from probes.records import GRADIENT
 
 RESULT = Path(__file__).with_name("advice.json")
 PAGE = Path(__file__).parents[2] / "docs" / "advice.md"
+SHRUNK = 0.5  # share of a gradient
 USUAL = ("e4m3fn", "e5m2", "int8")  # ranked by themselves too; and a second window's only candidates
 
 
@@ -45,7 +47,8 @@ def result_of(start: Start, quick: bool) -> dict[str, Any]:
     noises = gradient_truths(ledger, model, parameters, is_adaptive(optimizer))
     predicted = predict(start)
     compared = compare(rises, noises, predicted)
-    from_sketches = compare(rises, noises, predict(start, candidates=USUAL))
+    of_usual = predict(start, candidates=USUAL)
+    from_sketches = compare(rises, noises, of_usual)
     plans = plan_totals(trainable, model, predicted)
     return {
         "loss": predicted.loss,
@@ -62,6 +65,11 @@ def result_of(start: Start, quick: bool) -> dict[str, Any]:
             )
             for role in _groups(compared)
         },
+        "in_intervals": {
+            "measured": in_intervals(compared, predicted, "measured"),
+            "sketch": in_intervals(from_sketches, of_usual, "sketch"),
+        },
+        "alike": agreement(list(_alike(noises, predicted).values())),
         "first_order": _first_order(rises, first_orders(start)),
         "plans": [
             {**plain(one), "meets": within_factor(one.predicted, one.measured, one.standard_error)} for one in plans
@@ -85,6 +93,31 @@ def compare(
         if pair[0].role == GRADIENT:
             found[pair] = Compared(noise.ratio, noise.ratio_se, predicted.of(pair, "noise_ratio"))
     return found
+
+
+def in_intervals(compared: Mapping[Pair, Compared], predicted: Predicted, source: str) -> dict[str, int]:
+    """Of the decided pairs of gradients and casts whose noise has this source: how many are in their intervals."""
+    inside = []
+    for pair, one in compared.items():
+        row = predicted.rows.get(pair, {})
+        if pair[0].role == GRADIENT and one.decided and row.get("noise_from") == source:
+            low, high = row["lost_batch_interval"]
+            inside.append(low <= lost_share(one.measured) <= high)
+    return {"pairs": len(inside), "inside": sum(inside)}
+
+
+def _alike(noises: Mapping[Pair, GradientTruth], predicted: Predicted) -> dict[Pair, Compared]:
+    """The mean error that casts put into weights' gradients, over the minibatch's noise; of sites with a weight.
+
+    Not where most of the gradient is taken away: what is alike there is the mean gradient itself, which stands still at
+    a checkpoint and turns in a window.
+    """
+    told = {pair: predicted.of(pair, "systematic_ratio") for pair in noises}
+    return {
+        pair: Compared(noises[pair].alike, noises[pair].alike_se, value)
+        for pair, value in told.items()
+        if pair[0].role == GRADIENT and value is not None and noises[pair].shrinkage < SHRUNK
+    }
 
 
 def _groups(compared: Mapping[Pair, Compared]) -> list[str]:
@@ -149,7 +182,8 @@ def _trainings(ledger: Ledger, noises: Mapping[Pair, GradientTruth], predicted: 
                 "cast": pair[1],
                 "predicted": predicted.of(pair, "lost_batch_share"),
                 "measured_noise_ratio": noises[pair].ratio,
-                "systematic": noises[pair].systematic,
+                "predicted_alike": predicted.of(pair, "systematic_ratio"),
+                "alike": noises[pair].alike,
                 "gap": mean,
                 "gap_half_width": width,
                 "seeds": len(gap),

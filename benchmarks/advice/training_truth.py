@@ -1,6 +1,7 @@
 """The loss after some hundred steps with one gradient cast all the way, beside the same training without it.
 
-Six pairs a model, spread over the noise that brute force has measured of them, from the strongest on. Both trainings
+Six pairs a model, spread over the noise that brute force has measured of them, from the strongest on; and five more
+whose noise is small, those whose errors are most alike in all batches. Both trainings
 of a seed start at the same weights and see the same batches; the gap is the mean difference of their losses over the
 last steps. Seeds are added while the gap's interval holds zero and time is left.
 """
@@ -22,6 +23,7 @@ from probes.casts import Cast
 from probes.records import Slot
 
 PAIRS = 6
+SMALL, PAIRS_ALIKE = 0.1, 5  # noise over the minibatch's, up to which a pair's noise is small
 STEPS = 200
 LAST = 50  # steps whose losses are compared
 FIRST_SEEDS, MOST_SEEDS = 3, 5
@@ -36,6 +38,12 @@ def spread_out(ratios: Mapping[Pair, float]) -> list[Pair]:
     if len(ranked) <= PAIRS:
         return ranked
     return [ranked[round(place)] for place in np.linspace(0, len(ranked) - 1, PAIRS)]
+
+
+def most_alike(ratios: Mapping[Pair, float], shares: Mapping[Pair, float], without: Sequence[Pair]) -> list[Pair]:
+    """Five of the pairs whose noise is small: those with most of their error alike in all batches, ties by name."""
+    small = [pair for pair, ratio in ratios.items() if ratio <= SMALL and pair not in without]
+    return sorted(small, key=lambda pair: (-shares[pair], pair))[:PAIRS_ALIKE]
 
 
 def measure_trainings(

@@ -2,7 +2,7 @@
 
 For each of the six models, at one checkpoint: the rise of the loss, one forward slot and cast at a time
 (`forward_truth.py`); the error in every parameter's gradient, one slot and cast at a time (`gradient_truth.py`); and
-for six casts of gradients the loss of whole trainings (`training_truth.py`). Nothing here asks the advisor anything.
+for eleven casts of gradients the loss of whole trainings (`training_truth.py`). Nothing here asks the advisor anything.
 
 What is measured goes into a ledger a model under --cache at once. A run that is stopped goes on there, and a table can
 be made from it at any time (`table.py`). The committed table is of 24 minutes of processor time, with --forward-seconds
@@ -28,7 +28,7 @@ from benchmarks.advice.gradient_truth import gradient_truths, measure_gradients
 from benchmarks.advice.ledger import Ledger, fingerprint
 from benchmarks.advice.models import CACHE, MODELS, Start
 from benchmarks.advice.moved import slots_of
-from benchmarks.advice.training_truth import measure_trainings, spread_out
+from benchmarks.advice.training_truth import measure_trainings, most_alike, spread_out
 from probes.casts import Cast
 from probes.records import GRADIENT
 
@@ -62,8 +62,10 @@ def measure(start: Start, budget: Budget, progress: Callable[[str], object]) -> 
     if budget.trainings and not start.seed:
         parameters = {one.slot.site: one.parameter for one in met}
         ratios = gradient_truths(ledger, model, parameters, is_adaptive(optimizer))
-        chosen = spread_out({pair: one.ratio for pair, one in ratios.items() if pair[0].role == GRADIENT})
-        measure_trainings(trainable, chosen, ledger, budget.training_s, progress)
+        noise = {pair: one.ratio for pair, one in ratios.items() if pair[0].role == GRADIENT}
+        chosen = spread_out(noise)
+        more = most_alike(noise, {pair: ratios[pair].alike_share for pair in noise}, chosen)
+        measure_trainings(trainable, [*chosen, *more], ledger, budget.training_s, progress)
     return ledger
 
 
