@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.queues import SimpleQueue
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +19,19 @@ import torch
 
 from probes import kernels, sketch
 from probes.errors import UnsupportedTensor
-from probes.layout import BINS, DISTINCT, NANS, NEGATIVE_INFS, SAMPLE, SIGNIFICANT_BITS, SUM_OF_SQUARES, SUMS, ZEROS
+from probes.layout import (
+    BIN_SHIFT,
+    BINS,
+    DISTINCT,
+    MANTISSA_BITS,
+    NANS,
+    NEGATIVE_INFS,
+    SAMPLE,
+    SIGNIFICANT_BITS,
+    SUM_OF_SQUARES,
+    SUMS,
+    ZEROS,
+)
 from probes.sketch import BIN_EDGES, SketchArray, add_reference
 from probes.threads import SMALLEST_SHARE
 from tests.tensors import AWKWARD, generator
@@ -126,10 +142,40 @@ def test_ways_through_the_kernel(name: str, number: int, shares: Callable[[int],
     assert_equals_the_reference(kinds(3 * SMALLEST_SHARE + 77)[name])
 
 
-def test_more_pairs_than_a_place_of_the_table_holds() -> None:
-    values = torch.tensor([1.0, 1.0, 1.9]).repeat(100_000)
-    values[0] = 2.0
+@pytest.mark.parametrize("octaves", [1, 15, 16, 17, 40, 120, 240])
+def test_windows_of_octaves_join_without_a_gap(octaves: int) -> None:
+    """Every bin of so many octaves: what one window of bit planes does not hold, the next one does."""
+    highest = (127 + octaves // 2) << MANTISSA_BITS
+    values = of_bits(highest - (octaves << MANTISSA_BITS), highest, 1 << BIN_SHIFT - 2).repeat(9)
+    assert_equals_the_reference(values[torch.randperm(len(values), generator=generator(octaves))])
+
+
+@pytest.mark.parametrize("outside", [1, 63, 64, 65, 66, 500])
+@pytest.mark.parametrize("what", [0.0, 1e-30, 1e30, 1e-40, math.inf, math.nan])
+def test_elements_outside_the_window_are_counted_be_they_few_or_many(what: float, outside: int) -> None:
+    values = normal(3 * 2048)
+    values[2048 : 2048 + outside] = what
     assert_equals_the_reference(values)
+
+
+def test_values_move_from_one_window_to_another() -> None:
+    assert_equals_the_reference(torch.cat([normal(4096) * scale for scale in (1.0, 1e-20, 1e20, 1e-30, 1.0)]))
+
+
+PLAIN = """
+import torch
+from probes import bit_planes, kernels
+from tests.test_sketch import AWKWARD, assert_equals_the_reference, normal
+assert not bit_planes.AVAILABLE
+for values in (*AWKWARD.values(), normal(200_003), normal(70_000).relu(), normal(6000).view(60, 100).t()):
+    assert_equals_the_reference(values)
+"""
+
+
+def test_a_processor_without_these_instructions_counts_the_same(tmp_path: Path) -> None:
+    """In a process of its own, as numba settles at its start what it compiles for."""
+    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", PLAIN], check=True, env={**os.environ, **plain})
 
 
 @pytest.mark.parametrize("number", [2, 3, 7])
