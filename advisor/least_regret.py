@@ -129,7 +129,7 @@ class Goal:
                 limit = row.limit * (1.0 + row.slack if row.slack else tightened)
                 room = math.fsum([limit, *(-least)])
                 excess = np.where(use, row.costs - least[self.group_of], np.inf)
-                use &= excess <= max(room, 0.0)
+                use &= excess <= max(room, 0.0) + limit * ROUNDING  # both are rounded; answers are checked exactly
                 if room < -limit * ROUNDING:
                     return np.zeros_like(use), []
                 excesses.append(Excess(excess, room))

@@ -9,10 +9,10 @@ turns: a watcher that stands between the user and torch (ours) does so in its th
 
 `ratio` is the median of a watcher's step times over that of the unwatched steps, the quartiles are those of the ratio
 within a round, and `window` is the sum of its step times over that of the unwatched steps, which is what a share of the
-time means. Two copies are trained unwatched, and a round's unwatched time is the mean of theirs: where a copy's memory
-happens to lie makes some percent, which is also why `--repeats` builds all copies anew so many times. Told is the mean
-over these, and the lowest and highest ratio. The second table says what each peer's record can tell about underflow
-(`underflow.py`).
+time means. Two copies are trained unwatched, and a round's unwatched time is the mean of theirs; A/A is the second over
+the first. Where a copy's memory happens to lie makes some percent, so `--repeats` builds all copies anew so many times.
+Told is the mean over these, and the lowest and highest ratio. The second table says what each peer's record can tell
+about underflow (`underflow.py`).
 
 Two threads that share a core tell nothing: state the threads, and let the machine be quiet. `--clock cpu` counts the
 process's CPU time in place of the wall's, which other processes disturb less; with one thread it is nearly the same.
@@ -125,14 +125,14 @@ def measured(name: str, watchers: Sequence[Watcher], rounds: int, clock: str) ->
                 order.remove(one)
     plain = copies.pop(PLAIN.name)
     plain.close()
+    unwatched = np.array(plain.seconds)
     again = copies.get(AGAIN.name)
-    base = np.array(plain.seconds)
-    if again in order:
-        base = (base + np.array(again.seconds)) / 2
+    both = (unwatched + np.array(again.seconds)) / 2 if again in order else unwatched
     for one in copies.values():
         if one not in order:
             continue
         one.close()
+        base = unwatched if one is again else both
         seconds, beside = np.array(one.seconds)[one.counted], base[one.counted]
         rows.append(
             {
@@ -152,12 +152,13 @@ def measured(name: str, watchers: Sequence[Watcher], rounds: int, clock: str) ->
 
 
 def joined(repeats: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Rows of several runs as one of each watcher: means, and the ratios they are of."""
+    """Rows of several runs as one of each watcher: means, and the ratios they are of; who failed once has failed."""
     rows = []
     for first in repeats[0]:
-        same = [row for rows_of_one in repeats for row in rows_of_one if row["watcher"] == first["watcher"]]
-        row = dict(first)
-        if all("failed" not in each for each in same):
+        same = [row for found in repeats for row in found if row["watcher"] == first["watcher"]]
+        failed = [row for row in same if "failed" in row]
+        row = dict(*failed[:1] or [first])
+        if not failed:
             for figure in ("ratio", "window", "closing_steps", "step_ms"):
                 row[figure] = float(np.mean([each[figure] for each in same]))
             row["quartiles"] = np.mean([each["quartiles"] for each in same], axis=0).tolist()

@@ -4,14 +4,14 @@ The tensor is taken in chunks of 2,048 elements, which stay in the first-level c
 strided tensors and a tensor's last few are written into such a chunk as float32, so no whole tensor is ever copied.
 
 Where the processor has the instructions, a chunk is counted as bit planes (`bit_planes.py`), in which bins are codes of
-seven bits within a window of sixteen octaves. That is all there is to do for most chunks. Only one that holds zeros, or
-whose codes say that it may go beyond the largest and smallest value met so far, is read once more, for these; the few
-elements outside the window are then looked for and counted one by one. A chunk with many of those, with subnormals, or
-with Inf or NaN is counted by increments, as all are on other processors. Increments of one place wait for one another,
-so that table of bins is there eight times.
+seven bits within a window of sixteen octaves. Elements outside it, zeros among them, are looked up and counted one by
+one where they are few; where they are many, the zeros are counted in a second reading, and further windows below the
+first take the rest. A chunk is also read again if its codes say that it may go beyond the largest and smallest value
+met so far. One with subnormals, Inf or NaN is counted by increments, as all are on other processors. Increments of one
+place wait for one another, so that table of bins is there eight times.
 
-Read like this, a tensor that is no longer in the cache takes about as long as to be summed (ours, Zen 4: 0.27 ns an
-element and thread, the sum 0.15), and it is such tensors that a training step leaves behind.
+Read like this, a tensor that is no longer in the cache takes nearly twice as long as to be summed (ours, Zen 4: 0.27 ns
+an element and thread, the sum 0.15), and it is such tensors that a training step leaves behind.
 
 A call's fixed cost matters as much, since most tensors are small: addresses are handed over as integers (numba takes
 0.2 µs to unpack an array), the tables belong to the calling thread and are cleared where they were used.

@@ -39,6 +39,19 @@ from probes.sites import UNREAD, ProductCall, SiteHook
 from probes.tiles import Tiling, tilings_of
 
 _TELLING = losses.FUNCTIONS | lookups.FUNCTIONS
+_GIVING_ACCESS = frozenset(
+    {
+        Tensor.data.__get__,  # type: ignore[attr-defined]
+        Tensor.data.__set__,  # type: ignore[attr-defined]
+        Tensor.numpy,
+        Tensor.__array__,
+        Tensor.__dlpack__,
+        Tensor.data_ptr,
+        Tensor.untyped_storage,
+    }
+)
+"""What lets values change without a new version; a Triton kernel's launch asks for `data_ptr`. A collective of
+torch.distributed changes them too, and is not seen."""
 
 LONGEST = 200  # characters of an error that a note repeats
 
@@ -200,6 +213,8 @@ class Recorder(SiteHook):
 
     def on_other(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Everything else: losses are recognised, and what mixes samples."""
+        if function in _GIVING_ACCESS:
+            self.rows.expect_changes()
         told = self.depth.scored or function in _TELLING
         if not (self.depth.recorded and told) or in_backward() or self._laying is not None:
             return function(*args, **kwargs)

@@ -25,6 +25,8 @@ from probes.tiles import Tiling
 
 Gain = Callable[[Slot], float]
 
+_WORTH_REPEATING = 8192  # elements, from which on adding a row of sums is quicker than reading. Ours
+
 
 @dataclass(frozen=True)
 class _Finished:
@@ -43,16 +45,16 @@ class _Read:
     """A tensor that has been read, and the slot that it is in."""
 
     source: ReferenceType[Tensor]
-    version: int
-    start: int
-    dtype: torch.dtype
+    state: tuple[object, ...]
     slot: Slot
 
     def is_of(self, source: Tensor, values: Tensor) -> bool:
         """Whether these are the same values, of the same tensor."""
-        if self.source() is not source or self.dtype != values.dtype:
-            return False
-        return self.version == source._version and self.start == source.data_ptr()
+        return self.source() is source and self.state == _state(source, values)
+
+
+def _state(source: Tensor, values: Tensor) -> tuple[object, ...]:
+    return source._version, source.data_ptr(), source.shape, source.stride(), values.dtype
 
 
 class SlotRows:
@@ -71,7 +73,8 @@ class SlotRows:
         """Sketch a tensor into its slot's row. Raises UnsupportedTensor.
 
         `source` is the tensor that these are the values of, None where it may not be the same again. If the latest one
-        is, and unchanged, it is not read twice: the projections to query, key and value have one input.
+        is, in the same version, it is not read twice: the projections to query, key and value have one input. What
+        changes values without a new version has to be told by `expect_changes`.
         """
         if values.is_meta:
             raise UnsupportedTensor("a tensor on the meta device has no values")
@@ -84,7 +87,12 @@ class SlotRows:
             array.add(row, values)
         self._tensors[slot] += 1
         if source is not None:
-            self._latest = _Read(ref(source), source._version, source.data_ptr(), values.dtype, slot)
+            large = values.numel() >= _WORTH_REPEATING
+            self._latest = _Read(ref(source), _state(source, values), slot) if large else None
+
+    def expect_changes(self) -> None:
+        """Something has the address of a tensor's memory: the same version need not be the same values."""
+        self._latest = None
 
     def add_sketch(self, slot: Slot, sums: Tensor, extremes: Tensor) -> None:
         """Add a sketch that was made elsewhere."""

@@ -95,6 +95,19 @@ def test_a_limit_that_is_met_exactly_is_kept() -> None:
     assert short.gains == (9.0,)
 
 
+def test_sums_of_decimals_that_meet_their_limit_are_found() -> None:
+    """Tenths round; which choices meet a limit of tenths exactly is settled by their exact sums."""
+    draw = np.random.default_rng(0)
+    met = 0
+    for _ in range(300):
+        groups = [Group(0.1 * draw.integers(-4, 1, (4, 1)), 0.1 * draw.integers(1, 6, (4, 2))) for _ in range(4)]
+        limits = [math.fsum(group.costs[draw.integers(4), k] for group in groups) for k in range(2)]
+        choice = solve(groups, limits)
+        assert (None if choice is None else choice.gains) == enumerated(groups, limits)
+        met += choice is not None and any(cost == limit for cost, limit in zip(choice.costs, limits, strict=True))
+    assert met > 50
+
+
 def test_many_near_misses_never_exceed_the_limit() -> None:
     """Costs a billionth above a tenth of the limit: ten of them break it by less than the solver's own tolerance."""
     draw = np.random.default_rng(1)
