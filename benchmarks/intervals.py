@@ -1,4 +1,4 @@
-"""Do damages lie in their intervals? `python benchmarks/intervals.py --json intervals.json`
+"""Do damages lie in their intervals? `python benchmarks/intervals.py --json benchmarks/intervals.json`
 
 Models are trained from several seeds. At several points of the training a window is recorded, and a second one right
 after it. Beside what the first window says of each forward slot and cast this puts
