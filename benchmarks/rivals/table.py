@@ -115,6 +115,7 @@ def _page(tables: Mapping[str, Any]) -> Iterable[str]:
     yield "held-out loss, with its 95% interval over seeds; `benchmarks/rivals/recipes.py` describes the recipes, and"
     yield "`benchmarks/rivals/table.py`, written before the runs, says what counts as better."
     yield f"`{CONTROL}` is fp32 from weights moved by a millionth: what chance alone does."
+    yield "Plans are those of 308a991, before what errs alike in every batch had a limit of its own."
     yield ""
     yield "## At an equal share of FLOPs in 8 bits"
     yield ""
