@@ -5,6 +5,9 @@
     products of two activations, attention         some entries of the batch
 
 An inner sum is never cut: how much rounding noise is left of it depends on its length.
+
+Each operand's part is drawn from the seed and its place alone, and a weight's by the weight's shape: whatever the batch
+or the sequences, it is the same part of the weight's gradient, whose errors can be added and multiplied over steps.
 """
 
 from __future__ import annotations
@@ -52,25 +55,24 @@ class Cut:
         return [self.of(place, values) for place, values in enumerate(tensors)]
 
 
-def cuts_of(
-    call: ProductCall, tensors: Sequence[Tensor], trained: Sequence[int], generator: np.random.Generator
-) -> list[Cut]:
+def cuts_of(call: ProductCall, tensors: Sequence[Tensor], trained: Sequence[int], seed: int) -> list[Cut]:
     """The cuts that together have every trained operand as a target; `tensors`: operands, and the gradient."""
     if not trained:
         return []
     device = tensors[0].device
 
-    def chosen(size: int, most: int) -> Tensor | None:
-        return None if size <= most else torch.tensor(some(size, most, generator), device=device)
+    def drawing(place: int) -> Chosen:
+        generator = np.random.default_rng((seed, place))
+        return lambda size, most: None if size <= most else torch.tensor(some(size, most, generator), device=device)
 
     kind = matrix_weight(call)
     if kind is not None:
-        out, inner = (0, 1) if kind == "rows" else (1, 0)
-        return [cut for one in trained for cut in _of_layer(one, tensors, out, inner, tensors[0].dim() - 1, chosen)]
+        (out, inner), feature = (0, 1) if kind == "rows" else (1, 0), tensors[0].dim() - 1
+        return [cut for one in trained for cut in _of_layer(one, tensors, out, inner, feature, drawing(one))]
     if _is_plain_convolution(call, tensors):
-        return [cut for one in trained for cut in _of_layer(one, tensors, 0, 1, 1, chosen)]
+        return [cut for one in trained for cut in _of_layer(one, tensors, 0, 1, 1, drawing(one))]
     whole: list[Index] = [{} for _ in tensors]
-    entries = chosen(tensors[0].shape[0], ENTRIES) if _is_batched(call, tensors) else None
+    entries = drawing(0)(tensors[0].shape[0], ENTRIES) if _is_batched(call, tensors) else None
     if entries is not None:
         whole = [{0: entries} for _ in tensors]
     return [Cut(tuple(trained), tuple(whole))]
@@ -85,7 +87,7 @@ def _of_layer(target: int, tensors: Sequence[Tensor], out: int, inner: int, feat
     A few rows can hold most of a weight gradient's energy (those of the tokens that occur): a column is told by all.
     """
     x, weight, _ = tensors
-    columns = chosen(x.shape[feature], CHANNELS)
+    columns = chosen(weight.shape[inner], CHANNELS)
     if target == 1:
         rows = chosen(weight.shape[out], CHANNELS)
         by_row = Cut((1,), ({}, _index({out: rows}), _index({feature: rows})), (out,))

@@ -3,6 +3,11 @@
 FLOPs and elements of a step are those of all ranks together. A rank's loss is the mean over its own part of the batch
 and the joined one is the mean over ranks; so are the curvature and the directional products of damage, which are
 multiples of the loss. Standard errors of a mean add as variances.
+
+A mean error over its gradient's energy is more of a joined gradient than of a rank's. The mean error is the same, but
+the noise n of R ranks' gradients averages out to n/R. With b the noise's part of the joined gradient's energy, which
+`batch_noise` is (the optimizer's gradients are joined already), a rank's gradient has 1 + (R - 1)·b times that energy.
+Where b is not known, or a rank met the slot without measuring it, or not at all, no mean error is told.
 """
 
 from __future__ import annotations
@@ -67,8 +72,12 @@ def joined_evidence(ranks: Sequence[Evidence | None]) -> Evidence:
     sure = dict.fromkeys(cast for evidence in held for cast in evidence.first_order_se)
     kept = dict.fromkeys(cast for evidence in held for cast in evidence.beyond)
     noisy = dict.fromkeys(cast for evidence in held for cast in evidence.relative_noise)
-    steady = dict.fromkeys(cast for evidence in held for cast in evidence.systematic_noise)
     batch_noises = [evidence.batch_noise for evidence in held if evidence.batch_noise is not None]
+    batch_noise = _mean(batch_noises) if batch_noises else None
+    everywhere = bool(held) and len(held) == len(ranks) and batch_noise is not None
+    alike = held[0].systematic_noise if everywhere else {}
+    steady = [cast for cast in alike if all(cast in e.systematic_noise for e in held)]
+    larger = 1 + (len(ranks) - 1) * (batch_noise or 0.0)  # a rank's gradient, in energy, than the joined one
     return Evidence(
         curvature=math.fsum(curvatures) / len(ranks) if curvatures else None,
         directional={cast: math.fsum(e.directional.get(cast, 0.0) for e in held) / len(ranks) for cast in casts},
@@ -83,14 +92,10 @@ def joined_evidence(ranks: Sequence[Evidence | None]) -> Evidence:
         relative_noise={
             cast: _mean([e.relative_noise[cast] for e in held if cast in e.relative_noise]) for cast in noisy
         },
-        systematic_noise={
-            cast: _mean([e.systematic_noise[cast] for e in held if cast in e.systematic_noise]) for cast in steady
-        },
+        systematic_noise={cast: larger * _mean([e.systematic_noise[cast] for e in held]) for cast in steady},
         # Ranks see other parts of the same batches: what they err by is not taken to be independent.
-        systematic_noise_se={
-            cast: _mean([e.systematic_noise_se[cast] for e in held if cast in e.systematic_noise_se]) for cast in steady
-        },
-        batch_noise=_mean(batch_noises) if batch_noises else None,
+        systematic_noise_se={cast: larger * _mean([e.systematic_noise_se[cast] for e in held]) for cast in steady},
+        batch_noise=batch_noise,
         whole_batch=any(evidence.whole_batch for evidence in held),
     )
 

@@ -3,12 +3,15 @@
 Noise that a cast adds to a gradient is as good as a smaller batch. A mean error is not: where small gradients are
 flushed in every batch, or a large one is always rounded the same way, the training goes where nothing leads it. One
 batch's error holds both parts. The product of two batches' errors has the energy of their mean in expectation, because
-what is each batch's own is independent.
+what is each batch's own is independent. A batch is what the optimizer steps on: the errors of micro-batches, and of
+several calls of one layer, are summed before anything is multiplied, and so are their gradients.
 
 So errors are kept from one scored step to the next, not whole but as sketches: sums of their elements with random
 signs, the same in each step, whose products are products of the errors in expectation (the count sketch of Charikar,
-Chen and Farach-Colton 2002, with every k-th element in one sum). That costs one pass over the error, and adds some
-1/√NUMBERS of its energy to the uncertainty; few steps add more.
+Chen and Farach-Colton 2002, with every k-th element in one sum). Sketches add up as what they are of does. Each takes
+three float32 copies of that part of the gradient which is calculated (`cuts.py`), for a moment; the signs, a byte an
+element, are drawn again at each call of a layer. Sketching adds some 1/√NUMBERS of the error's energy to the
+uncertainty of one product of two steps; that there are few steps, and few products, adds most of the rest.
 
 The energy counts over the whole gradient, whatever the optimizer. Element by element, as Adam divides, the errors that
 are alike are mostly those of rare tokens, whose flushed gradients harm little; over the whole gradient the energies of
@@ -44,6 +47,34 @@ class Signs:
             bits = torch.randint(0, 2, whole.shape, generator=generator, device=whole.device, dtype=torch.int8)
             self._drawn = 2 * bits - 1
         return F.pad(whole * self._drawn, (0, -len(whole) % NUMBERS)).view(-1, NUMBERS).sum(0)
+
+
+class Sketches:
+    """Sketches errors in one call's gradient, beside that gradient: those of a step's calls, with one seed, add up."""
+
+    def __init__(self, gradient: Sequence[Tensor], seed: int) -> None:
+        self._signs = Signs(seed)
+        sketch = self._signs.sketched(gradient).double()
+        energy = torch.stack([torch.linalg.vector_norm(part).double().square() for part in gradient]).sum()
+        self._gradient = torch.cat([sketch, (energy - sketch.square().sum())[None]]).float()
+
+    def of(self, error: Sequence[Tensor]) -> Tensor:
+        """float32 [2·NUMBERS + 1]: the error's, the gradient's, and the gradient's energy without its sketch's.
+
+        `error` has the gradient's parts. The last number is there for the energy of a single call to be exact, and that
+        of a sum to be uncertain in the products of two calls' gradients alone.
+        """
+        return torch.cat([self._signs.sketched(error), self._gradient])
+
+
+def settled(summed: Tensor, divisor: float) -> tuple[Tensor, float]:
+    """Of a step's sum of `Sketches.of`, on the CPU: the error's sketch, and the energy of the gradient that it is in.
+
+    `divisor`: of gradients (the loss scale).
+    """
+    error, gradient, rest = summed.double().split([NUMBERS, NUMBERS, 1])
+    energy = float(gradient.square().sum() + rest) / divisor**2
+    return error / divisor, max(energy, 0.0)
 
 
 class MeanError:

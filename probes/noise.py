@@ -20,14 +20,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from probes.casts import Cast
 from probes.curvature import is_weight
 from probes.cuts import Cut, cuts_of
-from probes.mean_error import Signs
+from probes.mean_error import Sketches
 from probes.records import GRADIENT, Slot
 from probes.sites import ProductCall
 from probes.vjp import vjp
@@ -43,8 +42,8 @@ class NoiseEnergies:
     """Of a cast's error in the gradients that it enters, and of those gradients: `values` float64 [2, channels].
 
     groups   how many of the channels, one after another, are one dimension's; a single channel is the whole gradient
-    sketch   of the error of a cast of `grad_output` in a weight's gradient (`mean_error.py`), and the energy of that
-             gradient: float32 [NUMBERS + 1]; None of others
+    sketch   of the error of a cast of `grad_output` in a weight's gradient, beside that gradient's (`mean_error.py`):
+             float32 [2·NUMBERS + 1]; None of others
     """
 
     values: Tensor
@@ -93,11 +92,12 @@ def noise_energies(
         is_gradient = i == len(call.operands)
         beneath = [j for j in trained if j not in entered] if is_gradient else []
         # Only of a parameter is there a mean over batches: activations' gradients are of other samples each time.
-        signs = Signs(seed) if is_gradient and all(is_weight(call.roles[j]) for j in entered) else None
+        of_weights = is_gradient and all(is_weight(call.roles[j]) for j in entered)
+        sketches = Sketches(products.gradients(entered), seed) if of_weights else None
         for cast in (*casts, *also) if is_gradient else casts:
             moved = cast(tensors[i])
             found = products.errors(i, moved, entered)
-            energies[Slot(call.site, role)][str(cast)] = _energies(found, by_channel, signs)
+            energies[Slot(call.site, role)][str(cast)] = _energies(found, by_channel, sketches)
             if found := products.errors(i, moved, beneath):
                 energies[Slot(call.site, UPSTREAM)][str(cast)] = _energies(found, by_channel=False)
     return energies
@@ -115,13 +115,17 @@ class _Products:
     @classmethod
     def of(cls, call: ProductCall, tensors: Sequence[Tensor], trained: Sequence[int], seed: int) -> _Products:
         """`tensors`: the operands and the gradient at the result, float32."""
-        cuts = cuts_of(call, tensors, trained, np.random.default_rng(seed))
+        cuts = cuts_of(call, tensors, trained, seed)
         parts = [cut.of_all(tensors) for cut in cuts]
         gradients = [
             dict(zip(cut.targets, vjp(call, part[:-1], part[-1], cut.targets), strict=True))
             for cut, part in zip(cuts, parts, strict=True)
         ]
         return cls(call, cuts, parts, gradients)
+
+    def gradients(self, wanted: Sequence[int]) -> list[Tensor]:
+        """The exact gradients of these operands, part by part as in `errors`."""
+        return [whole[j] for cut, whole in zip(self.cuts, self.exact, strict=True) for j in cut.targets if j in wanted]
 
     def errors(self, i: int, moved: Tensor, wanted: Sequence[int]) -> list[_Pair]:
         """What replacing tensor i changes in the gradients of these operands, each beside that gradient."""
@@ -153,15 +157,13 @@ def _is_recurrent(call: ProductCall) -> bool:
     return not call.operation.multilinear and any(map(is_weight, call.roles))
 
 
-def _energies(pairs: Sequence[_Pair], by_channel: bool, signs: Signs | None = None) -> NoiseEnergies:
+def _energies(pairs: Sequence[_Pair], by_channel: bool, sketches: Sketches | None = None) -> NoiseEnergies:
     """Of pairs of an error and what it is the error of; by channel, along each of the named dimensions.
 
-    `signs`: with a sketch of the error.
+    `sketches`: with a sketch of the error.
     """
     whole = torch.stack([torch.stack([_energy(error), _energy(exact)]) for error, exact, _ in pairs]).sum(0)
-    sketch = None
-    if signs is not None:
-        sketch = torch.cat([signs.sketched([error for error, *_ in pairs]), whole[1:].float()])
+    sketch = None if sketches is None else sketches.of([error for error, *_ in pairs])
     if not by_channel:
         return NoiseEnergies(whole[:, None], (1,), sketch)
     found = [

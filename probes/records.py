@@ -103,7 +103,8 @@ class Evidence:
     relative_noise  cast → energy of the error that the cast puts into the site's gradients, over those gradients'
     systematic_noise  cast of a gradient → energy of the mean of its errors in the weight's gradient, over that
                     gradient's: what is alike in all batches. Without bias, and so below zero by chance; of two scored
-                    steps or more (`mean_error.py`)
+                    steps or more, a step's micro-batches together (`mean_error.py`). Of ranks that were joined it is
+                    empty where `batch_noise` is None (`joining.py`)
     systematic_noise_se  cast → its standard error
     batch_noise     energy of the minibatch noise in the site's weight gradient, over that gradient's
     whole_batch     samples mix behind this site (BatchNorm, MoE), so the batch was taken as one sample

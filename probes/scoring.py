@@ -16,6 +16,7 @@ import math
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +30,7 @@ from probes.distributed import is_sharded
 from probes.edges import gradient_edge
 from probes.losscall import LossCall
 from probes.losses import WITHOUT_CURVATURE
-from probes.mean_error import MeanError
+from probes.mean_error import MeanError, settled
 from probes.names import Frame, in_backward
 from probes.network_curvature import Beyond, network_curvature, share
 from probes.noise import UPSTREAM, NoiseEnergies, noise_energies
@@ -84,6 +85,7 @@ class Scoring:
         self._beyond: list[dict[Slot, Beyond]] = []
         self._gradients: list[dict[Slot, Sums]] = []
         self._energies: list[tuple[Slot, str, NoiseEnergies]] = []
+        self._sketched: dict[tuple[Slot, str], Tensor] = {}
         self._slopes_met: dict[Slot, Tensor] = {}
         self._roots: list[Tensor] = []
         self._told: list[Tensor] = []
@@ -233,7 +235,11 @@ class Scoring:
         seed = self._seed + zlib.crc32(met.call.site.encode())
         found = noise_energies(met.call, gradient, self.casts, self._adaptive, seed, self._also)
         for slot, energies in found.items():
-            self._energies += [(slot, cast, one) for cast, one in energies.items()]
+            for cast, one in energies.items():
+                self._energies.append((slot, cast, replace(one, sketch=None)))
+                if one.sketch is not None:
+                    before = self._sketched.get((slot, cast))
+                    self._sketched[slot, cast] = one.sketch if before is None else before + one.sketch
         if not self._reached_a_loss:
             self._keep_gradient(met, gradient)
 
@@ -293,10 +299,9 @@ class Scoring:
         Where a product's shape is another than before (shorter sequences), it has other channels: the latest stay.
         """
         read = _read([found.values.flatten() for *_, found in self._energies])
-        sketched = [(slot, cast, found.sketch) for slot, cast, found in self._energies if found.sketch is not None]
-        for (slot, cast, _), row in zip(sketched, _read([sketch for *_, sketch in sketched]), strict=True):
+        for (slot, cast), row in zip(self._sketched, _read(list(self._sketched.values())), strict=True):
             if bool(row.isfinite().all()):
-                self._mean_errors[slot][cast].add(row[:-1] / loss_scale, float(row[-1]) / loss_scale**2)
+                self._mean_errors[slot][cast].add(*settled(row, loss_scale))
         for (slot, cast, found), row in zip(self._energies, read, strict=True):
             values = row.reshape(2, -1) / loss_scale**2
             if values.isnan().any() or not values[1].isfinite().all():

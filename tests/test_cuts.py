@@ -30,6 +30,27 @@ PRODUCTS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("linear", [(40, 30, 200), (3, 30, 200), (40, 5, 200), (600, 200)]),
+        ("convolution", [(24, 100, 9, 9), (3, 100, 9, 9), (24, 100, 40, 40)]),
+    ],
+)
+def test_a_weight_s_part_is_the_same_whatever_the_batch(name: str, shapes: list[tuple[int, ...]]) -> None:
+    build, _ = PRODUCTS[name]
+    found = []
+    for shape in shapes:
+        x = torch.randn(shape, generator=generator(), requires_grad=True)
+        with Catcher(build(), shape[0]) as caught:
+            result = caught.model(x)
+        call = caught.met[0].product.call
+        of_weight = [cut for cut in cuts.cuts_of(call, [*call.operands, result], [0, 1], 7) if cut.targets == (1,)]
+        assert len(of_weight) == 2
+        found.append([{dim: at.tolist() for dim, at in cut.indices[1].items()} for cut in of_weight])
+    assert all(each == found[0] for each in found)
+
+
 @pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_a_part_tells_of_the_whole(name: str, adaptive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
