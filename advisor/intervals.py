@@ -57,7 +57,7 @@ class Calibration:
 
 
 # The one place for it: (role, what the damage is computed from) → figures of ours, from `python benchmarks/intervals.py
-# --first-seed 0 --seeds 6 --fit`, rounded up; it finds nothing of a slot's own beyond its window, of which we keep some.
+# --first-seed 0 --seeds 6 --fit`, rounded up; it finds nothing of a slot's own beyond its window: we keep some.
 # "input" stands for every forward role but a weight; "whole batch" is where samples mix behind the site.
 CALIBRATION: dict[tuple[str, str], Calibration] = {
     ("input", "directional"): Calibration(ratio=1.25, common=0.5, own=0.2),
