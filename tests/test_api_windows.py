@@ -503,7 +503,7 @@ def test_a_window_with_an_impossible_loss_scale_is_malformed(
     size = 8 + int.from_bytes(good[:8], "little")
     start, end = (size + place for place in json.loads(good[8:size])["gain"]["data_offsets"])
     body = good[:start] + np.full((end - start) // 8, gain).tobytes() + good[end:]
-    name = f"scaled-{gain}"
+    name = "too-large" if gain > 1 else "too-small"
     service.post("/v1/models", {"name": name, "kind": "external"}, status=201)
     told = problem(service.push(name, body), 422)
     assert told["type"].endswith("MalformedWindow")
