@@ -8,6 +8,7 @@ from typing import Any
 
 from advisor.castnames import require_plannable
 from advisor.cost import shared_tensors
+from advisor.diagnosis.findings import Finding
 from advisor.errors import CastNotScored, InvalidPlan
 from advisor.hardware import Hardware, hardware_named
 from advisor.loss_scale_choice import LossScale, is_bare, loss_scale_for, scaled_rows, under
@@ -29,13 +30,14 @@ BY_ROW = Cast.parse("e4m3fn/row")
 WORST = (
     "damage",
     "damage_se",
-    "noise_ratio",
-    "lost_batch_share",
     "underflow",
     "subnormal",
     "overflow",
     "amax",
 )
+NOISE = ("noise_ratio", "lost_batch_share", "lost_batch_interval", "noise_from")
+SYSTEMATIC = ("systematic_ratio", "systematic_ratio_se")
+"""What a row says of one measurement, and so has from one window: the one in which the first of them is worst."""
 
 
 def recommend(
@@ -54,6 +56,7 @@ def recommend(
     native_only: bool = False,
     master_weights: str = AS_IS,
     optimizer_state: str = AS_IS,
+    findings: Sequence[Sequence[Finding]] | None = None,
 ) -> Plan:
     """The plan that puts most work into 8 bits within the limits, or is best at another objective, and says why.
 
@@ -77,6 +80,7 @@ def recommend(
     master_weights, optimizer_state
                     "as-is"; a cast such as "bf16" or "fp16", for all; or "auto": 16 bits where the window shows that
                     nothing is lost by it
+    findings        what `diagnose` says of each window, where that is known already: the notes say the severe ones
 
     Raises InvalidPlan for limits and demands that make no sense or cannot be kept, and for globs that match nothing;
     UnknownHardware; CastNotScored for a candidate that a window does not tell enough of (scales by row or block without
@@ -85,6 +89,8 @@ def recommend(
     windows = [window] if isinstance(window, Window) else list(window)
     if not windows:
         raise WindowError("recommend needs a window, or a list of at least one")
+    if findings is not None and len(findings) != len(windows):
+        raise WindowError(f"recommend got findings of {len(findings)} windows and {len(windows)} windows")
     target = hardware_named(hardware)
     task = Task(objective, Budget.of(budget))
     restrictions = Restrictions(globs(keep), globs(only), int(first_last), uniform_roles, native_only)
@@ -121,7 +127,7 @@ def recommend(
             shared=shared_tensors(last),
         ),
     )
-    return watched(plan, windows)
+    return watched(plan, windows, findings)
 
 
 def _default_tolerance(mean_loss: float) -> float:
@@ -183,14 +189,20 @@ def _worst(tables: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
             row = rows.setdefault((other["site"], other["role"], other["cast"]), dict(other))
             for name in WORST:
                 row[name] = _worse(row[name], other[name])
+            noisier = max((row, other), key=lambda one: _badness(one["noise_ratio"], unknown=math.inf))
+            row |= {name: noisier.get(name) for name in NOISE}
             # What a window from before it was measured does not tell limits nothing.
-            row["systematic_ratio"] = _largest(row.get("systematic_ratio"), other.get("systematic_ratio"))
+            more_alike = max((row, other), key=lambda one: _badness(one.get("systematic_ratio"), unknown=-math.inf))
+            row |= {name: more_alike.get(name) for name in SYSTEMATIC}
             row["sqnr_db"] = -float(_worse(-row["sqnr_db"], -other["sqnr_db"]) or 0.0)
     return list(rows.values())
 
 
-def _largest(*values: float | None) -> float | None:
-    return max((value for value in values if value is not None), default=None)
+def _badness(value: float | None, unknown: float) -> tuple[float, bool]:
+    """Sorts a measurement; `unknown`: what one that is missing counts as, NaN being next to it."""
+    if value is None:
+        return unknown, True
+    return (unknown, False) if math.isnan(value) else (value, False)
 
 
 def _worse(one: float | None, other: float | None) -> float | None:

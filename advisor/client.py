@@ -133,6 +133,10 @@ class Client:
     def windows(self, model: str) -> Iterator[dict[str, Any]]:
         return self.pages(f"/v1/models/{_segment(model)}/windows")
 
+    def findings(self, window: str, severe: bool = False) -> Iterator[dict[str, Any]]:
+        """Why usual recipes would fail on the window's training, severe ones first; `severe`: those alone."""
+        return self.pages(f"/v1/windows/{_segment(window)}/findings", severe=severe)
+
     def download(self, window: str) -> bytes:
         """The window's file, for `Path.write_bytes` and `advisor.load_window`."""
         return self._send("GET", f"/v1/windows/{_segment(window)}/file").content

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from advisor.castnames import short_cast
 from advisor.cost import site_shares
 from advisor.intervals import interval_of_sum
 from advisor.menu import Candidate, Limits, Menu, lost_share
 from advisor.plan import FrontPoint
+from advisor.shut_out import NEARLY, ShutOut
 from advisor.site_names import joint_name, without_number
 from probes.records import GRADIENT
 
 NAMED = 3  # slots, or sites of repeated blocks, that a sentence names
-NEARLY = 1e-9  # relative: sums that are equal but for rounding
+ALIKE = "what is alike"
 
 Slot = tuple[str, str]
 
@@ -35,7 +37,8 @@ class _Held:
     flops                    that it holds back
     damage, noise_ratio      of the site with all of them in 8 bits
     more_damage, more_noise  than it has
-    cause                    "tolerance", "lost batch", both, or "the limits together"
+    cause                    "tolerance", "lost batch", ALIKE, several of them, or "the limits together"
+    ratio                    the `systematic_ratio` that it takes, where that is over the limit
     """
 
     menu: Menu
@@ -45,6 +48,7 @@ class _Held:
     more_damage: float
     more_noise: float
     cause: str
+    ratio: float | None = None
 
 
 def plan_sentences(
@@ -54,13 +58,17 @@ def plan_sentences(
     spent: Spent,
     front: Sequence[FrontPoint],
     total_flops: float,
+    alike: Mapping[str, ShutOut] = MappingProxyType({}),
 ) -> list[str]:
-    """In this order: what limits the plan, what is held back, what more tolerance buys, what takes most, how sure."""
+    """`alike`: the sites that the limit on what is alike in every batch keeps from 8 bits, by name.
+
+    In this order: what limits the plan, what is held back, what more tolerance buys, what takes most, how sure.
+    """
     if not menus or not total_flops:
         return []
-    held = [found for menu in menus if (found := _held(menu, chosen, limits, spent)) is not None]
+    held = [found for menu in menus for found in _held(menu, alike.get(menu.site.name), chosen, limits, spent)]
     return [
-        *_limited_by(menus, held, limits, total_flops),
+        *_limited_by(menus, held, alike, limits, total_flops),
         *_held_back(held, limits, total_flops),
         *_all_in(held, limits, spent),
         *_bought(front, limits, _narrow(menus, chosen) / total_flops),
@@ -69,15 +77,30 @@ def plan_sentences(
     ]
 
 
-def _held(menu: Menu, chosen: Mapping[Slot, Candidate], limits: Limits, spent: Spent) -> _Held | None:
+def _held(
+    menu: Menu, alike: ShutOut | None, chosen: Mapping[Slot, Candidate], limits: Limits, spent: Spent
+) -> Iterator[_Held]:
+    """What the site holds back of what its menu reaches, then what the limit on what is alike holds back beyond."""
     picked = {role: chosen[menu.site.name, role] for role in menu.site.roles}
+    now = math.fsum(option.damage for option in picked.values()), math.fsum(o.noise_ratio for o in picked.values())
     most, damage, noise = menu.most_8bit(limits)
     missing = most - _flops(menu, picked)
-    if missing <= NEARLY * max(menu.site.flops, 1.0):
-        return None
-    more_damage = damage - math.fsum(option.damage for option in picked.values())
-    more_noise = noise - math.fsum(option.noise_ratio for option in picked.values())
-    over = [
+    before = now
+    if missing > NEARLY * max(menu.site.flops, 1.0):
+        over = _over(damage - now[0], noise - now[1], limits, spent)
+        before = damage, noise
+        cause = " and ".join(over) or "the limits together"
+        yield _Held(menu, missing, damage, noise, damage - now[0], noise - now[1], cause)
+    if alike is not None:
+        _, damage, noise = alike.menu.most_8bit(limits)
+        cause = " and ".join([ALIKE, *_over(damage - now[0], noise - now[1], limits, spent)])
+        more = damage - before[0], noise - before[1]
+        yield _Held(alike.menu, alike.flops, damage, noise, *more, cause, alike.ratio)
+
+
+def _over(more_damage: float, more_noise: float, limits: Limits, spent: Spent) -> list[str]:
+    """The limits that a plan would pass with so much more."""
+    return [
         name
         for name, more, limit, used in (
             ("tolerance", more_damage, limits.tolerance, spent.damage),
@@ -85,7 +108,6 @@ def _held(menu: Menu, chosen: Mapping[Slot, Candidate], limits: Limits, spent: S
         )
         if used + more > limit * (1 + NEARLY)
     ]
-    return _Held(menu, missing, damage, noise, more_damage, more_noise, " and ".join(over) or "the limits together")
 
 
 def _flops(menu: Menu, picked: Mapping[str, Candidate]) -> float:
@@ -97,14 +119,16 @@ def _narrow(menus: Sequence[Menu], chosen: Mapping[Slot, Candidate]) -> float:
     return math.fsum(_flops(menu, {role: chosen[menu.site.name, role] for role in menu.site.roles}) for menu in menus)
 
 
-def _limited_by(menus: Sequence[Menu], held: Sequence[_Held], limits: Limits, total: float) -> list[str]:
+def _limited_by(
+    menus: Sequence[Menu], held: Sequence[_Held], alike: Mapping[str, ShutOut], limits: Limits, total: float
+) -> list[str]:
     """How the FLOPs that are not in 8 bits divide over causes."""
     parts = []
     causes = sorted({found.cause for found in held})
     by_cause = {cause: math.fsum(found.flops for found in held if found.cause == cause) for cause in causes}
     for cause, flops in sorted(by_cause.items(), key=lambda entry: (-entry[1], entry[0])):
         parts.append(f"{_share(flops, total)} by {_limit_named(cause, limits)}")
-    reachable = math.fsum(menu.most_8bit(limits)[0] for menu in menus)
+    reachable = math.fsum([*(menu.most_8bit(limits)[0] for menu in menus), *(found.flops for found in alike.values())])
     seen = math.fsum(menu.site.flops for menu in menus)
     if seen - reachable > NEARLY * total:
         hardware = menus[0].hardware.name
@@ -120,6 +144,7 @@ def _limit_named(cause: str, limits: Limits) -> str:
     told = {
         "tolerance": f"the tolerance of {limits.tolerance:.1e}",
         "lost batch": f"the limit of {100 * limits.max_lost_batch:.2g}% on lost batch",
+        ALIKE: "the limit on what is alike in every batch",
     }
     return " and ".join(told.get(part, part) for part in cause.split(" and "))
 
@@ -133,9 +158,20 @@ def _held_back(held: Sequence[_Held], limits: Limits, total: float) -> list[str]
     return [
         f"{_name(sites)} {'holds' if len(sites) == 1 else 'hold'} back {_share(_sum(sites, 'flops'), total)}: in 8 "
         f"bits {'it' if len(sites) == 1 else 'they'} would cost "
-        f"{_costs(_sum(sites, 'damage'), _sum(sites, 'noise_ratio'), limits)}{_dearest(sites, limits)}"
+        f"{_costs(_sum(sites, 'damage'), _sum(sites, 'noise_ratio'), limits)}{_dearest(sites, limits)}{_allowed(sites)}"
         for sites in most
     ]
+
+
+def _allowed(sites: Sequence[_Held]) -> str:
+    """The limit on lost batch that goes with what is alike in every batch in these sites' errors."""
+    ratio = max((found.ratio for found in sites if found.ratio is not None), default=None)
+    if ratio is None:
+        return ""
+    said = "; what errs the same way in every batch may do so under"
+    if math.isinf(ratio):
+        return f"{said} no limit"
+    return f"{said} a limit of {_at_least(lost_share(Limits.noise_for(ratio)))} on lost batch (max_lost_batch)"
 
 
 def _name(sites: Sequence[_Held]) -> str:
@@ -151,9 +187,12 @@ def _all_in(held: Sequence[_Held], limits: Limits, spent: Spent) -> list[str]:
     if not held:
         return []
     damage = spent.damage + _sum(held, "more_damage")
-    noise = spent.noise_ratio + _sum(held, "more_noise")
+    ratios = [found.ratio for found in held if found.ratio is not None]
+    noise = max(spent.noise_ratio + _sum(held, "more_noise"), *map(Limits.noise_for, ratios), 0.0)
+    if math.isinf(noise):
+        return []
     parts = [f"a tolerance of {damage:.1e}"] if damage > limits.tolerance else []
-    parts += [f"a limit of {_share(lost_share(noise), 1)} on lost batch"] if noise > limits.noise else []
+    parts += [f"a limit of {_at_least(lost_share(noise))} on lost batch"] if noise > limits.noise else []
     return [f"{' and '.join(parts)} would let all of it in"] if parts else []
 
 
@@ -234,3 +273,13 @@ def _certainty(chosen: Mapping[Slot, Candidate], limits: Limits, spent: Spent) -
 def _share(part: float, whole: float) -> str:
     value = 100 * part / whole
     return f"{value:.0f}%" if value >= 10 else f"{value:.2g}%"
+
+
+def _at_least(share: float) -> str:
+    """A share that is no smaller, in two digits, or in as many as keep it below the whole."""
+    for digits in range(1, 16):
+        unit = 10.0 ** (math.floor(math.log10(100 * share)) - digits)
+        value = math.ceil(100 * share / unit - NEARLY) * unit
+        if value < 100:
+            return f"{value:.{digits + 1}g}%"
+    return "100%"

@@ -88,6 +88,11 @@ class Limits:
         """The largest `systematic_ratio` of a single cast."""
         return SYSTEMATIC_SHARE * self.noise
 
+    @staticmethod
+    def noise_for(systematic_ratio: float) -> float:
+        """The limit on the sum of noise ratios under which a cast may have this `systematic_ratio`."""
+        return systematic_ratio / SYSTEMATIC_SHARE
+
 
 def _impossible(tolerance: float) -> str:
     return (
@@ -105,6 +110,14 @@ def errs_alike(row: Row, limits: Limits) -> bool:
     """Whether more of the error that a cast puts into a gradient is the same in every batch than the limits allow."""
     ratio = row.get("systematic_ratio")
     return row["role"] == GRADIENT and ratio is not None and ratio > limits.systematic
+
+
+def may_err_alike(row: Row, limits: Limits) -> bool:
+    """Whether the window leaves open that a gradient's cast passes that limit: within two standard errors."""
+    ratio, error = row.get("systematic_ratio"), row.get("systematic_ratio_se")
+    if row["role"] != GRADIENT or ratio is None or error is None:
+        return False
+    return bool(ratio + 2 * error > limits.systematic)
 
 
 def by_slot(sites: Sequence[Site], rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:

@@ -30,12 +30,13 @@ from advisor.errors import InvalidPlan
 from advisor.hardware import Hardware
 from advisor.holding_back import Spent, plan_sentences
 from advisor.loss_scale_choice import LossScale
-from advisor.menu import SHARE_8BIT, Limits, Menu, Row, by_slot, candidate, errs_alike, menus
+from advisor.menu import SHARE_8BIT, Limits, Menu, Row, by_slot, candidate, errs_alike, may_err_alike, menus
 from advisor.objectives import Task
 from advisor.plan import FrontPoint, Plan
 from advisor.reasons import Case, reason
 from advisor.restrictions import Restrictions
 from advisor.selection import Frame, Selection, front, select
+from advisor.shut_out import shut_out
 from advisor.storing import KEPT_AS_IT_IS, Storage
 from advisor.uniform_roles import tried_casts
 from probes.casts import Cast
@@ -100,11 +101,13 @@ def plan_from_rows(
     kept = restrictions.kept(sites)
     table = by_slot(sites, rows)
     uniform = restrictions.uniform_roles
+    within = [row for row in rows if not errs_alike(row, limits)]
     if uniform:
         casts = tried_casts(sites, table, limits)
-        rows = [row for row in rows if str(parse_cast(row["cast"])) in casts[row["role"]]]
-    rows = [row for row in rows if not errs_alike(row, limits)]
-    options = menus(sites, rows, hardware, task, kept=kept, native_only=restrictions.native_only, whole=uniform)
+        within = [row for row in within if str(parse_cast(row["cast"])) in casts[row["role"]]]
+    native_only = restrictions.native_only
+    options = menus(sites, within, hardware, task, kept=kept, native_only=native_only, whole=uniform)
+    alike = shut_out(options, rows, limits, hardware, task, kept=kept, native_only=native_only)
     total = max(total_flops, math.fsum(site.flops for site in sites))
     frame = _frame(sites, total, extras)
     selection = _selected(options, limits, frame, sites, extras, uniform)
@@ -143,8 +146,8 @@ def plan_from_rows(
             objective=task.objective,
             constraints=(*([f"budget: {task.budget}"] if task.budget.given else []), *restrictions.told),
             front=tuple(points),
-            summary=plan_sentences(options, selection.chosen, told, spent, points, total),
-            notes=[*notes, *_unknown(options, table, kept)],
+            summary=plan_sentences(options, selection.chosen, told, spent, points, total, alike),
+            notes=[*notes, *_unknown(options, table, kept), *_may_err_alike(selection, limits)],
             loss_scale=extras.loss_scale,
             storage=extras.storage,
             records=extras.records,
@@ -212,5 +215,23 @@ def _unknown(options: Sequence[Menu], table: dict[tuple[str, str], dict[str, Row
             f"{len(slots)} of {count} slots stay as they are because no cast's damage or noise could be "
             f"predicted for them ({named}). That takes a loss of a known kind, curvature_steps of 1 or more, and a "
             "gradient at two steps or more"
+        )
+    ]
+
+
+def _may_err_alike(selection: Selection, limits: Limits) -> list[str]:
+    """A note on the gradients whose casts the window does not show to keep the limit on what is alike."""
+    slots = [
+        f"{site} {role}"
+        for (site, role), option in selection.chosen.items()
+        if option.row is not None and may_err_alike(option.row, limits)
+    ]
+    if not slots:
+        return []
+    named = ", ".join(slots[:4]) + (", …" if len(slots) > 4 else "")
+    return [
+        (
+            f"the window does not settle whether the casts of {len(slots)} gradients err the same way in every batch "
+            f"by more than the limit ({named}): more scored steps tell, curvature_steps=8 for example"
         )
     ]

@@ -20,11 +20,12 @@ from advisor.cost import operand, own_operand, role_bytes, site_shares
 from advisor.failures import OUTLIER_RATIO, cause, crest_of, outlier_clause
 from advisor.hardware import Hardware
 from advisor.intervals import interval_of, noise_interval
-from advisor.menu import Candidate, Limits, Menu, Row, candidate, errs_alike, lost_share
+from advisor.menu import Candidate, Limits, Menu, Row, candidate, errs_alike, lost_share, may_err_alike
 from advisor.settling import settling
 from probes.casts import Cast
 from probes.records import GRADIENT, Site
 
+MOST_STEPS = 1_000_000  # that are counted
 NEXT_TO_NOTHING = 0.001  # of the tolerance: an interval that ends below it is not written out. Ours
 
 
@@ -71,6 +72,11 @@ def reason(case: Case) -> str:
     else:
         parts = [f"{short_cast(chosen.cast)}: {_numbers(case, chosen.cast, chosen.row)}"]
         parts += _unsettled(case, chosen.row, "it")
+        if may_err_alike(chosen.row, case.limits):
+            parts.append(
+                "not settled: it may err the same way in every batch by more than the limit; more scored steps "
+                "(curvature_steps=8) tell this better"
+            )
     parts += _rivals(case)
     if not case.rows:
         parts.append("no cast was scored for it")
@@ -262,7 +268,9 @@ def _errs_alike(case: Case, row: Row, name: str) -> str:
 
 
 def _steps(ratio: float) -> str:
-    """How long it takes a systematic error of that ratio to outweigh noise."""
+    """How long it takes a systematic error of that ratio, above 0, to outweigh noise."""
+    if ratio < 1 / MOST_STEPS:
+        return "more than a million steps"
     count = max(1, round(1 / ratio))
     return "1 step" if count == 1 else f"{count} steps"
 

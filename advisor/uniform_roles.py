@@ -23,7 +23,7 @@ from scipy.optimize import linprog
 
 from advisor.castnames import KEEP, parse_cast
 from advisor.knapsack import Choice, Group, solve
-from advisor.menu import Candidate, Limits, Menu, Row, candidate
+from advisor.menu import Candidate, Limits, Menu, Row, candidate, errs_alike
 from probes.records import GRADIENT, Site
 
 Array = NDArray[np.float64]
@@ -57,7 +57,7 @@ def tried_casts(
             of_role = harm.setdefault(role, {})
             for text, row in table[site.name, role].items():
                 option = candidate(site, role, parse_cast(text), row)
-                if option is not None and text != KEEP:
+                if option is not None and text != KEEP and not errs_alike(row, limits):
                     cost = option.damage / scale[0] + option.noise_ratio / scale[1]
                     of_role.setdefault(text, []).append(cost)
     chosen = {}

@@ -25,7 +25,7 @@ from advisor.assemble import WATCH_NOTE
 from advisor.castnames import KEEP, short_cast
 from advisor.cautions import cautions, growth_of, in_steps
 from advisor.diagnosis import diagnose
-from advisor.diagnosis.findings import worst_of_each_cause
+from advisor.diagnosis.findings import Finding, by_cause, worst_of_each_cause
 from advisor.metrics import measure
 from advisor.plan import Assignment, Plan, Watch
 from advisor.tensor_scales import scales
@@ -39,18 +39,42 @@ LEAST = 1.25  # times its present size: a threshold is no nearer, or chance woul
 FURTHEST = 64.0  # times its present size: a largest value that must grow so far is not watched. Ours
 
 
-def watched(plan: Plan, windows: Sequence[Window]) -> Plan:
-    """The plan with what to watch and what its windows cannot have seen, the windows being those it was made from."""
+def watched(plan: Plan, windows: Sequence[Window], findings: Sequence[Sequence[Finding]] | None = None) -> Plan:
+    """The plan with what to watch and what its windows cannot have seen, the windows being those it was made from.
+
+    findings  what `diagnose` says of each window, where that is known already
+    """
+    if findings is None:
+        findings = [diagnose(window) for window in windows]
     warned = cautions(plan, windows)
     kept = [note for note in plan.notes if note != WATCH_NOTE or not warned]  # what is said of this plan stands for it
-    notes = (*kept, *causes(windows), *warned)
+    notes = (*kept, *causes(findings), *warned)
     return plan.model_copy(update={"watch": tuple(watch_list(plan, windows)), "notes": notes})
 
 
-def causes(windows: Sequence[Window]) -> list[str]:
-    """Why usual recipes would fail on this training, one sentence a cause; of several windows, as the latest saw it."""
-    found = {(one.cause, one.site, one.role): one for window in windows for one in diagnose(window) if one.severe}
-    return [f"a usual recipe would fail here: {sentence}" for sentence in worst_of_each_cause(found.values())]
+def causes(findings: Sequence[Sequence[Finding]]) -> list[str]:
+    """Why usual recipes would fail on this training, one sentence a cause, from the findings of each of its windows.
+
+    Each place is told as the latest window saw it; a cause that the latest does not show is told as such.
+    """
+    now: dict[tuple[str, str, str], Finding] = {}
+    before: dict[tuple[str, str, str], Finding] = {}
+    for window, found in enumerate(reversed(findings)):
+        for one in found:
+            place = one.cause, one.site, one.role
+            if one.severe and place not in now:
+                (before if window else now).setdefault(place, one)
+    shown = {one.cause for one in now.values()}
+    latest, earlier = (sorted(part.values(), key=by_cause) for part in (now, before))
+    here = [*latest, *(one for one in earlier if one.cause in shown)]
+    gone = [one for one in earlier if one.cause not in shown]
+    return [
+        *(f"a usual recipe would fail here: {sentence}" for sentence in worst_of_each_cause(here)),
+        *(
+            f"a usual recipe would fail here, as an earlier window shows and the latest does not: {sentence}"
+            for sentence in worst_of_each_cause(gone)
+        ),
+    ]
 
 
 def watch_list(plan: Plan, windows: Sequence[Window]) -> list[Watch]:

@@ -181,10 +181,11 @@ class FindingView(View):
     remedy: RemedyView
 
 
-class WindowDetail(WindowView):
-    """One window, with what would fail on its training and why; none until it is recorded."""
+class FindingPage(Page[FindingView]):
+    """Findings of one window: severe ones first, each cause's largest first. `total`: of all pages."""
 
-    findings: list[FindingView] = Field([], description="severe ones first, each cause's largest first")
+    window: str
+    total: int
 
 
 class WindowCreated(View):

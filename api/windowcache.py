@@ -19,18 +19,19 @@ SCORES_A_WINDOW = 8  # score tables kept for each window, one a set of casts
 
 
 class Entry:
-    """A window, its score tables by casts, and its diagnosis. Under its lock one thread computes and others wait."""
+    """A window, its score tables by casts, and its diagnosis. Of each one thread computes and others wait."""
 
     def __init__(self, window: Window) -> None:
         self.window = window
         self.lock = threading.Lock()
         self._rows: OrderedDict[tuple[str, ...] | None, list[dict[str, Any]]] = OrderedDict()
+        self._diagnosing = threading.Lock()
         self._findings: tuple[Finding, ...] | None = None
 
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What `advisor.diagnose` says of the window."""
-        with self.lock:
+        with self._diagnosing:
             if self._findings is None:
                 self._findings = diagnose(self.window)
             return self._findings

@@ -27,6 +27,8 @@ _MOST_FINER = 64
 _MOST_ELEMENTS = 2**53  # what float64 counts exactly
 _MOST_STEPS, _MOST_OCCUPIED = 1 << 20, 1 << 24  # what a hostile header may claim: some 200 MB inflated
 
+LEAST_GAIN, LARGEST_GAIN = 2.0**-126, 2.0**127  # float32's normal powers of two: no loss scale is beyond them
+
 STEP_ARRAYS = {
     "steps": np.int64,
     "zeros": np.int64,
@@ -53,7 +55,8 @@ class SlotHistory:
     amax, amin        float32 [S]: largest and smallest non-zero finite magnitude; 0 where there is none
     significant_bits  uint8 [S]: the most mantissa bits that any element uses
     distinct          int32 [S]: estimated distinct magnitudes in a strided sample of at most 4,096 elements
-    gain              float64 [S]: what the recorded values were multiplied by (a loss scale); scores take it out
+    gain              float64 [S]: what the recorded values were multiplied by (a loss scale), from 2^-126 to 2^127;
+                      scores take it out
     finer             tiling → sketches relative to the largest value of each tile, for scales by row or block
     """
 
@@ -141,9 +144,14 @@ class SlotHistory:
         return cls(offsets=offsets, **arrays, finer=unpack_finer(rest, finer)).checked()
 
     def checked(self) -> SlotHistory:
-        """Itself, or MalformedWindow if its arrays contradict each other."""
+        """Itself, or MalformedWindow if its arrays contradict each other or a loss scale is beyond float32's range."""
         if not (self._fits_together() and self._counts_are_possible() and self._magnitudes_agree()):
             raise MalformedWindow("a slot's history has arrays that contradict each other")
+        if not ((self.gain >= LEAST_GAIN) & (self.gain <= LARGEST_GAIN)).all():
+            raise MalformedWindow(
+                f"a slot's values were multiplied by {self.gain.min():g} to {self.gain.max():g} (a loss scale), and a "
+                "window holds such factors from 2^-126 to 2^127"
+            )
         return self
 
     def _fits_together(self) -> bool:
@@ -157,8 +165,6 @@ class SlotHistory:
         if (np.diff(self.offsets) < 0).any() or (np.diff(self.steps) <= 0).any() or (self.steps < 0).any():
             return False
         starts[self.offsets] = True
-        if not (np.isfinite(self.gain).all() and (self.gain > 0).all()):
-            return False
         rise = np.diff(self.bins.astype(np.int64)) > 0
         return bool((rise | starts[1:-1]).all())
 

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import advisor
+from advisor.advice import _worst
 from advisor.errors import CastNotScored, InvalidPlan, UnknownHardware
 from advisor.hardware import hardware_named
 from probes.errors import InvalidCast, UnknownFormat, WindowError
 from probes.probing import probe
 from probes.window import Window
 from tests.models import convnet, encoder, mlp, train
+from tests.planned import score
 
 
 def window_of(build: Any = mlp, steps: int = 6) -> Window:
@@ -134,6 +136,25 @@ def test_several_windows_count_with_their_worst() -> None:
         rows = [advisor.score(window, [one.cast]).of(one.site, one.role)[0] for window in (early, late)]
         damages = [row["damage"] for row in rows]
         assert one.damage == (None if None in damages else max(damages))
+
+
+def test_what_one_measurement_tells_comes_from_one_window() -> None:
+    """The window with the most noise tells all of noise, and that with the most alike its error too."""
+    row = score("up", "grad_output", "e5m2", 0.01)
+    noisy = row | {"noise_ratio": 0.5, "lost_batch_share": 1 / 3, "lost_batch_interval": [0.2, 0.6], "noise_from": "a"}
+    late = row | {"lost_batch_interval": [0.005, 0.02], "noise_from": "b"}
+    noisy |= {"systematic_ratio": 1e-6, "systematic_ratio_se": 1e-7}
+    late |= {"systematic_ratio": 5e-3, "systematic_ratio_se": 4e-3}
+    for tables in ([[noisy], [late]], [[late], [noisy]]):
+        (found,) = _worst(tables)
+        assert (found["noise_ratio"], found["lost_batch_share"], found["noise_from"]) == (0.5, 1 / 3, "a")
+        assert found["lost_batch_interval"] == [0.2, 0.6]
+        assert (found["systematic_ratio"], found["systematic_ratio_se"]) == (5e-3, 4e-3)
+    (found,) = _worst([[late], [noisy | {"noise_ratio": None, "systematic_ratio": None}]])
+    assert (found["noise_ratio"], found["noise_from"], found["systematic_ratio"]) == (None, "a", 5e-3)
+    (found,) = _worst([[late], [noisy | {"noise_ratio": math.nan, "systematic_ratio": math.nan}]])
+    assert math.isnan(found["noise_ratio"])
+    assert found["systematic_ratio"] == 5e-3
 
 
 def test_windows_of_different_models_are_refused() -> None:

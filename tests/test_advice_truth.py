@@ -318,3 +318,9 @@ def test_the_page_is_what_its_table_gives() -> None:
     result = json.loads(RESULT.read_text())
     assert PAGE.read_text() == page(result), "run: python -m benchmarks.advice.table --page-only"
     assert RESULT.read_text() == json_of(result)
+
+
+def test_what_the_limits_allow_is_told_with_the_scored_steps_that_it_is_of() -> None:
+    result = json.loads(RESULT.read_text())
+    for steps in (result["scored_steps"], 2):
+        assert f"the limits, with {steps} scored steps, allow" in page({**result, "scored_steps": steps})

@@ -400,6 +400,7 @@ def test_the_calls_are_the_contract_s(service: Service) -> None:
         "POST /v1/models/{model_id}/windows",
         "GET /v1/models/{model_id}/windows",
         "GET /v1/windows/{window_id}",
+        "GET /v1/windows/{window_id}/findings",
         "GET /v1/windows/{window_id}/file",
         "GET /v1/models/{model_id}/layers",
         "GET /v1/models/{model_id}/layers/{site}/history",

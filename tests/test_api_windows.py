@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 from service import TINY_GPT, Service, quick_settings, serving, small_window, wait_until
 from test_api_models import problem
@@ -43,7 +44,7 @@ def pushed(service: Service, window: advisor.Window) -> dict[str, Any]:
 
 def test_a_pushed_window_is_shown(service: Service, pushed: dict[str, Any], window: advisor.Window) -> None:
     shown = service.get(f"/v1/windows/{pushed['id']}")
-    assert {name: value for name, value in shown.items() if name != "findings"} == pushed
+    assert shown == pushed
     assert (pushed["state"], pushed["origin"], pushed["job_id"]) == ("recorded", "pushed", None)
     assert pushed["steps"] == list(window.steps) == [0, 1, 2]
     assert pushed["losses"] == pytest.approx(window.losses)
@@ -58,13 +59,41 @@ def test_a_planted_cause_is_found_with_its_place_and_remedy(service: Service) ->
     planted = net_window(wide_channels)
     service.post("/v1/models", {"name": "planted", "kind": "external"}, status=201)
     body = service.push("planted", planted.to_bytes()).json()
-    findings = service.get(f"/v1/windows/{body['id']}")["findings"]
+    listed = service.get(f"/v1/windows/{body['id']}/findings")
+    findings = listed["items"]
+    assert (listed["window"], listed["total"], listed["next"]) == (body["id"], len(findings), None)
     assert [(one["cause"], one["site"], one["role"]) for one in findings if one["severe"]] == [
         ("channel_outliers", "head", "input")
     ]
     assert findings == json.loads(json.dumps([one.to_dict() for one in advisor.diagnose(planted)]))
+    assert service.get(f"/v1/windows/{body['id']}/findings", severe=True)["items"] == findings[:1]
     made = service.post("/v1/models/planted/plans", {"tolerance": 1.0}, status=201).json()
     assert f"a usual recipe would fail here: {advisor.diagnose(planted)[0]}" in made["plan"]["notes"]
+
+
+def test_findings_come_in_pages(service: Service) -> None:
+    """The gradients of a loss of 1e-6 are flushed at every site."""
+    service.post("/v1/models", {"name": "flushed", "kind": "external"}, status=201)
+    body = service.push("flushed", net_window(factor=1e-6).to_bytes()).json()
+    path = f"/v1/windows/{body['id']}/findings"
+    whole = service.get(path)
+    assert whole["total"] == len(whole["items"]) > 1
+    first = service.get(path, limit=1)
+    assert (first["items"], first["total"]) == (whole["items"][:1], whole["total"])
+    second = service.get(path, limit=1, cursor=first["next"])
+    assert second["items"] == whole["items"][1:2]
+    assert problem(service.client.get(path, params={"severe": True, "cursor": first["next"]}), 422)
+
+
+def test_a_window_is_shown_without_being_decoded(
+    service: Service, window: advisor.Window, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.post("/v1/models", {"name": "undecoded", "kind": "external"}, status=201)
+    body = service.push("undecoded", window.to_bytes()).json()
+    decoded: list[str] = []
+    monkeypatch.setattr("api.windowcache.decode", lambda database, window_id: decoded.append(window_id))
+    assert service.get(f"/v1/windows/{body['id']}") == body
+    assert decoded == []
 
 
 def test_the_file_is_the_window_again(service: Service, pushed: dict[str, Any], window: advisor.Window) -> None:
@@ -464,6 +493,21 @@ def hostile(window: advisor.Window) -> Iterator[tuple[str, bytes]]:
     for name, part in {"no steps": {"steps": None}, "foreign slot": {"slots": told["slots"][::-1][1:]}}.items():
         changed = json.dumps({**header, "__metadata__": {"window": json.dumps({**told, **part})}}).encode()
         yield name, struct.pack("<Q", len(changed)) + changed + good[8 + size :]
+
+
+@pytest.mark.parametrize("gain", [1e305, 5e-324])
+def test_a_window_with_an_impossible_loss_scale_is_malformed(
+    service: Service, window: advisor.Window, gain: float
+) -> None:
+    good = window.to_bytes()
+    size = 8 + int.from_bytes(good[:8], "little")
+    start, end = (size + place for place in json.loads(good[8:size])["gain"]["data_offsets"])
+    body = good[:start] + np.full((end - start) // 8, gain).tobytes() + good[end:]
+    name = "too-large" if gain > 1 else "too-small"
+    service.post("/v1/models", {"name": name, "kind": "external"}, status=201)
+    told = problem(service.push(name, body), 422)
+    assert told["type"].endswith("MalformedWindow")
+    assert "2^-126 to 2^127" in told["detail"]
 
 
 def test_a_malformed_window_is_refused_and_leaves_nothing(service: Service, window: advisor.Window) -> None:

@@ -48,20 +48,27 @@ WINDOW = {
     "coverage": {"share": 1.0, "unseen": []},
     "bytes_stored": 12_345,
     "notes": [],
-    "findings": [
-        {
-            "cause": "channel_outliers",
-            "site": site,
-            "role": "input",
-            "cast": "int8/tensor/current/nearest",
-            "severe": severe,
-            "numbers": {"ratio": 80.0},
-            "sentence": f"{site} input: 3 of 64 channels hold values 80× the others'",
-            "remedy": {"kind": "cast", "says": "e4m3fn keeps it", "casts": ["e4m3fn"], "loss_scale": None},
-        }
-        for site, severe in (("head", True), ("up", True), ("down", False))
-    ],
 }
+FINDINGS = [
+    {
+        "cause": "channel_outliers",
+        "site": site,
+        "role": "input",
+        "cast": "int8/tensor/current/nearest",
+        "severe": True,
+        "numbers": {"ratio": 80.0},
+        "sentence": f"{site} input: 3 of 64 channels hold values 80× the others'",
+        "remedy": {
+            "kind": "cast",
+            "says": "e4m3fn keeps it",
+            "casts": ["e4m3fn"],
+            "loss_scale": None,
+            "said_by": "a later service",
+        },
+        "said_by": "a later service",
+    }
+    for site in ("head", "up")
+]
 JOB = {"id": "job_1", "kind": "window", "state": "queued", "error": None}
 STEP = {"phase": "window", "step": 1, "steps": 2, "loss": 1.5, "steps_per_s": 3.0, "seconds_left": 61.0}
 
@@ -269,6 +276,7 @@ def test_probe_shows_progress_and_writes_the_file(run: Run, tmp_path: Path) -> N
     answers = {
         "POST /v1/models/m/windows": [(202, {"window": {"id": "win_1"}, "job": JOB})],
         "GET /v1/windows/win_1": [(200, WINDOW)],
+        "GET /v1/windows/win_1/findings?severe=true": [(200, {"items": FINDINGS, "next": None})],
         "GET /v1/windows/win_1/file": [(200, b"sketches")],
         **job_answers(),
     }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,15 @@ from torch import Tensor, nn
 
 import advisor
 from advisor.cli import window_report
-from advisor.diagnosis import CAUSES, Finding
+from advisor.diagnosis import CAUSES, Finding, Remedy
+from advisor.diagnosis.outliers import bulk_of, bulk_sqnr_db, scored_step
 from advisor.diagnosis.tiles import tiles_at
 from advisor.errors import CastNotScored
 from advisor.training import Trainer
 from advisor.watching import causes
 from advisor.zoo.spec import ArchitectureSpec
+from probes.casts import Cast
+from probes.errors import MalformedWindow, WindowError
 from probes.probing import probe
 from probes.window import Window
 from tests.architectures import build
@@ -146,8 +151,68 @@ def test_a_plan_s_notes_say_once_what_would_fail() -> None:
     told = f"a usual recipe would fail here: {found[0]} ({len(found) - 1} more of the cause small_gradients)"
     assert advisor.recommend(window, tolerance=1.0).notes.count(told) == 1
     assert not [note for note in advisor.recommend(net_window(), tolerance=1.0).notes if "would fail here" in note]
-    latest = causes([window, net_window()])
-    assert latest == [told]
+    gone = causes([advisor.diagnose(window), advisor.diagnose(net_window())])
+    assert gone == [told.replace("fail here", "fail here, as an earlier window shows and the latest does not")]
+    assert causes([advisor.diagnose(net_window()), advisor.diagnose(window)]) == [told]
+
+
+def tail(site: str, size: float) -> Finding:
+    cast = "int8/tensor/current/nearest"
+    return Finding("heavy_tails", site, "input", cast, True, {}, f"{site} {size:.0f}", Remedy("cast", "x"), size)
+
+
+def test_of_several_windows_the_worst_that_the_latest_saw_is_told() -> None:
+    (told,) = causes([[tail("a", 9), tail("b", 1), tail("c", 99)], [tail("b", 50), tail("a", 1)]])
+    assert told == "a usual recipe would fail here: b 50; x (2 more of the cause heavy_tails)"
+
+
+def test_a_plan_takes_findings_that_are_known() -> None:
+    window = net_window()
+    notes = advisor.recommend(window, tolerance=1.0, findings=[[tail("head", 3)]]).notes
+    assert "a usual recipe would fail here: head 3; x" in notes
+    with pytest.raises(WindowError, match="findings of 2 windows"):
+        advisor.recommend(window, tolerance=1.0, findings=[[], []])
+
+
+def test_what_a_later_version_says_beside_a_finding_is_left_out() -> None:
+    (found, *_) = advisor.diagnose(net_window(wide_channels))
+    told = json.loads(json.dumps(found.to_dict()))
+    assert Finding.from_dict({**told, "new": 1, "remedy": {**told["remedy"], "new": 1}}) == found
+
+
+@pytest.mark.parametrize("gain", [2.0**-126, 2.0**127])
+def test_the_outermost_loss_scales_are_diagnosed_and_planned_for(gain: float) -> None:
+    window = net_window()
+    held = [window.history(*slot) for slot in window.slots]
+    told = [replace(history, gain=np.full_like(history.gain, gain)).checked() for history in held]
+    extreme = Window.from_parts(window.header(), told)
+    assert all(math.isfinite(one.numbers["rms"]) for one in of_cause(extreme, "small_gradients"))
+    assert advisor.recommend(extreme, tolerance=1.0).assignments
+
+
+@pytest.mark.parametrize("gain", [1e305, 5e-324, 2.0**-127, 2.0**128, 0.0, -1.0, math.inf, math.nan])
+def test_loss_scales_beyond_float32_are_malformed(gain: float) -> None:
+    history = net_window().history("head", "grad_output")
+    with pytest.raises(MalformedWindow, match="2\\^-126 to 2\\^127"):
+        replace(history, gain=np.full_like(history.gain, gain)).checked()
+
+
+@pytest.mark.parametrize("cast", ["int8", "e4m3fn", "e5m2", "fp16/none", "e4m3fn/tensor/current:pow2"])
+@pytest.mark.parametrize("between", [wide_channels, spiked])
+def test_the_bulks_of_all_tensors_at_once_are_those_of_each(between: Plant, cast: str) -> None:
+    window = net_window(between)
+    histories = [window.history(*slot) for slot in window.product_slots]
+    steps = [scored_step(history) or 0 for history in histories]
+    one_by_one = [bulk_of(*pair, Cast.parse(cast)).sqnr_db for pair in zip(histories, steps, strict=True)]
+    assert bulk_sqnr_db(histories, steps, Cast.parse(cast)) == pytest.approx(one_by_one, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "cast", ["e4m3fn/tensor/delayed", "e4m3fn/tensor/static=1", "e4m3fn/tensor/current/stochastic"]
+)
+def test_bulks_are_looked_at_one_by_one_where_they_have_no_like_by_row(cast: str) -> None:
+    history = net_window().history("head", "input")
+    assert math.isnan(bulk_sqnr_db([history], [int(history.steps[-1])], Cast.parse(cast))[0])
 
 
 @pytest.mark.parametrize(("outlying", "of", "times"), [(1, 32, 20.0), (3, 256, 80.0), (12, 512, 14.0), (0, 64, 1.0)])

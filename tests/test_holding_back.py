@@ -76,6 +76,47 @@ def test_what_the_hardware_does_not_take_is_not_blamed_on_a_limit() -> None:
     assert plan.summary[0].startswith("kept from 8 bits: 50% because no cast of theirs gives h100 a pair of 8 bits")
 
 
+def test_what_is_alike_in_every_batch_holds_back_and_the_limit_that_is_named_would_not() -> None:
+    """Of two casts the less alike is named, and of the FLOPs those that the gradient's products hold."""
+    sites = [linear("a"), linear("b")]
+    rows = [row | {"systematic_ratio": 1e-5} for row in uniform_rows(sites)]
+    for row in rows:
+        if (row["site"], row["role"]) == ("a", "grad_output") and row["cast"].startswith("e4m3fn"):
+            row["systematic_ratio"] = 3e-3
+    rows.append(score("a", "grad_output", "e5m2", 0.0, noise_ratio=1e-5) | {"systematic_ratio": 2e-3})
+    plan = planned(rows, sites)
+    assert plan.predicted.share_8bit == pytest.approx(2 / 3)
+    assert plan.summary[0].startswith("kept from 8 bits: 33% by the limit on what is alike in every batch (")
+    assert any(told.startswith("a holds back 33%: ") and "alike" not in told for told in plan.summary)
+    (needed,) = numbers(r"^a limit of (\S+)% on lost batch would let all of it in", plan)
+    assert numbers(r"under a limit of (\S+)% on lost batch \(max_lost_batch\)", plan) == [needed]
+    assert planned(rows, sites, lost=needed / 100).predicted.share_8bit == pytest.approx(1)
+    assert planned(rows, sites, lost=needed / 100 * 0.9).predicted.share_8bit < 1
+
+
+def test_what_is_alike_and_dear_takes_both_limits() -> None:
+    sites = [linear("a"), linear("b")]
+    rows = uniform_rows(sites, a=1e-4, b=4e-4)
+    for row in rows:
+        if row["role"] == "grad_output" and row["cast"].startswith("e4m3fn"):
+            row["systematic_ratio"] = 2e-3
+    plan = planned(rows, sites, tolerance=5e-4)
+    told = plan.summary[0]
+    assert "by the limit on what is alike in every batch and the tolerance of 5.0e-04" in told
+    assert "no cast of theirs" not in told
+    tolerance, lost = numbers(r"^a tolerance of (\S+) and a limit of (\S+)% on lost batch would let all of it in", plan)
+    assert planned(rows, sites, tolerance * 1.001, lost / 100).predicted.share_8bit == pytest.approx(1)
+    assert planned(rows, sites, tolerance * 0.98, lost / 100).predicted.share_8bit < 1
+    assert planned(rows, sites, tolerance * 1.001, lost / 100 * 0.9).predicted.share_8bit < 1
+
+
+def test_errors_that_are_alike_without_bound_have_no_limit() -> None:
+    rows = [row | {"systematic_ratio": float("inf")} for row in uniform_rows([linear("a")])]
+    told = planned(rows, [linear("a")]).summary
+    assert any("may do so under no limit" in one for one in told)
+    assert not any("would let all of it in" in one for one in told)
+
+
 def test_repeated_blocks_are_told_together() -> None:
     sites = [linear(f"blocks.{index}.down") for index in range(4)]
     plan = planned(uniform_rows(sites, down=1e-3), sites, tolerance=1e-5)

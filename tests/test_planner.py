@@ -196,8 +196,33 @@ def test_a_gradient_s_error_that_is_alike_in_every_batch_has_a_limit_of_its_own(
         reason = assigned(plan, "up", "grad_output").reason
         told = f"after {round(1 / ratio)} steps that outweighs the minibatch's noise, and the limit is 1960 steps"
         assert (told in reason) == (chosen == "bf16")
-        assert ("not settled" in reason) == (ratio == 6e-4)
+        assert ("not settled" in reason) == (ratio != 2e-3)
     assert formats(planned([site], rows, max_lost_batch=0.06), "up") == ["e4m3fn"] * 3
+
+
+def test_a_chosen_gradient_cast_that_may_pass_that_limit_is_not_settled() -> None:
+    """0.0004 keeps the limit of 0.00051; with two standard errors of 0.0001 it may not."""
+    site = linear()
+    rows = [score("up", role, "e4m3fn", 1e-6) for role in site.roles]
+    for error, told in ((1e-4, True), (5e-5, False), (None, False)):
+        rows[2] |= {"systematic_ratio": 4e-4, "systematic_ratio_se": error}
+        plan = planned([site], rows)
+        assert formats(plan, "up") == ["e4m3fn"] * 3
+        said = "not settled: it may err the same way in every batch"
+        assert (said in assigned(plan, "up", "grad_output").reason) == told
+        assert said not in assigned(plan, "up", "input").reason
+        noted = [note for note in plan.notes if "err the same way" in note]
+        assert len(noted) == told
+        assert all("up grad_output" in note and "curvature_steps=8" in note for note in noted)
+
+
+@pytest.mark.parametrize(("lost", "ratio"), [(1e-310, 1e-9), (0.0, 5e-324)])
+def test_steps_beyond_counting_are_told_as_such(lost: float, ratio: float) -> None:
+    site = linear()
+    rows = [score("up", role, "e4m3fn", 1e-6, noise_ratio=0.0) for role in site.roles]
+    rows[2] |= {"systematic_ratio": ratio, "systematic_ratio_se": 0.0}
+    reason = assigned(planned([site], rows, max_lost_batch=lost), "up", "grad_output").reason
+    assert "after more than a million steps that outweighs the minibatch's noise" in reason
 
 
 def test_the_pair_that_the_hardware_takes_decides() -> None:

@@ -131,6 +131,16 @@ def test_one_cast_a_role_equals_enumeration(seed: int) -> None:
     assert plan.predicted.share_8bit <= free.predicted.share_8bit
 
 
+def test_one_cast_a_role_is_none_that_errs_alike() -> None:
+    """Of two casts of one format the better costs less, but may not be taken: the other is tried."""
+    site = linear()
+    rows = [score("up", role, "e4m3fn", 1e-6) for role in site.roles]
+    rows[2] |= {"systematic_ratio": 2e-3, "systematic_ratio_se": 1e-4}
+    rows.append(score("up", "grad_output", "e4m3fn/tensor/current:pow2", 2e-6))
+    plan = planned([site], rows, 1e-3, Restrictions(uniform_roles=True))
+    assert plan.predicted.share_8bit == 1
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_one_cast_a_role_at_sites_of_two_kinds(seed: int) -> None:
     """A linear layer and fused attention share the gradient's role alone."""

@@ -64,6 +64,7 @@ def probe(
             return
         follow(client, opened["job"]["id"], quiet=as_json)
         window = client.window(opened["window"]["id"])
+        severe = [] if as_json else list(client.findings(window["id"], severe=True))
         if out is not None:
             out.write_bytes(client.download(window["id"]))
     if as_json:
@@ -77,7 +78,7 @@ def probe(
     )
     for note in window["notes"]:
         console.print(f"note: {note}")
-    for sentence in _failures(window.get("findings", [])):
+    for sentence in _failures(severe):
         console.print(f"a usual recipe would fail here: {sentence}")
     if out is not None:
         console.print(f"written to {out}")
@@ -85,6 +86,6 @@ def probe(
 
 
 def _failures(findings: list[dict[str, Any]]) -> list[str]:
-    from advisor.diagnosis.findings import Finding, Remedy, worst_of_each_cause
+    from advisor.diagnosis.findings import Finding, worst_of_each_cause
 
-    return worst_of_each_cause(Finding(**{**one, "remedy": Remedy(**one["remedy"])}) for one in findings)
+    return worst_of_each_cause(map(Finding.from_dict, findings))

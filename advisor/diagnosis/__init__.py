@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from advisor.diagnosis.findings import CAUSES, THRESHOLDS, Finding, Remedy
+from advisor.diagnosis.findings import CAUSES, THRESHOLDS, Finding, Remedy, by_cause
 from advisor.diagnosis.gradients import small_gradients
 from advisor.diagnosis.growth import growing_amax
 from advisor.diagnosis.outliers import outliers
@@ -55,5 +55,4 @@ def diagnose(window: Window, casts: Sequence[str | Cast] | None = None) -> tuple
         *narrow_buffers(window, recipes),
         *tied_parameters(window, recipes),
     ]
-    order = list(CAUSES)
-    return tuple(sorted(found, key=lambda one: (not one.severe, order.index(one.cause), -one.size)))
+    return tuple(sorted(found, key=by_cause))

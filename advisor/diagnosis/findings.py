@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -67,6 +67,13 @@ class Finding:
     def __str__(self) -> str:
         return f"{self.sentence}; {self.remedy.says}"
 
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Finding:
+        """Of what `to_dict` gives; what a later version says beside it is left out."""
+        remedy = Remedy(**{one.name: told["remedy"][one.name] for one in fields(Remedy) if one.name in told["remedy"]})
+        known = {one.name: told[one.name] for one in fields(cls) if one.name in told}
+        return cls(**{**known, "remedy": replace(remedy, casts=tuple(remedy.casts))})
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
         held = {name: value for name, value in vars(self).items() if name != "size"}
@@ -74,15 +81,20 @@ class Finding:
         return {**held, "numbers": dict(self.numbers), "remedy": remedy}
 
 
+def by_cause(finding: Finding) -> tuple[bool, int, float]:
+    """Sorts findings: severe ones first, then by cause, each cause's largest first."""
+    return not finding.severe, list(CAUSES).index(finding.cause), -finding.size
+
+
 def worst_of_each_cause(findings: Iterable[Finding]) -> list[str]:
     """A sentence a cause among the severe findings, of the one that stands first, with how many more there are."""
-    by_cause: dict[str, list[Finding]] = {}
+    of_cause: dict[str, list[Finding]] = {}
     for finding in findings:
         if finding.severe:
-            by_cause.setdefault(finding.cause, []).append(finding)
+            of_cause.setdefault(finding.cause, []).append(finding)
     return [
         f"{found[0]}{f' ({len(found) - 1} more of the cause {cause})' if len(found) > 1 else ''}"
-        for cause, found in by_cause.items()
+        for cause, found in of_cause.items()
     ]
 
 

@@ -10,9 +10,10 @@ A bin of the sketch stands here for four magnitudes spread evenly in it, which t
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from advisor.diagnosis.tiles import Tiles, ratios_at, tiles_at
 from probes.casts import Cast
 from probes.history import SlotHistory
 from probes.records import GRADIENT, Slot
+from probes.scaling import RULES
 from probes.sketch import BIN_EDGES
 from probes.tiles import Axis, Tiling, axes_of
 from probes.window import Window
@@ -34,6 +36,7 @@ Array = NDArray[np.float64]
 
 KEEPING = ("e4m3fn", "int8/row", "e4m3fn/row", "int8/column", "e5m2", "bf16")
 """Casts that may mend, in the order in which they are told: the narrowest, one scale a tensor first."""
+AT_ONCE = 512  # slots whose bulks are written together: some tens of MB
 _POINTS = (np.arange(4) + 0.5) / 4
 
 
@@ -57,16 +60,57 @@ class _Place:
 
 def outliers(window: Window, recipes: Recipes) -> Iterator[Finding]:
     """Channel outliers and heavy tails of the products' tensors: for each, the cast that writes the bulk worst."""
-    for slot in window.product_slots:
+    for slot, step in _perhaps_bitten(window, recipes):
         history = window.history(*slot)
-        step = scored_step(history)
-        if step is None:
-            continue
         casts = recipes.gradient if slot.role == GRADIENT else recipes.forward
         bulks = [(bulk_of(history, step, cast), cast) for cast in casts]
         bulk, cast = min(bulks, key=lambda pair: pair[0].sqnr_db, default=(Bulk(math.inf, 0.0), None))
         if cast is not None and bulk.sqnr_db <= THRESHOLDS.bulk_sqnr_db:
             yield _finding(window, slot, step, cast, bulk, recipes)
+
+
+def _perhaps_bitten(window: Window, recipes: Recipes) -> Iterator[tuple[Slot, int]]:
+    """Slots, and their steps, whose bulk one of the casts may write badly."""
+    known = [(slot, step) for slot in window.product_slots if (step := scored_step(window.history(*slot))) is not None]
+    bitten: set[Slot] = set()
+    for is_gradient, casts in ((True, recipes.gradient), (False, recipes.forward)):
+        some = [(slot, step) for slot, step in known if (slot.role == GRADIENT) == is_gradient]
+        for cast, start in itertools.product(casts, range(0, len(some), AT_ONCE)):
+            part = some[start : start + AT_ONCE]
+            sqnr_db = bulk_sqnr_db([window.history(*slot) for slot, _ in part], [step for _, step in part], cast)
+            bad = ~(sqnr_db > THRESHOLDS.bulk_sqnr_db + 1e-6)
+            bitten.update(part[place][0] for place in np.flatnonzero(bad))
+    return (pair for pair in known if pair[0] in bitten)
+
+
+def bulk_sqnr_db(histories: Sequence[SlotHistory], steps: Sequence[int], cast: Cast) -> Array:
+    """`bulk_of(history, step, cast).sqnr_db` of many at once, [slots], up to the order of sums; NaN where the cast has
+    a scale that has no like by row, or draws random numbers."""
+    if cast.is_random or not (cast.scale is None or cast.scale.rule in RULES["row"]):
+        return np.full(len(histories), math.nan)
+    places = [int(np.searchsorted(history.steps, step)) for history, step in zip(histories, steps, strict=True)]
+    held = [slice(*history.offsets[at : at + 2]) for history, at in zip(histories, places, strict=True)]
+    lengths = np.array([part.stop - part.start for part in held])
+    rows = np.repeat(np.arange(len(held)), lengths)
+    columns = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    bins = np.concatenate([history.bins[part] for history, part in zip(histories, held, strict=True)]).astype(np.int64)
+    counts = np.concatenate([history.counts[part] for history, part in zip(histories, held, strict=True)])
+    amax = np.array([history.amax[at] for history, at in zip(histories, places, strict=True)], dtype=np.float64)
+    low, high = BIN_EDGES[bins], BIN_EDGES[bins + 1]
+    magnitudes, weights = np.zeros((2, len(held), int(lengths.max(initial=0)), len(_POINTS)))
+    magnitudes[rows, columns] = np.minimum(low[:, None] + (high - low)[:, None] * _POINTS, amax[rows, None])
+    weights[rows, columns] = counts[:, None] / len(_POINTS)
+    magnitudes, weights = magnitudes.reshape(len(held), -1), weights.reshape(len(held), -1)
+    running = np.cumsum(weights, axis=1)
+    last = (running < THRESHOLDS.bulk * running[:, -1:]).sum(axis=1)
+    weights[np.arange(weights.shape[1]) > last[:, None]] = 0.0
+    values = torch.from_numpy(np.append(np.where(weights > 0, magnitudes, 0.0), amax[:, None], axis=1)).float()
+    # A scale for each row here is one for each slot's tensor.
+    by_row = cast if cast.scale is None else replace(cast, granularity="row")
+    given, written = values[:, :-1].double().numpy(), by_row(values)[:, :-1].double().numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = (weights * given**2).sum(axis=1) / (weights * (written - given) ** 2).sum(axis=1)
+        return np.asarray(10 * np.log10(ratio))
 
 
 def bulk_of(history: SlotHistory, step: int, cast: Cast) -> Bulk:

@@ -59,7 +59,8 @@ def _windows(services: Services, model_id: str, wanted: list[str] | None) -> lis
 
 
 def _plan(services: Services, chosen: list[str], wanted: PlanRequest) -> advisor.Plan:
-    recorded_windows = [services.windows.get(window_id).window for window_id in chosen]
+    entries = [services.windows.get(window_id) for window_id in chosen]
+    recorded_windows = [entry.window for entry in entries]
     if wanted.uniform is not None:
         if taken := {"window", "hardware"} & wanted.uniform.keys():
             raise Refusal(422, f"{min(taken)!r} is no role; uniform maps roles such as input to casts")
@@ -79,4 +80,5 @@ def _plan(services: Services, chosen: list[str], wanted: PlanRequest) -> advisor
         native_only=wanted.native_only,
         master_weights=wanted.master_weights,
         optimizer_state=wanted.optimizer_state,
+        findings=[entry.findings for entry in entries],
     )

@@ -16,9 +16,10 @@ from api.bodies import JSON_TYPE, media_type
 from api.context import Services, ServicesDep
 from api.idempotency import KeyHeader, Once, fingerprint
 from api.limits import WINDOW_TYPES
-from api.pages import Cursor, Limit, after_of, next_of
+from api.pages import Cursor, Limit, after_of, encode, next_of, offset_of
 from api.problems import Refusal, validation_response
-from api.schemas import FindingView, Page, WindowCreated, WindowDetail, WindowRequest, WindowView, checked_name
+from api.routes.selection import recorded
+from api.schemas import FindingPage, FindingView, Page, WindowCreated, WindowRequest, WindowView, checked_name
 from api.views import job_view, window_view, window_views
 from api.windowcache import decode
 from db.store import jobs, models, windows
@@ -103,13 +104,35 @@ def list_windows(model_id: str, services: ServicesDep, cursor: Cursor = None, li
 
 
 @router.get("/windows/{window_id}")
-def show(window_id: str, services: ServicesDep) -> WindowDetail:
-    """One window, and why usual recipes would fail on its training, where they would."""
+def show(window_id: str, services: ServicesDep) -> WindowView:
+    """One window."""
     with services.database.reading() as session:
-        view = window_view(session, windows.get(session, window_id))
-    found = services.windows.get(window_id).findings if view.state == "recorded" else ()
-    findings = [FindingView.model_validate(finding.to_dict()) for finding in found]
-    return WindowDetail(**view.model_dump(), findings=findings)
+        return window_view(session, windows.get(session, window_id))
+
+
+@router.get("/windows/{window_id}/findings")
+def findings(
+    window_id: str,
+    services: ServicesDep,
+    severe: Annotated[bool, Query(description="only the severe ones")] = False,
+    cursor: Cursor = None,
+    limit: Limit = 50,
+) -> FindingPage:
+    """Why usual recipes would fail on this training, where they would: severe findings first."""
+    with services.database.reading() as session:
+        window = windows.get(session, window_id)
+        recorded(window, models.get(session, window.model_id))
+    listed = f"{window_id}|findings|{severe}"
+    start = offset_of(cursor, listed)
+    entry = services.windows.get(window_id)
+    found = [finding for finding in entry.findings if finding.severe or not severe]
+    end = start + limit
+    return FindingPage(
+        window=window_id,
+        total=len(found),
+        items=[FindingView.model_validate(finding.to_dict()) for finding in found[start:end]],
+        next=encode([listed, end]) if end < len(found) else None,
+    )
 
 
 @router.get(
@@ -155,11 +178,11 @@ def _push(services: Services, once: Once, model_id: str, path: Path, create: boo
                 422,
                 "the window has 0 recorded steps; leave the `with advisor.probe(…)` block after at least one",
             )
-        recorded = recording.pack(window)
+        packed = recording.pack(window)
         with services.database.writing() as session:
             model = _owner(session, model_id, window, create)
             row = windows.add(session, model_id=model.id, request=None)
-            recorded.store(session, row.id, checkpoint=None)
+            packed.store(session, row.id, checkpoint=None)
             session.refresh(row)
             return once.answer(session, 201, window_view(session, row), f"/v1/windows/{row.id}")
 

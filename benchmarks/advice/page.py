@@ -25,7 +25,7 @@ def page(result: Mapping[str, Any]) -> str:
     """The whole page as Markdown."""
     models = result["models"]
     sections = (_opening(result), _roles(models), _rivals(models), _sketches(models), _first_order(models))
-    return "\n\n".join((*sections, _plans(models), _trainings(models), _far(models))) + "\n"
+    return "\n\n".join((*sections, _plans(models), _trainings(models, result["scored_steps"]), _far(models))) + "\n"
 
 
 def _opening(result: Mapping[str, Any]) -> str:
@@ -181,7 +181,7 @@ plans draw a cast for each tensor.
 {_table(("model", "plan", "predicted", "measured", "ratio", "target"), rows)}"""
 
 
-def _trainings(models: Mapping[str, Any]) -> str:
+def _trainings(models: Mapping[str, Any], scored_steps: int) -> str:
     rows, risen, unharmed = [], [], []
     for name, one in models.items():
         for run in one["trainings"]:
@@ -224,7 +224,8 @@ Predicted, measured, of sites with a weight (of others nothing is told), all cas
 {_table(("model", "decided", "Spearman", "ratio"), _alike(models))}
 
 A loss rises where the whole interval is above {RISE:g} of it, the default tolerance. Of {len(risen)} pairs for which it
-rises the limits allow {sum(risen)}; of the other {len(unharmed)} they allow {sum(unharmed)}.
+rises the limits, with {scored_steps} scored steps, allow {sum(risen)}; of the other {len(unharmed)} they allow
+{sum(unharmed)}.
 The limit on what is alike was chosen on chargpt and lstm.
 
 {_table(head, rows)}"""
