@@ -22,6 +22,12 @@ def row(draws: float, drift: float = 0.3, damage: float = 1e-4) -> dict[str, Any
     return score("up", "input", "e4m3fn", damage, damage_se=error, confidence=sure)
 
 
+def upper_end(told: dict[str, Any]) -> float:
+    ends = interval_of(told)
+    assert ends is not None
+    return ends[1]
+
+
 def test_an_interval_on_one_side_is_settled() -> None:
     lower, upper = interval_of(row(0.8)) or (0.0, 0.0)
     assert settling(row(0.8), upper * 1.01) is None
@@ -32,8 +38,8 @@ def test_an_interval_on_one_side_is_settled() -> None:
 
 def test_more_scored_steps_settle_what_draws_leave_open() -> None:
     """The number that is named does it, and half of it does not."""
-    told, limit = row(0.8), 5e-4
-    found = settling(told, limit)
+    limit = 0.9 * upper_end(row(0.8))
+    found = settling(row(0.8), limit)
     assert found is not None
     assert found.times is not None
     assert f"curvature_steps={2 * found.times}" in found.clause
@@ -42,7 +48,7 @@ def test_more_scored_steps_settle_what_draws_leave_open() -> None:
 
 
 def test_the_factor_is_what_is_left() -> None:
-    found = settling(row(0.8), 5e-4)
+    found = settling(row(0.8), 0.9 * upper_end(row(0.8)))
     assert found is not None
     assert found.times is not None
     left = spread_of(row(0.8 / math.sqrt(found.times)))
