@@ -70,6 +70,7 @@ class apply(SiteHook):  # noqa: N801 - used as a function: with apply(plan, mode
     ) -> None:
         model = unwrapped(model)
         super().__init__(model)
+        self.heeded = frozenset()
         _require_match(plan, model)
         self._uncompiled = ExitStack()
         self.plan = plan

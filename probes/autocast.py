@@ -30,9 +30,9 @@ _LOWERED = frozenset(
 
 def multiplied_dtype(operation: str, operand: Tensor) -> torch.dtype:
     """The dtype in which this operand is multiplied by a product of this name, called here and now."""
-    device = operand.device.type
-    if operation not in _LOWERED or operand.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if not torch._C._is_any_autocast_enabled() or operation not in _LOWERED or operand.dtype == torch.float64:
         return operand.dtype
-    if not torch.is_autocast_enabled(device):
+    device = operand.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return operand.dtype
     return torch.get_autocast_dtype(device)

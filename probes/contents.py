@@ -7,8 +7,8 @@ each once: such a one is read by what it wraps, which under vmap is the whole ba
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any, cast
 
@@ -38,14 +38,15 @@ def contents(tensor: Tensor) -> Tensor:
     return tensor.values()
 
 
-@contextmanager
-def outside_transforms() -> Iterator[None]:
+def outside_transforms() -> AbstractContextManager[Any]:
     """Work on what `contents` gave: inside a transform of `torch.func`, its result would be wrapped again."""
     if functorch.peek_interpreter_stack() is None:
-        yield
-    else:
-        with temporarily_clear_interpreter_stack():
-            yield
+        return _NOTHING
+    cleared: AbstractContextManager[Any] = temporarily_clear_interpreter_stack()
+    return cleared
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def is_wrapped(tensor: Tensor) -> bool:

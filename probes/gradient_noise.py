@@ -27,6 +27,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,21 +91,18 @@ class Differences:
     """Noise from successive gradients: samples are kept for one step, sums stay on the device until they are asked."""
 
     def __init__(self) -> None:
-        self._last: dict[str, Tensor] = {}
+        self._last: dict[torch.device, _Samples] = {}
         self._sums: dict[tuple[str, ...], Tensor] = {}  # noise and energy, [2, parameters]
 
     def add(self, gradients: Mapping[str, Tensor], divisor: Tensor | None = None) -> None:
         """The gradients of a step, as the optimizer uses them once divided by `divisor`: dense and floating ones."""
-        samples = {name: strided(gradient, SAMPLE).to(torch.float32, copy=True) for name, gradient in gradients.items()}
-        if divisor is not None:
-            for sample in samples.values():
-                sample.div_(divisor.to(sample.device, non_blocking=True))
-        for names in _by_device(samples):
-            followed = tuple(name for name in names if name in self._last and samples[name].numel())
-            if followed:
-                found = _noise_and_energy([samples[name] for name in followed], [self._last[name] for name in followed])
-                self._sums[followed] = self._sums[followed] + found if followed in self._sums else found
-        self._last = samples
+        now = {device: _Samples.of(found, divisor) for device, found in _by_device(gradients).items()}
+        for device, samples in now.items():
+            before = self._last.get(device)
+            followed, sums = samples.against(before) if before is not None else ((), None)
+            if sums is not None:
+                self._sums[followed] = self._sums[followed] + sums if followed in self._sums else sums
+        self._last = now
 
     def forget(self) -> None:
         """Let go of the samples."""
@@ -120,16 +118,59 @@ class Differences:
         return dict(total)
 
 
-def _by_device(samples: Mapping[str, Tensor]) -> list[list[str]]:
-    names: dict[torch.device, list[str]] = defaultdict(list)
-    for name, sample in samples.items():
-        names[sample.device].append(name)
-    return list(names.values())
+@dataclass(frozen=True)
+class _Samples:
+    """Those of several gradients on one device, one after another: `values` float32 [sum of `sizes`]."""
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    values: Tensor
+
+    @classmethod
+    def of(cls, gradients: Mapping[str, Tensor], divisor: Tensor | None) -> _Samples:
+        sampled = {name: sample for name, each in gradients.items() if (sample := strided(each, SAMPLE)).numel()}
+        sizes = tuple(map(len, sampled.values()))
+        first = next(iter(gradients.values()))
+        values = torch.empty(sum(sizes), dtype=torch.float32, device=first.device)
+        if sampled:
+            torch._foreach_copy_(list(values.split(sizes)), list(sampled.values()))
+        if divisor is not None:
+            values.div_(divisor.to(values.device, non_blocking=True))
+        return cls(tuple(sampled), sizes, values)
+
+    def against(self, before: _Samples) -> tuple[tuple[str, ...], Tensor | None]:
+        """The parameters that both have, and their noise and energy: float64 [2, parameters]; None where none is.
+
+        Zero where a step had Inf or NaN, which says nothing of the noise.
+        """
+        names, sizes, pair = self.names, self.sizes, (self.values, before.values)
+        if before.names != names or before.sizes != sizes:
+            ours, theirs = self._parts(), before._parts()
+            names = tuple(name for name in self.names if name in theirs and theirs[name].shape == ours[name].shape)
+            sizes = tuple(len(ours[name]) for name in names)
+            if names:
+                pair = torch.cat([ours[name] for name in names]), torch.cat([theirs[name] for name in names])
+        if not names:
+            return (), None
+        now, then = (values.double() for values in pair)
+        squares = torch.stack([(now - then).square_(), now.square_().add_(then.square_())])
+        found = _summed(squares, sizes) / 2
+        return names, torch.where(found.isfinite().all(dim=0), found, 0.0)
+
+    def _parts(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.values.split(self.sizes), strict=True))
 
 
-def _noise_and_energy(now: list[Tensor], before: list[Tensor]) -> Tensor:
-    """float64 [2, parameters]; zero where a step had Inf or NaN, which says nothing of the noise."""
-    norms = (torch.stack(torch._foreach_norm(each)).double() for each in (torch._foreach_sub(now, before), now, before))
-    apart, energy, energy_before = (norm.square() for norm in norms)
-    found = torch.stack([apart, energy + energy_before]) / 2
-    return torch.where(found.isfinite().all(dim=0), found, 0.0)
+def _summed(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The sums of so many columns each; none of the sizes is 0."""
+    if values.device.type == "cpu":
+        firsts = np.cumsum([0, *sizes[:-1]])
+        return torch.from_numpy(np.add.reduceat(values.numpy(), firsts, axis=1))
+    return torch.stack([part.sum(dim=1) for part in values.split(tuple(sizes), dim=1)], dim=1)
+
+
+def _by_device(gradients: Mapping[str, Tensor]) -> dict[torch.device, dict[str, Tensor]]:
+    found: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
+    for name, gradient in gradients.items():
+        found[gradient.device][name] = gradient
+    return found

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from probes.compacting import Compacted, Compactor
 from probes.errors import MalformedWindow
 from probes.layout import BIN_SHIFT, BINS
 from probes.relative_history import RelativeHistory
@@ -212,21 +213,20 @@ class SparseRow(NamedTuple):
     gain: float = 1.0
 
 
-def sparse_rows(step: int, sums: NDArray[np.float64], extremes: NDArray[np.float32]) -> list[SparseRow]:
-    """The rows of the sketch arrays (`sums` [rows, SUMS], `extremes` [rows, EXTREMES], see `sketch.py`), compacted."""
-    rows, places = np.nonzero(sums[:, :BINS])
-    bins, counts = places.astype(np.uint16), sums[rows, places].astype(np.int64)
-    ends = np.searchsorted(rows, np.arange(len(sums) + 1)).tolist()
-    tails, extremes = sums[:, BINS : BINS + 5].copy(), extremes.copy()
-    return [
-        SparseRow(step, bins[first:last], counts[first:last], tail, most)
-        for (first, last), tail, most in zip(pairwise(ends), tails, extremes, strict=True)
-    ]
-
-
 def sparse_row(step: int, sums: NDArray[np.float64], extremes: NDArray[np.float32]) -> SparseRow:
-    """One row of them, `sums` [SUMS] and `extremes` [EXTREMES]."""
-    return sparse_rows(step, sums[None], extremes[None])[0]
+    """A row of the sketch arrays, `sums` [SUMS] and `extremes` [EXTREMES] (see `sketch.py`), compacted."""
+    return sparse_rows(step, Compactor().of(sums[None], extremes[None], [0]))[0]
+
+
+def sparse_rows(step: int, found: Compacted, gains: Sequence[float] | None = None) -> list[SparseRow]:
+    """What was compacted, row by row; with what each row's values had been multiplied by."""
+    firsts = [0, *found.ends.tolist()]
+    return [
+        SparseRow(step, found.bins[first:last], found.counts[first:last], tail, extremes, gain)
+        for (first, last), tail, extremes, gain in zip(
+            pairwise(firsts), found.tails, found.extremes, gains or [1.0] * len(found.ends), strict=True
+        )
+    ]
 
 
 def history_of(rows: Sequence[SparseRow], finer: Mapping[str, RelativeHistory] | None = None) -> SlotHistory:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,13 +16,14 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 ROOT = "(root)"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Frame:
     """One entry into a module's forward: its path, and how often each operation has been met in it.
 
@@ -35,7 +35,7 @@ class Frame:
     module: nn.Module
     trains: bool
     recomputes: bool
-    met: Counter[str] = field(default_factory=Counter)
+    met: dict[str, int] = field(default_factory=dict)
     leave: Callable[[], None] | None = None
     routed: bool = False
 
@@ -112,7 +112,7 @@ class ModuleStack:
     def __init__(self, model: nn.Module, entered: Callable[[Frame, tuple[Any, ...], dict[str, Any]], None]) -> None:
         self._model = model
         self._entered = entered
-        self._local = threading.local()
+        self._local = _Frames()
         self._hooked: dict[int, _Hooked] = {}
 
     def attach(self) -> list[str]:
@@ -130,10 +130,9 @@ class ModuleStack:
                 continue
             if hooked is not None:
                 hooked.take_off()
-            push, pop = _Hook(self._push(written(path))), _Hook(self._pop)
             handles = (
-                module.register_forward_pre_hook(push, with_kwargs=True, prepend=True),
-                module.register_forward_hook(pop, always_call=True),
+                module.register_forward_pre_hook(_Push(self, written(path)), with_kwargs=True, prepend=True),
+                module.register_forward_hook(_Pop(self), always_call=True),
             )
             self._hooked[id(module)] = _Hooked(path, module, handles)
             changed.append(written(path))
@@ -174,27 +173,25 @@ class ModuleStack:
     @property
     def frames(self) -> list[Frame]:
         """This thread's stack, outermost first."""
-        if not hasattr(self._local, "frames"):
-            self._local.frames = []
-        frames: list[Frame] = self._local.frames
-        return frames
+        return self._local.frames
 
-    def _push(self, path: str) -> Callable[..., None]:
-        def push(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if torch.compiler.is_compiling():
-                return
-            frame = Frame(path, module, torch.is_grad_enabled(), in_backward())
-            self.frames.append(frame)
-            self._entered(frame, args, kwargs)
+    def push(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A module is entered."""
+        if is_compiling():
+            return
+        frame = Frame(path, module, torch.is_grad_enabled(), torch._C._current_graph_task_id() != -1)
+        self._local.frames.append(frame)
+        self._entered(frame, args, kwargs)
 
-        return push
-
-    def _pop(self, module: nn.Module, *_: Any) -> None:
+    def pop(self, module: nn.Module) -> None:
         """Leave this module, and those within that were left without their hooks."""
-        if torch.compiler.is_compiling() or not any(frame.module is module for frame in self.frames):
+        if is_compiling():
+            return
+        frames = self._local.frames
+        if not any(frame.module is module for frame in reversed(frames)):
             return
         while True:
-            frame = self.frames.pop()
+            frame = frames.pop()
             self._leave(frame)
             if frame.module is module:
                 return
@@ -202,6 +199,11 @@ class ModuleStack:
     def _leave(self, frame: Frame) -> None:
         if frame.leave is not None:
             frame.leave()
+
+
+class _Frames(threading.local):
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
 
 
 @dataclass(frozen=True)
@@ -236,17 +238,28 @@ class _Hook:
     """A hook of ours. A module that is copied or pickled while it is watched gets an idle one: a copy is not watched,
     and keeps nothing of the window."""
 
-    def __init__(self, call: Callable[..., None]) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> None:
-        self._call(*args)
+    def __init__(self, stack: ModuleStack) -> None:
+        self._stack = stack
 
     def __deepcopy__(self, memo: Any) -> Callable[..., None]:
         return idle
 
     def __reduce__(self) -> Any:
         return _idle_hook, ()
+
+
+class _Push(_Hook):
+    def __init__(self, stack: ModuleStack, path: str) -> None:
+        super().__init__(stack)
+        self._path = path
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._stack.push(self._path, module, args, kwargs)
+
+
+class _Pop(_Hook):
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        self._stack.pop(module)
 
 
 def idle(*_: Any) -> None:
@@ -283,7 +296,7 @@ def in_backward() -> bool:
 
     Not while torch.compile traces the hook: it cannot follow the question (2.13), and compiles no backward that way.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     return bool(torch._C._current_graph_task_id() != -1)
 

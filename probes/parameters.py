@@ -21,7 +21,7 @@ A DTensor (FSDP2) is read as this process holds it; shards add up over ranks.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -64,6 +64,7 @@ class ParameterWatch:
         self._energy: dict[str, Tensor] = {}
         self._differences = Differences()
         self._divisor: Tensor | None = None
+        self._held: list[Held] = []  # of the step under way
         self._closure = False
         self.steps: list[int] = []
 
@@ -76,11 +77,11 @@ class ParameterWatch:
             scale = getattr(self._optimizer, "grad_scale", None)
             self._divisor = scale.detach().clone() if isinstance(scale, Tensor) else None
             self._closure = closure
-            held = self._held()
+            self._held = list(held_parameters(self._model, self._optimizer))
             if not closure:
-                self._read_gradients(held, followed)
+                self._read_gradients(followed)
             if followed:
-                for one in held:
+                for one in self._held:
                     self._read_master(one)
 
     def after_step(self, step: int, recorded: bool, followed: bool) -> None:
@@ -88,20 +89,19 @@ class ParameterWatch:
         if not recorded:
             return
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            held = self._held()
             if self._closure:
-                self._read_gradients(held, followed)
+                self._read_gradients(followed)
             if followed:
                 self.steps.append(step)
-                for one in held:
+                for one in self._held:
                     if one.group is not None:
                         self._guarded(one.name, self._read_update, one, step)
                         self._guarded(one.name, self._read_states, one)
-        self._before, self._energy = {}, {}
+        self._let_go()
 
     def forget(self) -> None:
         """Let go of every tensor of the training, and of what a step that is under way needed."""
-        self._before, self._energy, self._divisor = {}, {}, None
+        self._let_go()
         self._differences.forget()
 
     def records(self) -> tuple[ParameterRecord, ...]:
@@ -120,8 +120,8 @@ class ParameterWatch:
 
     # What is read.
 
-    def _held(self) -> list[Held]:
-        return list(held_parameters(self._model, self._optimizer))
+    def _let_go(self) -> None:
+        self._held, self._before, self._energy, self._divisor = [], {}, {}, None
 
     def _guarded(self, name: str, read: Callable[..., None], *args: Any) -> None:
         try:
@@ -141,9 +141,9 @@ class ParameterWatch:
         self._rows.add(Slot(one.name, role), values)
         self._of(one).roles[role] = None
 
-    def _read_gradients(self, held: Iterable[Held], followed: bool) -> None:
+    def _read_gradients(self, followed: bool) -> None:
         dense: dict[str, Tensor] = {}
-        for one in held:
+        for one in self._held:
             gradient = one.parameter.grad
             if gradient is None:
                 continue

@@ -278,11 +278,13 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         recorded = allowed and recorder.step % self._every == 0
         due = recorded and len(recorder.scoring.steps) < self._due(self._scored)
         scored = due and not self._is_ddp_starting()
-        recorder.depth = Depth(
-            recorded=recorded,
-            scored=scored,
-            followed=recorded and len(self._parameters.steps) < self._due(self._followed),
-            tiled=scored if self._tiled_where_scored else recorded,
+        recorder.turn_to(
+            Depth(
+                recorded=recorded,
+                scored=scored,
+                followed=recorded and len(self._parameters.steps) < self._due(self._followed),
+                tiled=scored if self._tiled_where_scored else recorded,
+            )
         )
         with self._noting("the buffers were not read"):
             self._buffers.at_start(recorder.depth.followed)
@@ -304,7 +306,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
 
     def _stop(self) -> None:
         """Stop watching: hooks off. The override mode itself is left when the `with` block is."""
-        self._recorder.depth = Depth()
+        self._recorder.turn_to(Depth())
         self._recorder.stop_counting()
         self._recorder.forget()
         self._parameters.forget()

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -53,6 +53,8 @@ _GIVING_ACCESS = frozenset(
 """What lets values change without a new version; a Triton kernel's launch asks for `data_ptr`. A collective of
 torch.distributed changes them too, and is not seen."""
 
+_HEEDED = _TELLING | _GIVING_ACCESS
+
 LONGEST = 200  # characters of an error that a note repeats
 
 
@@ -83,8 +85,13 @@ class Depth:
     tiled: bool = False
 
 
+@cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 class Recorder(SiteHook):
-    """Records to the `depth` that is set; `end_step` closes a step.
+    """Records to the depth that `turn_to` has set; `end_step` closes a step.
 
     `gradient_factor` multiplies every gradient before it is sketched: one over the number of ranks that average theirs.
     """
@@ -101,6 +108,7 @@ class Recorder(SiteHook):
         super().__init__(model)
         self.notes: dict[str, None] = {}
         self.depth = Depth()
+        self.heeded = _HEEDED
         self.rows = SlotRows()
         self.scoring = Scoring(model, casts, adaptive, seed=0, note=self.note)
         self.loss_scale = loss_scale
@@ -129,6 +137,11 @@ class Recorder(SiteHook):
         self._batch: int | None = None
         self._after_batch: int | None = None
         self.began = False
+
+    def turn_to(self, depth: Depth) -> None:
+        """What the step that begins is recorded with."""
+        self.depth = depth
+        self.heeded = None if depth.scored else _HEEDED
 
     def note(self, text: str) -> None:
         """Something could not be done as asked; said once."""
@@ -302,7 +315,9 @@ class Recorder(SiteHook):
         source = values if type(values) is Tensor and not (once or values.is_inference()) else None
         try:
             with outside_transforms():
-                values = readable(values).detach().to(dtype or values.dtype)
+                values = readable(values).detach()
+                if dtype is not None and dtype is not values.dtype and dtype.itemsize > 1:
+                    values = values.to(dtype)
                 self._note_tensor(slot, values)
                 self.rows.add(slot, values, source)
                 for tiling in tilings:
@@ -313,7 +328,7 @@ class Recorder(SiteHook):
     def _note_tensor(self, slot: Slot, values: Tensor) -> None:
         tally = self.tallies[slot.site]
         tally.shapes[slot.role] = tuple(values.shape)
-        tally.dtypes[slot.role] = str(values.dtype).removeprefix("torch.")
+        tally.dtypes[slot.role] = _name(values.dtype)
         tally.elements[slot.role] += values.numel()
 
     def _tilings(self, call: ProductCall, role: str, dimensions: int) -> Sequence[Tiling]:

@@ -1,20 +1,21 @@
 """The sketches of a window that is being recorded: which row of which device's array belongs to which slot.
 
-A tensor is sketched into its slot's row where it lies. At the end of a recorded step each device's array is handed to
-the host and zeroed; on an accelerator the copy runs beside the next step's work and is read when that has ended, so
-that no step waits for it.
+A tensor is sketched into its slot's row where it lies. At the end of a recorded step the rows that it used are
+compacted and emptied. An accelerator's array is handed to the host first: the copy runs beside the next step's work and
+is read when that has ended, so that no step waits for it. Rows of single slots are made when the window is closed.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 
+from probes.compacting import Compacted, Compactor
 from probes.errors import UnsupportedTensor
 from probes.history import SlotHistory, SparseRow, history_of, sparse_rows
 from probes.records import Slot
@@ -29,7 +30,7 @@ _WORTH_REPEATING = 8192  # elements, from which on adding a row of sums is quick
 
 
 @dataclass(frozen=True)
-class _Finished:
+class _Arriving:
     """One device's sketches of one step, perhaps still on their way to the host."""
 
     step: int
@@ -38,6 +39,22 @@ class _Finished:
     extremes: Tensor
     gain: Gain
     arrived: torch.cuda.Event | None
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """Sketches of one step, a row for each of the slots."""
+
+    step: int
+    slots: list[Slot]
+    found: Compacted
+    gain: Gain
+
+    def rows(self) -> Iterator[tuple[Slot, SparseRow]]:
+        gains = list(map(self.gain, self.slots))
+        for slot, row in zip(self.slots, sparse_rows(self.step, self.found, gains), strict=True):
+            if row.bins.size or row.tail.any():
+                yield slot, row
 
 
 @dataclass(frozen=True)
@@ -61,11 +78,11 @@ class SlotRows:
     """Rows of sketches by slot, and what finished steps left of them."""
 
     def __init__(self) -> None:
-        self.finished: dict[Slot, list[SparseRow]] = defaultdict(list)
+        self._finished: list[_Finished] = []
         self._arrays: dict[torch.device, SketchArray] = {}
         self._slots: dict[torch.device, dict[Slot, int]] = defaultdict(dict)
         self._relative: dict[torch.device, RelativeArray[tuple[Slot, str]]] = {}
-        self._arriving: list[_Finished] = []
+        self._arriving: list[_Arriving] = []
         self._tensors: Counter[Slot] = Counter()  # of the step under way
         self._latest: _Read | None = None
 
@@ -99,6 +116,7 @@ class SlotRows:
         array, row = self._row(slot, sums.device)
         array.sums[row] += sums
         torch.maximum(array.extremes[row], extremes, out=array.extremes[row])
+        self._tensors[slot] += 1
 
     def _row(self, slot: Slot, device: torch.device) -> tuple[SketchArray, int]:
         array = self._arrays.get(device)
@@ -120,34 +138,40 @@ class SlotRows:
 
     def end_step(self, step: int, gain: Gain) -> None:
         """Close a recorded step. `gain`: what a slot's values had been multiplied by; asked when they are read."""
-        self.settle()
-        self._tensors.clear()
-        self._latest = None
+        self._settle()
         for device, array in self._arrays.items():
+            slots = self._slots[device]
+            if device.type == "cpu":
+                met = [slot for slot in slots if slot in self._tensors]
+                self._finished.append(_Finished(step, met, array.taken([slots[slot] for slot in met]), gain))
+                continue
             sums, extremes = array.drain()
             arrived = None
             if device.type == "cuda":
                 arrived = torch.cuda.Event()
                 arrived.record(torch.cuda.current_stream(device))
-            self._arriving.append(_Finished(step, dict(self._slots[device]), sums, extremes, gain, arrived))
+            self._arriving.append(_Arriving(step, dict(slots), sums, extremes, gain, arrived))
         for relative in self._relative.values():
             relative.end_step(step)
+        self._tensors.clear()
+        self._latest = None
 
-    def settle(self) -> None:
-        """Read what has been handed over; waits for copies that are still under way."""
-        for finished in self._arriving:
-            if finished.arrived is not None:
-                finished.arrived.synchronize()
-            rows = sparse_rows(finished.step, finished.sums.numpy(), finished.extremes.numpy())
-            for slot, row in finished.slots.items():
-                found = rows[row]
-                if found.bins.size or found.tail.any():
-                    self.finished[slot].append(found._replace(gain=finished.gain(slot)))
+    def _settle(self) -> None:
+        """Compact what has been handed over; waits for copies that are still under way."""
+        for one in self._arriving:
+            if one.arrived is not None:
+                one.arrived.synchronize()
+            found = Compactor().of(one.sums.numpy(), one.extremes.numpy(), list(one.slots.values()))
+            self._finished.append(_Finished(one.step, list(one.slots), found, one.gain))
         self._arriving = []
 
     def histories(self) -> dict[Slot, SlotHistory]:
         """Every slot's finished steps, in the order in which slots were first met."""
-        self.settle()
+        self._settle()
+        finished: dict[Slot, list[SparseRow]] = defaultdict(list)
+        for step in self._finished:
+            for slot, row in step.rows():
+                finished[slot].append(row)
         finer: dict[Slot, dict[str, RelativeHistory]] = defaultdict(dict)
         met: dict[tuple[Slot, str], list[RelativeRow]] = defaultdict(list)
         for relative in self._relative.values():
@@ -155,4 +179,4 @@ class SlotRows:
                 met[key] += found
         for (slot, tiling), found in met.items():
             finer[slot][tiling] = RelativeHistory.of(found)
-        return {slot: history_of(rows, finer.get(slot)) for slot, rows in self.finished.items() if rows}
+        return {slot: history_of(rows, finer.get(slot)) for slot, rows in finished.items()}

@@ -24,13 +24,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
-from types import FunctionType
+from functools import lru_cache, partial
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _get_function_stack_at, _len_torch_function_stack
+from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from probes.contents import contents, copies, hookable, is_batch, is_readable, with_contents
@@ -129,6 +131,7 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         self.functions = CustomFunctions()
         self.beneath: FlopsBeneath | None = None  # counts what passes beneath the hook, while a subclass sets it
         self.leaves: frozenset[int] | None = None  # ids of those that the backward pass goes to; None: all
+        self.heeded: frozenset[Callable[..., Any]] | None = None  # what `on_other` has to meet; None: everything
         self._depth = 0
         self._resting = False
         self._nested = False
@@ -207,8 +210,10 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self.on_traced(func, args, kwargs)
+        if func in _ORDINARY and self.heeded is not None and func not in self.heeded and self.beneath is None:
+            return func(*args, **kwargs)
         operation = operation_of(func)
         if operation is not None:
             if self.stack.frames and in_backward() == self.stack.frames[-1].recomputes:
@@ -225,6 +230,8 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
             counted = self.beneath if func in BACKWARD and self.beneath is not None else nullcontext()
             with self, self._within(self._tried(UNREAD, _leaves, func, args, kwargs)), counted:
                 return _seen_inside(func)(*args, **kwargs)
+        if operation is None and _is_lasting(func):
+            _ORDINARY.add(func)
         if self.beneath is not None and not self.stack.frames and not in_backward():
             with self.beneath.outside() as outside:
                 result = self.on_other(func, args, kwargs)
@@ -273,11 +280,12 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         if given is None or not all(map(is_readable, given)):
             return None
         frame = self.stack.frames[-1]
-        owners = [self.owners.of(operand, frame) for operand in given]
-        roles, owned = _roles_and_owner(operation.fixed_roles(args, kwargs), owners)
+        owners = tuple(self.owners.of(operand, frame) for operand in given)
+        roles, owned, weights = _roles_and_owner(operation.fixed_roles(args, kwargs), owners)
         if owned is None:
-            site = f"{frame.path}/{operation.name}.{frame.met[operation.name]}"
-            frame.met[operation.name] += 1
+            met = frame.met.get(operation.name, 0)
+            site = f"{frame.path}/{operation.name}.{met}"
+            frame.met[operation.name] = met + 1
         else:
             site = owned.site
         return ProductCall(
@@ -285,9 +293,7 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
             operation=operation,
             roles=roles,
             operands=[contents(operand) for operand in given],
-            weights=frozenset(
-                role for role, owner in zip(roles, owners, strict=True) if owner and role.startswith("weight")
-            ),
+            weights=weights,
             parameter=None if owned is None else owned.dotted,
             recomputing=frame.recomputes,
             opaque=frame.trains and not torch.is_grad_enabled() and in_custom_forward(),
@@ -298,7 +304,7 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         )
 
     def _entered(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not any(mode is self for mode in _get_current_function_mode_stack()):
+        if not _is_active(self):
             TorchFunctionMode.__enter__(self)
             frame.leave = lambda: TorchFunctionMode.__exit__(self, None, None, None)
         if frame.path == ROOT and len(self.stack.frames) > 1:
@@ -310,10 +316,24 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
             frame.leave = _both(partial(self.beneath.__exit__, None, None, None), frame.leave)
 
 
+_ORDINARY: set[Callable[..., Any]] = set()
+"""Functions that have been met, and are neither products nor composite: most calls are of these."""
+
+
+def _is_lasting(function: Callable[..., Any]) -> bool:
+    """Whether it is torch's own and there for good: what a user has defined is not kept alive."""
+    if isinstance(function, FunctionType):
+        return function.__module__ in ("torch.functional", "torch.nn.functional", "torch._tensor")
+    return isinstance(function, _COMPILED)
+
+
+_COMPILED = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType)
+
+
 def leave_mode(mode: TorchFunctionMode) -> None:
     """Take a mode off this thread's stack, from the middle too, if a mode that was entered later has not been left."""
     above = []
-    if not any(other is mode for other in _get_current_function_mode_stack()):
+    if not _is_active(mode):
         return
     while (top := _pop_mode()) is not mode:
         above.append(top)
@@ -321,10 +341,17 @@ def leave_mode(mode: TorchFunctionMode) -> None:
         _push_mode(other)
 
 
+@lru_cache(maxsize=4096)
 def _roles_and_owner(
-    fixed: tuple[str, ...] | None, owners: Sequence[Owned | None]
-) -> tuple[tuple[str, ...], Owned | None]:
-    """The operands' roles, and the owner of the weight whose place names the site, if there is one."""
+    fixed: tuple[str, ...] | None, owners: tuple[Owned | None, ...]
+) -> tuple[tuple[str, ...], Owned | None, frozenset[str]]:
+    """The operands' roles, the owner of the weight whose place names the site, if there is one, and which are weights."""
+    roles, owned = _named(fixed, owners)
+    weights = (role for role, owner in zip(roles, owners, strict=True) if owner and role.startswith("weight"))
+    return roles, owned, frozenset(weights)
+
+
+def _named(fixed: tuple[str, ...] | None, owners: Sequence[Owned | None]) -> tuple[tuple[str, ...], Owned | None]:
     places = [i for i, owned in enumerate(owners) if owned is not None]
     if fixed is not None:
         named = [i for i in places if fixed[i].startswith("weight")]
@@ -360,6 +387,12 @@ def _leaves(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 
 _INPUTS = {torch.autograd.grad: 1, torch.autograd.backward: 5, torch.Tensor.backward: 4}  # where `inputs` stands
+
+
+def _is_active(mode: TorchFunctionMode) -> bool:
+    """Whether this thread has entered the mode; most often it was entered last."""
+    entered = _len_torch_function_stack()
+    return any(_get_function_stack_at(place) is mode for place in range(entered - 1, -1, -1))
 
 
 def _both(first: Callable[[], Any], second: Callable[[], Any] | None) -> Callable[[], None]:

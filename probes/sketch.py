@@ -19,7 +19,7 @@ kernel in `kernels.py`. Tests hold them equal, bit for bit in everything but the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from probes import kernels
+from probes.compacting import Compacted, Compactor
 from probes.layout import (
     BIN_SHIFT,
     BINS,
@@ -79,6 +80,7 @@ class SketchArray:
         self._nothing = torch.tensor(EMPTY_EXTREMES, dtype=torch.float32, device=self.device)
         self.extremes = self._nothing.repeat(slots, 1)
         self._add = None if self.device.type == "cpu" else _device_kernel(self.device)
+        self._compactor = Compactor()
 
     @property
     def bytes(self) -> int:
@@ -116,6 +118,11 @@ class SketchArray:
         """Add to a slot what another one holds: the same tensors, without reading them again."""
         self.sums[slot] += self.sums[other]
         torch.maximum(self.extremes[slot], self.extremes[other], out=self.extremes[slot])
+
+    def taken(self, slots: Sequence[int]) -> Compacted:
+        """Hand over the contents of these slots of an array on the host, compacted, and empty them."""
+        sums, extremes = self.sums.numpy(), self.extremes.numpy()
+        return self._compactor.of(sums, extremes, slots, self._nothing.numpy())
 
     def drain(self) -> tuple[Tensor, Tensor]:
         """Hand over the contents of the reserved slots, on the host, and start again from nothing.

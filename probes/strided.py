@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from torch import Tensor
 
 from probes.kernels import in_memory_order
 
 
-def stride_for(values: Tensor, most: int) -> int:
-    """The smallest stride that leaves at most `most` elements and does not keep to some columns of a matrix."""
-    stride = max(1, -(-values.numel() // most))
-    if stride == 1:
-        return 1
-    sizes = [size for size in values.shape if size > 1]
-    while any(math.gcd(stride, size) > 1 for size in sizes[-1:]):
-        stride += 1
-    return stride
-
-
 def strided(values: Tensor, most: int) -> Tensor:
     """At most `most` elements, 1-D, in the order in which they lie in memory; a view of a tensor that is dense."""
-    return in_memory_order(values)[:: stride_for(values, most)]
+    shape, strides = tuple(values.shape), values.stride()
+    step = _step(shape, most)
+    if _is_dense(shape, strides) and not values.is_neg():
+        return values.as_strided((-(-values.numel() // step),), (step,))
+    return in_memory_order(values)[::step]
+
+
+@lru_cache(maxsize=1 << 14)
+def _step(shape: tuple[int, ...], most: int) -> int:
+    """The smallest stride that leaves at most `most` elements and does not keep to some columns of a matrix."""
+    step = max(1, -(-math.prod(shape) // most))
+    if step == 1:
+        return 1
+    sizes = [size for size in shape if size > 1]
+    while any(math.gcd(step, size) > 1 for size in sizes[-1:]):
+        step += 1
+    return step
+
+
+@lru_cache(maxsize=1 << 14)
+def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the elements lie one after another, in whatever order of the dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True

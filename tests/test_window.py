@@ -574,3 +574,31 @@ def test_names_that_are_not_there() -> None:
         window.history("00", "input")
     with pytest.raises(WindowError, match="it has input, weight, grad_output"):
         window.history("0", "query")
+
+
+class Scaled(nn.Module):
+    """A layer, and beside it a product of fp8 operands that has no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        one, narrow = torch.tensor(1.0), torch.float8_e4m3fn
+        first, second = y.detach().to(narrow), x.to(narrow).t()
+        return y + torch._scaled_mm(first, second, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+
+def test_operands_of_8_bits_are_read() -> None:
+    torch.manual_seed(0)
+    model = Scaled()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(16, 16)
+    with probe(model, optimizer, steps=1, curvature_steps=0) as window:
+        model(x).square().mean().backward()
+        optimizer.step()
+    found = window.history("(root)/scaled_mm.0", "rhs")
+    assert found.elements.tolist() == [256]
+    assert found.amax[0] == x.to(torch.float8_e4m3fn).float().abs().max()
+    assert not any("could not be read" in note for note in window.notes)
