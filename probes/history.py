@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from probes.compacting import Compacted, Compactor
 from probes.errors import MalformedWindow
-from probes.layout import BIN_SHIFT, BINS
+from probes.layout import BIN_SHIFT
 from probes.relative_history import RelativeHistory
 
 _FIRST = struct.Struct("<4sIQ")  # magic, steps, occupied bins; the arrays follow

@@ -345,7 +345,7 @@ def leave_mode(mode: TorchFunctionMode) -> None:
 def _roles_and_owner(
     fixed: tuple[str, ...] | None, owners: tuple[Owned | None, ...]
 ) -> tuple[tuple[str, ...], Owned | None, frozenset[str]]:
-    """The operands' roles, the owner of the weight whose place names the site, if there is one, and which are weights."""
+    """The operands' roles, the owner of the weight whose place names the site (if there is one), those of weights."""
     roles, owned = _named(fixed, owners)
     weights = (role for role, owner in zip(roles, owners, strict=True) if owner and role.startswith("weight"))
     return roles, owned, frozenset(weights)
