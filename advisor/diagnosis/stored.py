@@ -34,12 +34,18 @@ def epsilon_vanishes(window: Window, recipes: Recipes) -> Iterator[Finding]:
                 metrics = measure(history, cast).pooled()
                 empty = float((metrics.underflows + history.zeros.sum()) / max(metrics.elements, 1.0))
                 if empty >= THRESHOLDS.empty_denominators:
-                    yield _epsilon(record, state, cast, empty, recipes.asked or own == cast.format.name)
+                    # The root of second moments of this size: what a step divides by.
+                    divisor = (metrics.signal_energy / max(metrics.elements, 1.0)) ** 0.25
+                    yield _epsilon(record, state, cast, empty, divisor, recipes.asked or own == cast.format.name)
 
 
-def _epsilon(record: ParameterRecord, state: str, cast: Cast, empty: float, severe: bool) -> Finding:
+def _epsilon(
+    record: ParameterRecord, state: str, cast: Cast, empty: float, divisor: float, severe: bool
+) -> Finding:
     name, least = short_cast(cast), cast.format.smallest_subnormal
-    enough = 2.0 ** np.ceil(np.log2(least))
+    enough = max(2.0 ** float(np.ceil(np.log2(least))), 1e-7)
+    # An epsilon of the divisor's own order would make the steps shorter.
+    or_larger = f", or take an epsilon of {enough:.0e} or more" if enough <= THRESHOLDS.epsilon_share * divisor else ""
     return Finding(
         cause="epsilon_vanishes",
         site=record.name,
@@ -54,7 +60,7 @@ def _epsilon(record: ParameterRecord, state: str, cast: Cast, empty: float, seve
         ),
         remedy=Remedy(
             "storage",
-            f"keep this state in fp32 or bf16, or take an epsilon of {max(enough, 1e-7):.0e} or more",
+            f"keep this state in fp32 or bf16{or_larger}",
             (str(parse_cast("bf16")), FP32),
         ),
         size=empty,
