@@ -161,6 +161,15 @@ def tail(site: str, size: float) -> Finding:
     return Finding("heavy_tails", site, "input", cast, True, {}, f"{site} {size:.0f}", Remedy("cast", "x"), size)
 
 
+def test_findings_count_grammatically() -> None:
+    (found,) = of_cause(net_window(lambda step, x: x * torch.tensor([80.0, *[1.0] * 63])), "channel_outliers")
+    assert ": 1 of 64 channels holds values" in found.sentence
+    told = of_cause(net_window(factor=1e-3), "small_gradients", severe=False)
+    alone = [one.sentence for one in told if "fp16" not in one.sentence]
+    assert alone
+    assert all(sentence.endswith("of it in e5m2 rounds to zero") for sentence in alone)
+
+
 def test_of_several_windows_the_worst_that_the_latest_saw_is_told() -> None:
     (told,) = causes([[tail("a", 9), tail("b", 1), tail("c", 99)], [tail("b", 50), tail("a", 1)]])
     assert told == "a usual recipe would fail here: b 50; x (2 more of the cause heavy_tails)"
@@ -265,6 +274,15 @@ def test_an_epsilon_that_is_zero_in_fp16_is_told_of_the_parameters_whose_moments
     told = {("up.weight", "exp_avg_sq"), ("middle.weight", "exp_avg_sq")}
     assert told <= places(found) if epsilon == 1e-8 else not found
     assert all(one.cast == "fp16/none/nearest" and not one.severe for one in found)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-6])
+def test_an_epsilon_that_would_shorten_the_steps_is_not_told_as_a_remedy(factor: float) -> None:
+    """A loss divided by a million has gradients of an epsilon's order."""
+    found = of_cause(net_window(factor=factor), "epsilon_vanishes")
+    assert found
+    assert {"epsilon of 1e-07" in one.remedy.says for one in found if one.site == "middle.weight"} <= {factor == 1.0}
+    assert all(one.remedy.says.startswith("keep this state in fp32 or bf16") for one in found)
 
 
 @pytest.mark.parametrize(("rate", "lost"), [(1e-5, True), (3e-2, False)])
