@@ -13,8 +13,8 @@ normal in octaves:
 
 Where a damage is not twice its standard error it cannot be told from zero: the interval starts at 0, and its upper end
 is a bound, the damage and 1.96·doubt standard errors, times the other factors. Draws are no factor there: what they add
-is an amount, and a factor made of it, of an error of four times the damage say, would be one of thousands. A damage of 0
-without any error is exactly 0.
+is an amount, and a factor made of it, of an error of four times the damage say, would be one of thousands. A damage of
+0 without any error is exactly 0.
 
 A sum's interval: what slots have of their own is independent and shrinks, by the variance of a sum of log-normals; what
 they share does not. Shared are the calibration's common parts, of all kinds together, for the kinds of a model err the

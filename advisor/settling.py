@@ -77,7 +77,13 @@ def _draws(row: Mapping[str, Any]) -> float:
 
 
 def _narrowed(
-    ends: tuple[float, float], limit: float, middle: float, spread: float, draws: float, few_steps: bool, finer: str | None
+    ends: tuple[float, float],
+    limit: float,
+    middle: float,
+    spread: float,
+    draws: float,
+    few_steps: bool,
+    finer: str | None,
 ) -> Settling:
     """σ without draws stays; that of the draws falls with the root of their number."""
     rest = max(spread**2 - draws**2, 0.0)

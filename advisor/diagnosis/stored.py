@@ -39,9 +39,7 @@ def epsilon_vanishes(window: Window, recipes: Recipes) -> Iterator[Finding]:
                     yield _epsilon(record, state, cast, empty, divisor, recipes.asked or own == cast.format.name)
 
 
-def _epsilon(
-    record: ParameterRecord, state: str, cast: Cast, empty: float, divisor: float, severe: bool
-) -> Finding:
+def _epsilon(record: ParameterRecord, state: str, cast: Cast, empty: float, divisor: float, severe: bool) -> Finding:
     name, least = short_cast(cast), cast.format.smallest_subnormal
     enough = max(2.0 ** float(np.ceil(np.log2(least))), 1e-7)
     # An epsilon of the divisor's own order would make the steps shorter.
