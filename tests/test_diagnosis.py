@@ -337,6 +337,22 @@ def test_batch_norm_statistics_that_fp16_does_not_hold_are_told(factor: float, m
     assert all(one.role == "buffer" and not one.severe for one in found)
 
 
+@pytest.mark.parametrize(("momentum", "told"), [(1e-3, True), (0.3, False)])
+def test_statistics_that_bf16_holds_back_are_told_as_severe(momentum: float, told: bool) -> None:
+    """What a step moved is what bf16 took of it: that most did not move at all is what is left to see."""
+    torch.manual_seed(0)
+    model = Normed(1.0, momentum).bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with probe(model, optimizer, steps=STEPS, curvature_steps=0) as window:
+        for _ in range(STEPS):
+            F.cross_entropy(model(torch.randn(96, 16).bfloat16()), torch.randint(0, 4, (96,))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    found = of_cause(window, "narrow_buffer", severe=True)
+    assert ("norm.running_var" in {one.site for one in found}) is told
+    assert {one.cast for one in found} <= {"bf16/none/nearest"}
+
+
 def test_statistics_that_have_overflowed_before_the_window_are_told_as_severe() -> None:
     torch.manual_seed(0)
     model = Normed(1e3, 0.1).half()

@@ -12,6 +12,7 @@ from advisor.diagnosis.recipes import Recipes
 from advisor.lost_updates import epsilon_vanishes as vanishes
 from advisor.lost_updates import lost_by_size
 from advisor.metrics import measure
+from probes.buffers import RUNNING
 from probes.casts import Cast
 from probes.parameter_records import BUFFER, MASTER, UPDATE, WEIGHT_GRADIENT, ParameterRecord
 from probes.window import Window
@@ -136,10 +137,19 @@ def narrow_buffers(window: Window, recipes: Recipes) -> Iterator[Finding]:
             over = metrics.overflow if metrics.nonzero else 0.0
             infinite = float(history.nonfinite.sum() / max(int(history.elements.sum()), 1))
             if own == cast.format.name:
-                over = max(over, infinite)
+                over, lost = max(over, infinite), max(lost, _stood_still(window, record))
             if over > 0 or lost >= THRESHOLDS.lost:
                 yield _buffer(record, cast, metrics.amax, over, lost, recipes.asked or own == cast.format.name)
                 break
+
+
+def _stood_still(window: Window, record: ParameterRecord) -> float:
+    """Of a running statistic that is narrow already: the share of its elements that a step did not move. BatchNorm
+    moves all of its own at every step; of other buffers only some may have been meant to."""
+    updates = window.history(record.name, UPDATE)
+    if record.name.rpartition(".")[2] not in RUNNING:
+        return 0.0
+    return float(updates.zeros.sum() / max(int(updates.elements.sum()), 1))
 
 
 def _buffer(record: ParameterRecord, cast: Cast, amax: float, over: float, lost: float, severe: bool) -> Finding:
