@@ -12,7 +12,9 @@ normal in octaves:
     lower, upper = damage · 2^(centre ∓ 1.96·σ),  σ² = window² + common² + own²
 
 Where a damage is not twice its standard error it cannot be told from zero: the interval starts at 0, and its upper end
-is a bound. A damage of 0 without any error is exactly 0.
+is a bound, the damage and 1.96·doubt standard errors, times the other factors. Draws are no factor there: what they add
+is an amount, and a factor made of it, of an error of four times the damage say, would be one of thousands. A damage of
+0 without any error is exactly 0.
 
 A sum's interval: what slots have of their own is independent and shrinks, by the variance of a sum of log-normals; what
 they share does not. Shared are the calibration's common parts, of all kinds together, for the kinds of a model err the
@@ -33,7 +35,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from advisor.confidence import octaves_of, octaves_of_draws
+from advisor.confidence import DAMAGE, octaves_of, octaves_of_draws
 from probes.records import GRADIENT
 
 Array = NDArray[np.float64]
@@ -74,6 +76,7 @@ NOISE_CALIBRATION: dict[str, Calibration] = {
     "sketch": Calibration(ratio=1.1, common=0.4, own=0.35),
 }
 UNKNOWN_WINDOW = 1.5  # octaves, where a window has too few steps for a confidence. Ours
+MOST_DRAWS = 1e6  # octaves of draws beyond which float64 does not tell what else there is
 OWN_FLOOR = 0.3  # octaves of a window's part that are a slot's own, whatever the others do. Ours
 
 _KINDS = tuple(CALIBRATION)
@@ -102,13 +105,13 @@ def damage_intervals(damage: ArrayLike, damage_se: ArrayLike, confidence: ArrayL
     """
     value, error, sure = (np.asarray(part, dtype=np.float64) for part in (damage, damage_se, confidence))
     kind = np.asarray(kinds, dtype=np.int64)
-    window = _window_octaves(sure)
-    reach = DEVIATIONS * np.sqrt(window**2 + _COMMON[kind] ** 2 + _OWN[kind] ** 2)
     least = np.maximum(value, 0.0)
     told = value > 2 * np.nan_to_num(error)
+    window = np.where(told, _window_octaves(sure), _without_draws(_window_octaves(sure), value, error))
+    reach = DEVIATIONS * np.sqrt(window**2 + _COMMON[kind] ** 2 + _OWN[kind] ** 2)
     with np.errstate(over="ignore", invalid="ignore"):
         lower = np.where(told, least * 2.0 ** (_CENTRE[kind] - reach), 0.0)
-        highest = np.where(told, least, least + DEVIATIONS * np.nan_to_num(error))
+        highest = np.where(told, least, least + DEVIATIONS * DAMAGE.doubt * np.nan_to_num(error))
         upper = np.where(highest > 0, highest * 2.0 ** (_CENTRE[kind] + reach), 0.0)
     return np.stack([np.where(np.isnan(value), np.nan, lower), np.where(np.isnan(value), np.nan, upper)], axis=-1)
 
@@ -220,3 +223,11 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[Array, Array, Array, ND
 
 def _window_octaves(confidence: Array) -> Array:
     return np.where(np.isnan(confidence), UNKNOWN_WINDOW, octaves_of(confidence))
+
+
+def _without_draws(window: Array, value: Array, error: Array) -> Array:
+    """The window's σ but for what draws add to it, octaves. Where they are nearly all of it, the rest is unknown."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        draws = np.where(value == 0, 0.0, octaves_of_draws(error, value))
+        rest = np.sqrt(np.maximum(window**2 - draws**2, 0.0))
+    return np.where(np.isinf(window), window, np.where(np.abs(draws) > MOST_DRAWS, UNKNOWN_WINDOW, rest))

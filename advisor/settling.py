@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from advisor.castnames import parse_cast
 from advisor.confidence import FEWEST_STEPS, octaves_of_draws
 from advisor.intervals import DEVIATIONS, centred, interval_of, spread_of
+from probes.tiles import tiling_name
 
 MOST_TIMES = 16  # ours: as many scored steps as anyone would add
 
@@ -24,6 +26,9 @@ class Settling:
 
     times    how many times the scored steps settle it if the damage is as predicted; None: no number up to MOST_TIMES
     factor   from its middle to either end, the interval then (with MOST_TIMES, if `times` is None)
+    few_steps  whether the cast was seen at too few steps to tell how its damage drifts
+    finer    of a cast with scales finer than a tensor's, which windows sketch for at the scored steps alone: what to
+             open the window with, as `row`
     """
 
     lower: float
@@ -31,10 +36,16 @@ class Settling:
     times: int | None
     factor: float
     few_steps: bool
+    finer: str | None = None
 
     @property
     def clause(self) -> str:
         """The same in words."""
+        if self.few_steps and self.finer is not None:
+            return (
+                f"its scales were sketched at fewer than {FEWEST_STEPS} steps, and how it drifts is unknown: "
+                f"open the window with finer=['{self.finer}'] or curvature_steps={FEWEST_STEPS}"
+            )
         if self.few_steps:
             return f"record {FEWEST_STEPS} steps or more: with fewer, how it drifts is unknown"
         if self.times is None:
@@ -53,7 +64,12 @@ def settling(row: Mapping[str, Any], limit: float) -> Settling | None:
     ends = interval_of(row)
     if ends is None or not ends[0] < limit < ends[1]:
         return None
-    return _narrowed(ends, limit, centred(row), spread_of(row), _draws(row), row.get("confidence") is None)
+    return _narrowed(ends, limit, centred(row), spread_of(row), _draws(row), row.get("confidence") is None, _finer(row))
+
+
+def _finer(row: Mapping[str, Any]) -> str | None:
+    cast = parse_cast(row["cast"])
+    return None if cast.has_one_scale else tiling_name(cast).removesuffix("/current")
 
 
 def _draws(row: Mapping[str, Any]) -> float:
@@ -61,7 +77,13 @@ def _draws(row: Mapping[str, Any]) -> float:
 
 
 def _narrowed(
-    ends: tuple[float, float], limit: float, middle: float, spread: float, draws: float, few_steps: bool
+    ends: tuple[float, float],
+    limit: float,
+    middle: float,
+    spread: float,
+    draws: float,
+    few_steps: bool,
+    finer: str | None,
 ) -> Settling:
     """σ without draws stays; that of the draws falls with the root of their number."""
     rest = max(spread**2 - draws**2, 0.0)
@@ -72,4 +94,4 @@ def _narrowed(
     if times is not None and times > MOST_TIMES:
         times = None
     factor = 2.0 ** min(DEVIATIONS * math.sqrt(rest + draws**2 / (times or MOST_TIMES)), 99.0)
-    return Settling(*ends, times=times, factor=factor, few_steps=few_steps)
+    return Settling(*ends, times=times, factor=factor, few_steps=few_steps, finer=finer)

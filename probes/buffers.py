@@ -6,7 +6,8 @@ format would overflow, or would not take the moves. They are told in a Parameter
 name, without gradient, state or epsilon.
 
 A buffer that never moves is no statistic but a table (a mask, positions, frequencies): what was read of it is dropped
-when the window closes, as masks hold -Inf and the like on purpose. A step's move is that of all its forwards together;
+when the window closes, as masks hold -Inf and the like on purpose. Not so a running variance that stands still beside a
+running mean that moves: its format holds it back. A step's move is that of all its forwards together;
 with accumulation each forward's is smaller. Nothing waits for a device.
 """
 
@@ -25,6 +26,9 @@ from probes.optimizer_states import is_floating, local
 from probes.parameter_records import BUFFER, UPDATE, ParameterRecord
 from probes.records import Slot
 from probes.rows import SlotRows
+
+RUNNING = ("running_mean", "running_var")
+"""What torch's normalisations call the statistics that they move together, at every step."""
 
 
 @dataclass
@@ -68,12 +72,12 @@ class BufferWatch:
         self._before = {}
 
     def still(self, histories: Mapping[Slot, SlotHistory]) -> set[Slot]:
-        """Slots of the buffers that never moved."""
-        names = [name for name in self._seen if not self._moved(name, histories)]
+        """Slots of the buffers that were never to move."""
+        names = [name for name in self._seen if not self._moves(name, histories)]
         return {Slot(name, role) for name in names for role in (BUFFER, UPDATE)}
 
     def records(self, histories: Mapping[Slot, SlotHistory]) -> tuple[ParameterRecord, ...]:
-        """One of each buffer that moved; waits for the device."""
+        """One of each buffer that moves; waits for the device."""
         return tuple(
             ParameterRecord(
                 name=name,
@@ -86,8 +90,14 @@ class BufferWatch:
                 },
             )
             for name, seen in self._seen.items()
-            if self._moved(name, histories)
+            if self._moves(name, histories)
         )
+
+    def _moves(self, name: str, histories: Mapping[Slot, SlotHistory]) -> bool:
+        """Whether it moved, or a statistic that moves with it did."""
+        module, dot, own = name.rpartition(".")
+        together = [f"{module}{dot}{other}" for other in RUNNING] if own in RUNNING else [name]
+        return any(self._moved(each, histories) for each in together)
 
     def _moved(self, name: str, histories: Mapping[Slot, SlotHistory]) -> bool:
         """NaN alone is no move: -Inf less -Inf gives one. A statistic that has overflowed stays +Inf or NaN."""

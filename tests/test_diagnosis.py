@@ -161,6 +161,15 @@ def tail(site: str, size: float) -> Finding:
     return Finding("heavy_tails", site, "input", cast, True, {}, f"{site} {size:.0f}", Remedy("cast", "x"), size)
 
 
+def test_findings_count_grammatically() -> None:
+    (found,) = of_cause(net_window(lambda step, x: x * torch.tensor([80.0, *[1.0] * 63])), "channel_outliers")
+    assert ": 1 of 64 channels holds values" in found.sentence
+    told = of_cause(net_window(factor=1e-3), "small_gradients", severe=False)
+    alone = [one.sentence for one in told if "fp16" not in one.sentence]
+    assert alone
+    assert all(sentence.endswith("of it in e5m2 rounds to zero") for sentence in alone)
+
+
 def test_of_several_windows_the_worst_that_the_latest_saw_is_told() -> None:
     (told,) = causes([[tail("a", 9), tail("b", 1), tail("c", 99)], [tail("b", 50), tail("a", 1)]])
     assert told == "a usual recipe would fail here: b 50; x (2 more of the cause heavy_tails)"
@@ -267,6 +276,15 @@ def test_an_epsilon_that_is_zero_in_fp16_is_told_of_the_parameters_whose_moments
     assert all(one.cast == "fp16/none/nearest" and not one.severe for one in found)
 
 
+@pytest.mark.parametrize("factor", [1.0, 1e-6])
+def test_an_epsilon_that_would_shorten_the_steps_is_not_told_as_a_remedy(factor: float) -> None:
+    """A loss divided by a million has gradients of an epsilon's order."""
+    found = of_cause(net_window(factor=factor), "epsilon_vanishes")
+    assert found
+    assert {"epsilon of 1e-07" in one.remedy.says for one in found if one.site == "middle.weight"} <= {factor == 1.0}
+    assert all(one.remedy.says.startswith("keep this state in fp32 or bf16") for one in found)
+
+
 @pytest.mark.parametrize(("rate", "lost"), [(1e-5, True), (3e-2, False)])
 def test_updates_below_half_a_step_of_bf16_are_told(rate: float, lost: bool) -> None:
     torch.manual_seed(0)
@@ -317,6 +335,22 @@ def test_batch_norm_statistics_that_fp16_does_not_hold_are_told(factor: float, m
     assert {one.site for one in found if one.cast.startswith("fp16")} >= told
     assert all((one.site in told) or not one.cast.startswith("fp16") for one in found)
     assert all(one.role == "buffer" and not one.severe for one in found)
+
+
+@pytest.mark.parametrize(("momentum", "told"), [(1e-3, True), (0.3, False)])
+def test_statistics_that_bf16_holds_back_are_told_as_severe(momentum: float, told: bool) -> None:
+    """What a step moved is what bf16 took of it: that most did not move at all is what is left to see."""
+    torch.manual_seed(0)
+    model = Normed(1.0, momentum).bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with probe(model, optimizer, steps=STEPS, curvature_steps=0) as window:
+        for _ in range(STEPS):
+            F.cross_entropy(model(torch.randn(96, 16).bfloat16()), torch.randint(0, 4, (96,))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    found = of_cause(window, "narrow_buffer", severe=True)
+    assert ("norm.running_var" in {one.site for one in found}) is told
+    assert {one.cast for one in found} <= {"bf16/none/nearest"}
 
 
 def test_statistics_that_have_overflowed_before_the_window_are_told_as_severe() -> None:

@@ -94,6 +94,25 @@ def test_a_damage_that_may_be_nothing_has_an_upper_bound_alone() -> None:
     assert 0 < below[1] < upper
 
 
+@pytest.mark.parametrize("relative", [0.6, 4.0, 1e3, 1e8])
+def test_draws_are_added_to_a_damage_that_may_be_nothing_and_no_factor_of_it(relative: float) -> None:
+    """An error of many times the damage is in its confidence too; the bound stays in the error's order."""
+    draws = DAMAGE.doubt * relative / math.log(2)
+    row = score("up", "input", "e4m3fn", 1e-6, damage_se=1e-6 * relative, confidence=sure(math.hypot(draws, 0.7)))
+    _, upper = interval_of(row) or (math.nan, math.nan)
+    assert 2 * relative < upper / 1e-6 < 1.25 * 2 ** (1.96 * math.hypot(UNKNOWN_WINDOW, 0.6)) * (1 + 3 * relative)
+    assert (interval_of_sum([row, row]) or (0.0, math.inf))[1] < 2 * upper
+
+
+def test_the_upper_end_does_not_fall_where_a_damage_stops_being_told() -> None:
+    ends = []
+    for relative in (0.49, 0.51):
+        draws = DAMAGE.doubt * relative / math.log(2)
+        row = score("up", "input", "e4m3fn", 1e-6, damage_se=1e-6 * relative, confidence=sure(math.hypot(draws, 0.7)))
+        ends.append((interval_of(row) or (0.0, 0.0))[1])
+    assert ends[0] < ends[1] < 1.6 * ends[0]
+
+
 def test_edges() -> None:
     row = score("up", "input", "e4m3fn", 1e-6, confidence=0.8)
     assert interval_of(row | {"damage": 0.0, "damage_se": 0.0}) == (0.0, 0.0)

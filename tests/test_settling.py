@@ -12,6 +12,8 @@ from advisor.hardware import hardware_named
 from advisor.intervals import interval_of, noise_interval, spread_of
 from advisor.planner import plan_from_rows
 from advisor.settling import MOST_TIMES, settling
+from probes.casts import Cast
+from probes.tiles import checked_names
 from tests.planned import linear, score
 
 
@@ -67,6 +69,16 @@ def test_too_few_steps_ask_for_more() -> None:
     found = settling(row(0.5) | {"confidence": None}, 2e-4)
     assert found is not None
     assert "record 4 steps or more" in found.clause
+
+
+def test_scales_by_row_that_scored_steps_alone_have_ask_for_more_of_these() -> None:
+    """However long the window is, its steps in between have no sketches by row."""
+    for cast, name in (("e4m3fn/row", "row"), ("e2m1/block32/e8m0", "block32/e8m0")):
+        found = settling(row(0.5) | {"confidence": None, "cast": str(Cast.parse(cast))}, 2e-4)
+        assert found is not None
+        assert f"finer=['{name}']" in found.clause
+        assert "record" not in found.clause
+        checked_names([name])
 
 
 def test_gradient_noise_near_its_limit_asks_for_a_longer_window() -> None:

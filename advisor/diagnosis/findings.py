@@ -139,6 +139,8 @@ class Thresholds:
     """The same where it is severe, in the weight of a product: what is left moves it at a tenth of its speed."""
     empty_denominators: float = 1e-3
     """Share of a parameter's elements whose denominator would be zero."""
+    epsilon_share: float = 0.01
+    """Of what a step divides by, the share that a larger epsilon may be to be told as a remedy."""
     tolerance_share: float = 1e-3
     """Damage that is harmless, over the window's mean loss: the planner's default."""
     lost_batch: float = 0.02

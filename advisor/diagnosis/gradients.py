@@ -122,7 +122,8 @@ def _finding(
     shares = [f"{percent(each.underflow)} of it in {one.format.name}" for each, one in bitten]
     numbers = {"rms": rms, "amax": metrics.amax, "underflow": metrics.underflow, "sqnr_db": metrics.sqnr_db}
     scaled = "with its loss scale" if own else "without a scale"
-    sentence = f"{slot.site} {slot.role}: values around {rms:.0e}, and {scaled} {' and '.join(shares)} round to zero"
+    sentence = f"{slot.site} {slot.role}: values around {rms:.0e}, and {scaled} {' and '.join(shares)} "
+    sentence += "rounds to zero" if len(shares) == 1 else "round to zero"
     if scale is None or lifted is None:
         return Finding(
             "small_gradients", *slot, str(cast), severe, numbers, sentence, Remedy("cast", "give it a scale")

@@ -166,7 +166,8 @@ def _finding(window: Window, slot: Slot, step: int, cast: Cast, bulk: Bulk, reci
     if place.tiles is not None:
         count = max(1, round(place.tiles.outlying * place.of / max(place.tiles.count, 1)))
         numbers |= {place.word: float(place.of), "outlying": float(count), "ratio": place.tiles.ratio}
-        held = f"{count} of {place.of} {place.word} hold values {times(place.tiles.ratio)} the others'"
+        held = f"{count} of {place.of} {place.word} {'holds' if count == 1 else 'hold'} values "
+        held += f"{times(place.tiles.ratio)} the others'"
     else:
         ratio = _over_median(window.history(*slot), step)
         numbers["ratio"] = ratio

@@ -12,6 +12,7 @@ from advisor.diagnosis.recipes import Recipes
 from advisor.lost_updates import epsilon_vanishes as vanishes
 from advisor.lost_updates import lost_by_size
 from advisor.metrics import measure
+from probes.buffers import RUNNING
 from probes.casts import Cast
 from probes.parameter_records import BUFFER, MASTER, UPDATE, WEIGHT_GRADIENT, ParameterRecord
 from probes.window import Window
@@ -34,12 +35,16 @@ def epsilon_vanishes(window: Window, recipes: Recipes) -> Iterator[Finding]:
                 metrics = measure(history, cast).pooled()
                 empty = float((metrics.underflows + history.zeros.sum()) / max(metrics.elements, 1.0))
                 if empty >= THRESHOLDS.empty_denominators:
-                    yield _epsilon(record, state, cast, empty, recipes.asked or own == cast.format.name)
+                    # The root of second moments of this size: what a step divides by.
+                    divisor = (metrics.signal_energy / max(metrics.elements, 1.0)) ** 0.25
+                    yield _epsilon(record, state, cast, empty, divisor, recipes.asked or own == cast.format.name)
 
 
-def _epsilon(record: ParameterRecord, state: str, cast: Cast, empty: float, severe: bool) -> Finding:
+def _epsilon(record: ParameterRecord, state: str, cast: Cast, empty: float, divisor: float, severe: bool) -> Finding:
     name, least = short_cast(cast), cast.format.smallest_subnormal
-    enough = 2.0 ** np.ceil(np.log2(least))
+    enough = max(2.0 ** float(np.ceil(np.log2(least))), 1e-7)
+    # An epsilon of the divisor's own order would make the steps shorter.
+    or_larger = f", or take an epsilon of {enough:.0e} or more" if enough <= THRESHOLDS.epsilon_share * divisor else ""
     return Finding(
         cause="epsilon_vanishes",
         site=record.name,
@@ -54,7 +59,7 @@ def _epsilon(record: ParameterRecord, state: str, cast: Cast, empty: float, seve
         ),
         remedy=Remedy(
             "storage",
-            f"keep this state in fp32 or bf16, or take an epsilon of {max(enough, 1e-7):.0e} or more",
+            f"keep this state in fp32 or bf16{or_larger}",
             (str(parse_cast("bf16")), FP32),
         ),
         size=empty,
@@ -132,10 +137,19 @@ def narrow_buffers(window: Window, recipes: Recipes) -> Iterator[Finding]:
             over = metrics.overflow if metrics.nonzero else 0.0
             infinite = float(history.nonfinite.sum() / max(int(history.elements.sum()), 1))
             if own == cast.format.name:
-                over = max(over, infinite)
+                over, lost = max(over, infinite), max(lost, _stood_still(window, record))
             if over > 0 or lost >= THRESHOLDS.lost:
                 yield _buffer(record, cast, metrics.amax, over, lost, recipes.asked or own == cast.format.name)
                 break
+
+
+def _stood_still(window: Window, record: ParameterRecord) -> float:
+    """Of a running statistic that is narrow already: the share of its elements that a step did not move. BatchNorm
+    moves all of its own at every step; of other buffers only some may have been meant to."""
+    updates = window.history(record.name, UPDATE)
+    if record.name.rpartition(".")[2] not in RUNNING:
+        return 0.0
+    return float(updates.zeros.sum() / max(int(updates.elements.sum()), 1))
 
 
 def _buffer(record: ParameterRecord, cast: Cast, amax: float, over: float, lost: float, severe: bool) -> Finding:
