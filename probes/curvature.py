@@ -50,7 +50,8 @@ class Met:
     """A product met in a scored step.
 
     It holds nothing of the graph above its operands: hooks on the result's node hold it, and a node in it would close
-    a ring that keeps the step's tensors alive. Where to go back to stands beside it.
+    a ring that keeps the step's tensors alive. Where to go back to stands beside it. `arrived`: the training's gradient
+    has come; `kept`: it has not, in a backward pass that has been.
     """
 
     call: ProductCall
@@ -59,6 +60,8 @@ class Met:
     versions: list[int]
     batch: int | None
     whole_batch: bool = False
+    arrived: bool = False
+    kept: bool = False
 
     @classmethod
     def of(cls, call: ProductCall, results: Sequence[Tensor], batch: int | None, copies: bool = False) -> Met:

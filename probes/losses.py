@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function
 
+from probes.contents import is_wrapped
 from probes.errors import WindowError
 from probes.likelihoods import LIKELIHOODS
 from probes.losscall import Given, LossCall, signs
@@ -46,7 +47,10 @@ def curvature_of(loss: Tensor, outputs: Tensor | Sequence[Tensor], factor: Facto
 
 
 def loss_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossCall | None:
-    """What is known of a call of a loss function; None where it is none, or its outputs need no gradient."""
+    """What is known of a call of a loss function; None where it is none, or its outputs need no gradient.
+
+    Raises WindowError for one that cannot be followed.
+    """
     if function is curvature_of:
         return _declared(**inspect.signature(curvature_of).bind(*args, **kwargs).arguments)
     read = _KNOWN.get(function)
@@ -58,6 +62,11 @@ def loss_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     if given.get("size_average") is not None or given.get("reduce") is not None:
         given["reduction"] = _reduction.legacy_get_string(given["size_average"], given["reduce"], emit_warning=False)
     call = read(given)
+    if call is not None and any(map(is_wrapped, call.outputs)):
+        raise WindowError(
+            f"{function.__name__} was called within a transform of torch.func (vmap, grad), out of which no tensor may "
+            "be kept: it adds to no damage"
+        )
     return call if call is not None and any(output.requires_grad for output in call.outputs) else None
 
 

@@ -192,10 +192,11 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
 
     def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorder = self._recorder
-        recorder.stop_counting()
+        # torch 2.9 to 2.13 pass the optimizer itself as the first of `args`.
+        closure = any(map(callable, (*args[1:], *kwargs.values())))
+        if not closure:
+            recorder.stop_counting()
         if not self.window.done:
-            # torch 2.9 to 2.13 pass the optimizer itself as the first of `args`.
-            closure = any(map(callable, (*args[1:], *kwargs.values())))
             if self._within and not closure and self._within[-1] != recorder.forwards:
                 self._within.clear()  # that step has raised
             self._within.append(recorder.forwards)
@@ -214,6 +215,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         if self._within:
             return
         recorder.resume()
+        recorder.stop_counting()
         if not self.window.done:
             with self._noting("the parameters were not read after the optimizer's step"):
                 self._parameters.after_step(recorder.step, recorder.depth.recorded, recorder.depth.followed)

@@ -96,14 +96,24 @@ class Scoring:
     def meet(self, call: ProductCall, results: Sequence[Tensor], batch: int | None, frames: Sequence[Frame]) -> Met:
         """Keep a product of this step, for the curvature backward."""
         if self._spent and not in_backward():
-            # Those of a forward pass that has been gone back through.
-            self._met, self._results, self._spent = [], {}, False
+            self._begin_pass()
         met = Met.of(call, results, batch, copies=self._sharded)
         met.whole_batch = met.whole_batch or self._synchronized or any(frame.routed for frame in frames)
         self._met.append(Reached(met, tuple(map(gradient_edge, results))))
         if crosses_samples(call.operation.name, call.operands):
             self._mix()
         return met
+
+    def _begin_pass(self) -> None:
+        """A forward pass begins after a backward pass: what that one went through is let go.
+
+        What it did not reach may be gone back through from here, as a generator's products are once its discriminator
+        has learned from what they made: it is kept for one pass more.
+        """
+        self._met = [one for one in self._met if not (one.product.arrived or one.product.kept)]
+        for one in self._met:
+            one.product.kept = True
+        self._results, self._spent = {}, False
 
     def batch_told_by(self, call: ProductCall, batch: int | None, after: int | None) -> int | None:
         """The batch's size: what it was taken for, or what this call tells of a model whose inputs have time first."""
@@ -212,7 +222,7 @@ class Scoring:
 
     def on_gradient(self, met: Met, gradient: Tensor, place: int = 0) -> None:
         """The training's gradient has arrived at a product of this step, at its result of this number."""
-        self._spent = True
+        self._spent = met.arrived = True
         if not met.intact:
             return
         with undisturbed():

@@ -135,6 +135,7 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         self._depth = 0
         self._resting = False
         self._nested = False
+        self._begun = False  # a forward pass, since the latest backward pass
 
     # What subclasses override. Each must return what the call returns.
 
@@ -161,7 +162,8 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         """A backward pass starts, from a tensor or several."""
 
     def on_forward(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The root module's forward is entered, outside the backward pass."""
+        """The root module's forward is entered, outside the backward pass; where a training calls its parts alone, the
+        first of them."""
 
     def reached(self, products: Sequence[Product], leaves: Mapping[str, int]) -> list[Product]:
         """Of a call's backward products those that the backward pass that is running makes; `leaves` are the call's."""
@@ -220,12 +222,17 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
                 call = self._tried(UNREAD, self._product_call, func, operation, args, kwargs)
                 if call is not None:
                     return self._product(call)
+            elif not self.stack.frames and not in_backward() and torch.is_grad_enabled():
+                call = self._tried(UNREAD, self._outer_call, func, operation, args, kwargs)
+                if call is not None:
+                    return self._product(call)
             elif in_backward() and self._tried(UNREAD, self._of_custom_function, operation, args, kwargs):
                 with nullcontext() if self.beneath is None else self.beneath.seen():
                     return self.on_other(func, args, kwargs)
         if func in COMPOSITE:
             args, kwargs = _told(func, args, kwargs)
             if func in BACKWARD and func is not torch.autograd.grad and not self._nested:
+                self._begun = False
                 self._tried(UNREAD, self.on_backward, args[0] if args else kwargs.get("tensors"))
             counted = self.beneath if func in BACKWARD and self.beneath is not None else nullcontext()
             with self, self._within(self._tried(UNREAD, _leaves, func, args, kwargs)), counted:
@@ -273,13 +280,27 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         finally:
             self._nested, self.leaves = before
 
-    def _product_call(
+    def _outer_call(
         self, func: Callable[..., Any], operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> ProductCall | None:
+        """A product around the model with a parameter of its own: that makes it the module's that owns it, as where a
+        loss takes the head's weight, or a method multiplies that is no `forward`."""
+        around = Frame(ROOT, self.model, trains=True, recomputes=False)
+        call = self._product_call(func, operation, args, kwargs, around)
+        return None if call is None or call.parameter is None else call
+
+    def _product_call(
+        self,
+        func: Callable[..., Any],
+        operation: Operation,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        frame: Frame | None = None,
     ) -> ProductCall | None:
         given = operation.read(args, kwargs)
         if given is None or not all(map(is_readable, given)):
             return None
-        frame = self.stack.frames[-1]
+        frame = self.stack.frames[-1] if frame is None else frame
         owners = tuple(self.owners.of(operand, frame) for operand in given)
         roles, owned, weights = _roles_and_owner(operation.fixed_roles(args, kwargs), owners)
         if owned is None:
@@ -309,11 +330,16 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
             frame.leave = lambda: TorchFunctionMode.__exit__(self, None, None, None)
         if frame.path == ROOT and len(self.stack.frames) > 1:
             self.stack.unwind(keep=frame)
-        if frame.path == ROOT and not frame.recomputes:
+        if not frame.recomputes and (frame.path == ROOT or self._is_first_without_root(frame)):
+            self._begun = True
             self._tried(UNREAD, self.on_forward, frame, args, kwargs)
         if self.beneath is not None and len(self.stack.frames) == 1 and not frame.recomputes:
             self.beneath.__enter__()
             frame.leave = _both(partial(self.beneath.__exit__, None, None, None), frame.leave)
+
+    def _is_first_without_root(self, frame: Frame) -> bool:
+        """Whether a training calls the model's parts and not the model, and this is the first since a backward pass."""
+        return not self._begun and frame.trains and len(self.stack.frames) == 1
 
 
 _ORDINARY: set[Callable[..., Any]] = set()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 
 import advisor
 from probes.errors import WindowError
@@ -100,6 +101,29 @@ def test_steps_that_are_never_taken() -> None:
     assert "0 of 2" in window.notes[0]
 
 
+def test_gradients_of_each_sample_under_vmap() -> None:
+    """As private training takes them: losses and products inside of torch.func's transforms, none of which is kept."""
+    model = layers()
+    optimizer = sgd(model.parameters())
+    names = [name for name, _ in model.named_parameters()]
+
+    def loss_of(parameters: dict[str, Tensor], x: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, parameters, (x[None],)), target[None])
+
+    with probe(model, optimizer, steps=2) as window:
+        for _ in range(2):
+            held = {name: model.get_parameter(name).detach() for name in names}
+            target = torch.zeros(5, dtype=torch.long)
+            found = vmap(grad(loss_of), (None, 0, 0))(held, torch.randn(5, WIDTH), target)
+            for name in names:
+                model.get_parameter(name).grad = found[name].mean(0)
+            step(model, optimizer)
+    assert usable(window).steps == (0, 1)
+    assert window.history("0", "grad_output").steps.tolist() == [0, 1]
+    assert any("cross_entropy was called within a transform of torch.func" in note for note in window.notes)
+    assert window.coverage.share == 1.0
+
+
 def test_an_optimizer_of_other_parameters() -> None:
     model, other = layers(), nn.Parameter(torch.zeros(2, 2))
     assert watched(model, sgd([model[0].weight, other])).steps == (0, 1, 2)
@@ -180,7 +204,7 @@ def test_hooks_that_a_user_clears_come_back() -> None:
             module._forward_pre_hooks.clear()
 
     window = watched(model, None, clear)
-    assert window.history("0", "input").steps.tolist() == [0, 2]
+    assert window.history("0", "input").steps.tolist() == [0, 1, 2]  # its parameter names a product without them, too
     assert "lost their hooks in step 1" in window.notes[0]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

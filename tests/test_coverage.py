@@ -226,6 +226,41 @@ def test_products_of_the_loss_are_outside() -> None:
     assert window.coverage.unseen_flops == 3 * 2 * 8 * 6 * 8
 
 
+def test_a_product_outside_with_a_parameter_of_the_model_is_its_site() -> None:
+    """As where a loss takes the head's weight, or a method multiplies that is no forward."""
+    model = nn.ModuleDict({"body": nn.Linear(4, 6), "head": nn.Linear(6, 5, bias=False)})
+    x, target = torch.randn(8, 4), torch.arange(8) % 5
+
+    def step() -> Tensor:
+        return F.cross_entropy(model["body"](x) @ model["head"].weight.t(), target)
+
+    expected = torch_flops(lambda: step().backward())
+    window, _ = watched(model, step, curvature_steps=1)
+    assert window.coverage == Coverage(1.0)
+    assert window.total_flops == expected
+    assert window.site("head").roles == ("input", "weight", "grad_output")
+    assert window.evidence("head", "weight").directional
+
+
+def test_a_step_whose_forward_is_in_its_closure_is_counted() -> None:
+    """As Lightning has it, and LBFGS."""
+    model, x = nn.Sequential(nn.Linear(4, 6), Functional(lambda m, x: _powers(x))), torch.randn(8, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    expected = torch_flops(closure)
+    with probe(model, optimizer, steps=2) as window:
+        for _ in range(2):
+            optimizer.step(closure)  # type: ignore[arg-type]
+    assert window.total_flops == expected
+    assert unseen(window.coverage) == [("1", "aten.mm")]
+
+
 def test_the_optimizers_products_are_not_the_models() -> None:
     class Whitened(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -153,6 +153,34 @@ class Normalized(nn.Sequential):
         super().__init__(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
 
 
+def test_a_training_that_calls_the_models_parts_alone_has_samples() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(6, 5), "head": nn.Linear(5, 3)})
+    x, target = torch.randn(4, 7, 6), torch.arange(28) % 3
+    window = watched(
+        model, lambda: F.cross_entropy(model["head"](model["body"](x).flatten(0, 1).tanh()), target).backward()
+    )
+    assert not any(window.evidence(slot.site, slot.role).whole_batch for slot in window.product_slots)
+
+
+def test_a_generator_behind_a_discriminator_that_has_learned_first_has_damage() -> None:
+    made, judged = nn.Linear(3, 6), nn.Linear(6, 1)
+    model, noise = nn.ModuleDict({"made": made, "judged": judged}), torch.randn(5, 3)
+    labels = torch.ones(5, 1)
+
+    def step() -> None:
+        fake = made(noise)
+        F.binary_cross_entropy_with_logits(judged(fake.detach()), 0 * labels).backward()
+        F.binary_cross_entropy_with_logits(judged(fake), labels).backward()
+
+    def outputs(weight: Tensor) -> Tensor:
+        return judged(F.linear(noise, weight, made.bias))
+
+    window, weight = watched(model, step), made.weight.detach()
+    z, moved = jvp(outputs, weight, CAST(weight) - weight)
+    exact = float((0.5 * moved.square() * z.sigmoid() * (-z).sigmoid()).mean())
+    close(window, "made", "weight", exact)
+
+
 def test_behind_batch_norm_the_batch_is_one_sample() -> None:
     torch.manual_seed(0)
     model, x = Normalized(), torch.randn(BATCH, 4)

@@ -82,6 +82,25 @@ def test_a_scaler_tells_its_scale_and_a_skipped_step_is_closed() -> None:
     assert any("step 1 was skipped" in note for note in window.notes)
 
 
+def test_a_step_is_skipped_where_only_parts_of_the_model_are_called() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 3)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    with probe(model, optimizer, steps=3, curvature_steps=0) as window:
+        for step in range(3):
+            x = torch.randn(5, 4) * (float("inf") if step == 1 else 1.0)
+            logits = model["head"](model["body"](x))
+            scaler.scale(F.cross_entropy(logits, torch.zeros(5, dtype=torch.long))).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert window.steps == (0, 1, 2)
+    history = window.history("body", "input")
+    assert (history.positive_infs + history.negative_infs).tolist() == [0, 20, 0]
+    assert any("step 1 was skipped" in note for note in window.notes)
+
+
 def test_scalers_are_left_as_they_were() -> None:
     before = (torch.amp.GradScaler.scale, torch.amp.GradScaler.update)
     watched(lambda loss: loss)
