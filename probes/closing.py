@@ -18,6 +18,7 @@ from probes.parameter_records import sampled_parameters
 from probes.parameters import ParameterWatch
 from probes.recorder import Recorder, SiteTally
 from probes.records import GRADIENT, Product, Site, Slot
+from probes.recurrent import parameters_of
 from probes.window import Contents
 
 
@@ -54,7 +55,7 @@ def contents_of(
     scales = tuple(scale.value for scale in recorder.loss_scales)
     losses = (math.nan if loss is None else float(loss) for loss in recorder.losses)
     noise = {record.name: record.gradient_noise for record in records}
-    noise |= {site.name: parameters.batch_noise(site.parameter) for site in sites}
+    noise |= {site.name: parameters.batch_noise(_weights_of(site)) for site in sites}
     sampled = sampled_parameters(records)
     return Contents(
         model_name=type(model).__name__,
@@ -96,6 +97,11 @@ def _site(name: str, tally: SiteTally, steps: int, has_gradient: bool, shapes: M
         parameter_shape=shapes.get(tally.parameter, tally.shapes.get("weight")) if tally.parameter else None,
         calls=tally.calls / steps,
     )
+
+
+def _weights_of(site: Site) -> tuple[str, ...]:
+    """Dotted names of the parameters that the site multiplies by."""
+    return parameters_of(site.name, site.roles) if site.parameter is None else (site.parameter,)
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:

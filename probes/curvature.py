@@ -36,7 +36,7 @@ from probes.losscall import LossCall
 from probes.records import Slot
 from probes.samples import by_sample, is_an_experts, sample_dimension
 from probes.sites import ProductCall
-from probes.vjp import matrix_weight, vjp
+from probes.vjp import Pullback, matrix_weight, vjp
 
 DRAWS = 2  # a scored step; with 32 samples and 2 scored steps the spread is about 13%
 DRAWS_AT_ONCE = 2  # held in memory together: this many times the products' results
@@ -253,10 +253,13 @@ def parts_of(product: Met, gradients: Sequence[Tensor], casts: Sequence[Cast]) -
     apart = [i for i, role in enumerate(call.roles) if is_weight(role) and batch is not None]
     together = [i for i in range(len(operands)) if i not in apart]
     found: dict[int, Part] = {}
-    at_operands = [vjp(call, operands, gradient, together) for gradient in gradients]
-    for place, i in enumerate(together):
+    # What is calculated forward for it, as a recurrent layer is, is so once for all draws and operands.
+    wanted = together if call.operation.multilinear else range(len(operands))
+    pullback = Pullback(call, operands, wanted)
+    at_operands = [dict(zip(wanted, pullback.of(gradient), strict=True)) for gradient in gradients]
+    for i in together:
         dimension = _samples_of(call, i, batch)
-        drawn = torch.stack([at_operand[place] for at_operand in at_operands])
+        drawn = torch.stack([at_operand[i] for at_operand in at_operands])
         rows = torch.stack([by_sample(gradient, dimension, batch) for gradient in drawn], dim=1)  # [B, draws, n]
         terms = []
         for cast in casts:
@@ -264,14 +267,24 @@ def parts_of(product: Met, gradients: Sequence[Tensor], casts: Sequence[Cast]) -
             terms.append((rows @ error.unsqueeze(-1)).squeeze(-1).T)  # [draws, B]
         found[i] = Part(drawn, _stacked(terms, drawn))
     for i in apart:
-        found[i] = _weight_part(call, operands, i, gradients, casts, batch)
+        whole = torch.stack([at_operand[i] for at_operand in at_operands]) if i in wanted else None
+        found[i] = _weight_part(call, operands, i, gradients, casts, batch, whole)
     return [found[i] for i in range(len(operands))]
 
 
 def _weight_part(
-    call: ProductCall, operands: list[Tensor], i: int, gradients: list[Tensor], casts: Sequence[Cast], batch: int | None
+    call: ProductCall,
+    operands: list[Tensor],
+    i: int,
+    gradients: list[Tensor],
+    casts: Sequence[Cast],
+    batch: int | None,
+    whole: Tensor | None,
 ) -> Part:
-    """A weight's part, sample by sample: ⟨Gₛ, δ⟩, Gₛ the sample's own weight gradient, or ⟨gradientₛ, inputₛ·δᵀ⟩."""
+    """A weight's part, sample by sample: ⟨Gₛ, δ⟩, Gₛ the sample's own weight gradient, or ⟨gradientₛ, inputₛ·δᵀ⟩.
+
+    `whole`: its gradients, a draw each, where they are known.
+    """
     assert batch is not None
     activation = next(o for o, role in zip(call.operands, call.roles, strict=True) if not is_weight(role))
     errors = (cast(operands[i]) - operands[i] for cast in casts)
@@ -298,7 +311,8 @@ def _weight_part(
         moved = by_sample(moved, dimension, batch).unsqueeze(-1)
         rows = torch.stack([by_sample(gradient, dimension, batch) for gradient in gradients], dim=1)
         found.append((rows @ moved).squeeze(-1).T)
-    whole = torch.stack([vjp(call, operands, gradient, [i])[0] for gradient in gradients])
+    if whole is None:
+        whole = torch.stack([vjp(call, operands, gradient, [i])[0] for gradient in gradients])
     return Part(whole, _stacked(found, whole))
 
 

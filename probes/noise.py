@@ -28,8 +28,9 @@ from probes.curvature import is_weight
 from probes.cuts import Cut, cuts_of
 from probes.mean_error import Sketches
 from probes.records import GRADIENT, Slot
+from probes.recurrent import STATES
 from probes.sites import ProductCall
-from probes.vjp import vjp
+from probes.vjp import Pullback, vjp
 
 UPSTREAM = "(upstream)"
 """Role of what a weight's site passes on: its grad_output's noise in the gradient of its input."""
@@ -74,11 +75,12 @@ def noise_energies(
 
     Numbers on the device. Those of calls with the same shapes and seed add up. `adaptive`: the optimizer divides each
     element by its own size. `grad_output` enters the weight gradient (both gradients where neither operand is a
-    parameter); an operand enters the other's gradient. Attention is not bilinear: there the error is the difference of
-    two backward passes. What `grad_output`'s error puts into the input's gradient, and so into all that lies upstream,
-    is beside it under the role UPSTREAM, over all samples together. Of a recurrent layer `grad_output` alone is
-    measured: each operand would take it as often forward and back. `also`: casts of `grad_output` alone. `seed`: of the
-    parts that are calculated and of the signs of sketches. Call it in `undisturbed()`.
+    parameter); an operand enters the other's gradient. Attention and recurrent layers are not bilinear: an operand's
+    error is there the difference of two backward passes, in all gradients that the call makes. What `grad_output`'s
+    error puts into the input's gradient, and so into all that lies upstream, is beside it under the role UPSTREAM, over
+    all samples together. Nothing is said of a recurrent layer's first state where that is zero, as no cast moves it.
+    `also`: casts of `grad_output` alone. `seed`: of the parts that are calculated and of the signs of sketches. Call it
+    in `undisturbed()`.
     """
     tensors = [*(operand.detach().float() for operand in call.operands), gradient.detach().float()]
     trained = [i for i, operand in enumerate(call.operands) if operand.requires_grad]
@@ -87,7 +89,7 @@ def noise_energies(
     energies: dict[Slot, dict[str, NoiseEnergies]] = defaultdict(dict)
     for i, role in enumerate([*call.roles, GRADIENT]):
         entered = _enters(call, i, trained)
-        if not entered:
+        if not entered or (role in STATES and not bool(tensors[i].any())):
             continue
         is_gradient = i == len(call.operands)
         beneath = [j for j in trained if j not in entered] if is_gradient else []
@@ -95,11 +97,10 @@ def noise_energies(
         of_weights = is_gradient and all(is_weight(call.roles[j]) for j in entered)
         sketches = Sketches(products.gradients(entered), seed) if of_weights else None
         for cast in (*casts, *also) if is_gradient else casts:
-            moved = cast(tensors[i])
-            found = products.errors(i, moved, entered)
-            energies[Slot(call.site, role)][str(cast)] = _energies(found, by_channel, sketches)
-            if found := products.errors(i, moved, beneath):
-                energies[Slot(call.site, UPSTREAM)][str(cast)] = _energies(found, by_channel=False)
+            found = products.errors(i, cast(tensors[i]), [*entered, *beneath])
+            energies[Slot(call.site, role)][str(cast)] = _energies(_of(entered, found), by_channel, sketches)
+            if beneath:
+                energies[Slot(call.site, UPSTREAM)][str(cast)] = _energies(_of(beneath, found), by_channel=False)
     return energies
 
 
@@ -110,6 +111,7 @@ class _Products:
     call: ProductCall
     cuts: Sequence[Cut]
     parts: Sequence[Sequence[Tensor]]
+    pullbacks: Sequence[Pullback]
     exact: Sequence[dict[int, Tensor]]
 
     @classmethod
@@ -117,28 +119,39 @@ class _Products:
         """`tensors`: the operands and the gradient at the result, float32."""
         cuts = cuts_of(call, tensors, trained, seed)
         parts = [cut.of_all(tensors) for cut in cuts]
+        pullbacks = [Pullback(call, part[:-1], cut.targets) for cut, part in zip(cuts, parts, strict=True)]
         gradients = [
-            dict(zip(cut.targets, vjp(call, part[:-1], part[-1], cut.targets), strict=True))
-            for cut, part in zip(cuts, parts, strict=True)
+            dict(zip(cut.targets, pullback.of(part[-1]), strict=True))
+            for cut, pullback, part in zip(cuts, pullbacks, parts, strict=True)
         ]
-        return cls(call, cuts, parts, gradients)
+        return cls(call, cuts, parts, pullbacks, gradients)
 
     def gradients(self, wanted: Sequence[int]) -> list[Tensor]:
         """The exact gradients of these operands, part by part as in `errors`."""
         return [whole[j] for cut, whole in zip(self.cuts, self.exact, strict=True) for j in cut.targets if j in wanted]
 
-    def errors(self, i: int, moved: Tensor, wanted: Sequence[int]) -> list[_Pair]:
-        """What replacing tensor i changes in the gradients of these operands, each beside that gradient."""
-        linear = i == len(self.call.operands) or self.call.operation.multilinear
-        pairs: list[_Pair] = []
-        for cut, part, whole in zip(self.cuts, self.parts, self.exact, strict=True):
+    def errors(self, i: int, moved: Tensor, wanted: Sequence[int]) -> list[tuple[int, _Pair]]:
+        """What replacing tensor i changes in the gradients of these operands: the operand and a pair, cut by cut."""
+        pairs: list[tuple[int, _Pair]] = []
+        for at, (cut, part, whole) in enumerate(zip(self.cuts, self.parts, self.exact, strict=True)):
             targets = [j for j in cut.targets if j in wanted]
-            if targets:
-                there = cut.of(i, moved)
-                changed = [(there - one if linear else there) if k == i else one for k, one in enumerate(part)]
-                for j, found in zip(targets, vjp(self.call, changed[:-1], changed[-1], targets), strict=True):
-                    pairs.append((found if linear else found - whole[j], whole[j], cut.channels))
+            if not targets:
+                continue
+            there = cut.of(i, moved)
+            if i == len(self.call.operands):
+                found = dict(zip(cut.targets, self.pullbacks[at].of(there - part[i]), strict=True))
+            else:
+                linear = self.call.operation.multilinear
+                changed = [(there - one if linear else there) if k == i else one for k, one in enumerate(part[:-1])]
+                found = dict(zip(targets, vjp(self.call, changed, part[-1], targets), strict=True))
+                if not linear:
+                    found = {j: one - whole[j] for j, one in found.items()}
+            pairs += [(j, (found[j], whole[j], cut.channels)) for j in targets]
         return pairs
+
+
+def _of(wanted: Sequence[int], pairs: Sequence[tuple[int, _Pair]]) -> list[_Pair]:
+    return [pair for j, pair in pairs if j in wanted]
 
 
 def _enters(call: ProductCall, i: int, trained: Sequence[int]) -> list[int]:
@@ -146,8 +159,6 @@ def _enters(call: ProductCall, i: int, trained: Sequence[int]) -> list[int]:
     if i == len(call.operands):
         weights = [j for j in trained if is_weight(call.roles[j])]
         return weights or list(trained)
-    if _is_recurrent(call):
-        return []
     if not call.operation.multilinear:
         return list(trained)
     return [j for j in trained if j != i]

@@ -21,7 +21,7 @@ A DTensor (FSDP2) is read as this process holds it; shards add up over ranks.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -108,15 +108,21 @@ class ParameterWatch:
         """What was found, one record a parameter; waits for the device. Asked when the window is closed."""
         return tuple(self._found[0].values())
 
-    def batch_noise(self, parameter: str | None) -> float | None:
-        """Minibatch noise over gradient energy: of this parameter, or of all together where it is unknown or None."""
+    def batch_noise(self, parameters: Sequence[str]) -> float | None:
+        """Minibatch noise over gradient energy: of these parameters together, or of all where nothing is known of them.
+
+        None where nothing is known of any.
+        """
         records, energies = self._found
-        if parameter in records and records[parameter].gradient_noise is not None:
-            return records[parameter].gradient_noise
-        weighed = [(record.gradient_noise, energies.get(name, 0.0)) for name, record in records.items()]
-        known = [(noise, energy) for noise, energy in weighed if noise is not None]
-        energy = sum(energy for _, energy in known)
-        return sum(noise * energy for noise, energy in known) / energy if energy else None
+        if len(parameters) == 1 and parameters[0] in records and records[parameters[0]].gradient_noise is not None:
+            return records[parameters[0]].gradient_noise
+        for names in (parameters, list(records)):
+            weighed = [(records[name].gradient_noise, energies.get(name, 0.0)) for name in names if name in records]
+            known = [(noise, energy) for noise, energy in weighed if noise is not None]
+            energy = sum(energy for _, energy in known)
+            if energy:
+                return sum(noise * energy for noise, energy in known) / energy
+        return None
 
     # What is read.
 

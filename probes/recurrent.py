@@ -16,11 +16,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from probes.names import ROOT
 from probes.operation import Arguments, Operation
 from probes.records import Product
 
 HIDDEN, GATES = "hidden", "gates_grad"
 INSIDE = frozenset({HIDDEN, GATES})
+STATES = ("state", "cell")
 
 
 class Weight(NamedTuple):
@@ -103,7 +105,7 @@ class Recurrent(Operation):
         return (operands[0], state, flat, *args[3:]), kwargs
 
     def fixed_roles(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...] | None:
-        states = ("state", "cell")[: len(self._states(args))]
+        states = STATES[: len(self._states(args))]
         return ("input", *states, *(one.role for one in self._weights(args)))
 
     def results(self, result: Any) -> list[Tensor]:
@@ -205,6 +207,12 @@ class Cell(Recurrent):
 
     def _weights(self, args: tuple[Any, ...]) -> list[Weight]:
         return [Weight("weight_ih", 2, True), Weight("weight_hh", 3, False)]
+
+
+def parameters_of(site: str, roles: Sequence[str]) -> tuple[str, ...]:
+    """Dotted names of a recurrent site's weights, which are called as its roles; of any other site none."""
+    module = "" if site == ROOT else f"{site}."
+    return tuple(f"{module}{role}" for role in roles if role.startswith("weight_"))
 
 
 _ARGUMENTS = 9

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from probes.sites import ProductCall, SiteHook
-from probes.vjp import vjp
+from probes.vjp import Pullback, vjp
 
 CONVOLUTIONS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...]]] = {
     "1d, of one sample": (lambda x, w: F.conv1d(x, w, padding=2), (4, 9), (6, 4, 3)),
@@ -65,3 +65,30 @@ def test_convolutions(name: str, wanted: list[int]) -> None:
     found = vjp(watch.calls[0], [leaf.detach() for leaf in leaves], g, wanted)
     assert len(found) == len(expected)
     assert all(map(torch.equal, found, expected))
+
+
+class Recurring(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(3, 4, num_layers=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x)[0]
+        return found
+
+
+def test_several_gradients_at_one_result_take_one_pass_forward() -> None:
+    torch.manual_seed(0)
+    model, x = Recurring(), torch.randn(5, 2, 3)
+    with Watch(model) as watch:
+        model(x)
+    (call,), passes = watch.calls, []
+    call.function, function = lambda *args: passes.append(1) or function(*args), call.function
+    operands = [operand.detach() for operand in call.operands]
+    result, wanted = call.plain(operands), range(len(operands))
+    pullback, gradients = Pullback(call, operands, wanted), [torch.randn_like(result) for _ in range(3)]
+    passes.clear()
+    found = [pullback.of(gradient) for gradient in gradients]
+    assert len(passes) == 1
+    for each, gradient in zip(found, gradients, strict=True):
+        assert all(map(torch.equal, each, vjp(call, operands, gradient, wanted)))
