@@ -7,8 +7,13 @@ Where the processor has the instructions, a chunk is counted as bit planes (`bit
 seven bits within a window of sixteen octaves. Elements outside it, zeros among them, are looked up and counted one by
 one where they are few; where they are many, the zeros are counted in a second reading, and further windows below the
 first take the rest. A chunk is also read again if its codes say that it may go beyond the largest and smallest value
-met so far. One with subnormals, Inf or NaN is counted by increments, as all are on other processors. Increments of one
-place wait for one another, so that table of bins is there eight times.
+met so far. One with subnormals, Inf or NaN is counted by single increments. Increments of one place wait for one
+another, so that table of bins is there eight times.
+
+On other processors two elements are counted by one increment (`pairs.py`), within a window of fifteen octaves, and
+whole chunks of bfloat16 and float16 as they are. A chunk of which more lies outside of it than a few elements moves the
+window, or is taken back and counted by single increments, as are the tensor's last few and small tensors, for which
+emptying the table of pairs costs more than it saves.
 
 Read like this, a tensor that is no longer in the cache takes nearly twice as long as to be summed (ours, Zen 4: 0.27 ns
 an element and thread, the sum 0.15), and it is such tensors that a training step leaves behind.
@@ -30,7 +35,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from probes import bit_planes
+from probes import bit_planes, pairs
 from probes.bit_planes import BLOCK, CODES, GROUP, OCTAVE, PLANES, WORDS, codes, count
 from probes.errors import UnsupportedTensor
 from probes.layout import (
@@ -51,10 +56,14 @@ from probes.layout import (
     SUMS,
     ZEROS,
 )
+from probes.pairs import ALL_CODES, READS_FLOAT16, count_bfloat16, count_float16, count_float32
 from probes.threads import SMALLEST_SHARE, threads_for
 
 _CHUNK = 2048
 _FEW_OUTSIDE = 64  # elements of a chunk outside the window, up to which these are counted one by one
+_LEAST_PAIRED = 4 * _CHUNK  # elements of a share, below which to empty the table costs more than it saves (ours)
+_MOST_PAIRED = 1 << 31  # elements, after which the table of uint32 is emptied
+_FLOAT16_BINS = 112 * OCTAVE  # from float16's bin of a number to float32's
 _WAYS = 8
 _ALL_BINS = BINS + 8  # Inf and NaN fall into the last eight
 
@@ -84,13 +93,18 @@ _AT_CHUNK = _AT_CELLS + HASH_CELLS + 64  # uint32 [_CHUNK]
 _AT_INDICES = _AT_CHUNK + 4 * _CHUNK  # uint16 [_CHUNK]
 _AT_TALLIES = _AT_INDICES + 2 * _CHUNK  # float64 [8]: as the last of a row of sums
 _AT_SEEN = _AT_TALLIES + 64  # uint32 [16]
-_SCRATCH = _AT_SEEN + 64
+_AT_TABLE = _AT_SEEN + 64  # uint32 [ALL_CODES, ALL_CODES]: pairs
+_AT_MASKS = _AT_TABLE + 4 * ALL_CODES * ALL_CODES  # uint32 [_CHUNK / 32]: who in a chunk of pairs is outside the window
+_SCRATCH = _AT_MASKS + 4 * _CHUNK // pairs.GROUP
 
 # What a share has seen, by its place in `seen`.
 _LARGEST, _SMALLEST, _BITS = range(3)  # bits of magnitudes; mantissa bits in use
 _FIRST_BIN, _LAST_BIN = 3, 4  # of the table of bins, as far as it is used
 _FIRST_OCTAVE, _LAST_OCTAVE = 5, 6  # of the counts, as far as they are used
 _BASE = 7  # the window's first bin
+_FIRST_CODE, _LAST_CODE = 8, 9  # of the table of pairs, as far as it is used
+_SINGLY = 10  # why the next chunk is better counted by increments of one, after the last: else 0
+_SAME, _WIDE = 1, 2  # all in one bin or zero; much outside any window
 
 
 class _Scratch(threading.local):
@@ -213,6 +227,7 @@ def _to_trailing_zeros(_typing, word):  # type: ignore[no-untyped-def]
 _pointer: Any = intrinsic(_to_pointer)
 _trailing_zeros: Any = intrinsic(_to_trailing_zeros)
 _element_of = njit(bit_planes.element_of)
+_paired_element_of = njit(pairs.element_of)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -242,14 +257,27 @@ def _read(scratch, extremes, source, kind, first, last, size, columns, pitch, st
     indices = carray(_pointer(scratch + _AT_INDICES), (_CHUNK,), np.uint16)
     tallies = carray(_pointer(scratch + _AT_TALLIES), (8,), np.float64)
     seen = carray(_pointer(scratch + _AT_SEEN), (16,), np.uint32)
-    _begin(seen, extremes)
+    _begin(seen, extremes, kind)
     most_bits = np.uint32(_most_bits(kind))
-    in_place = kind == _FLOAT32 and columns == size and step == 1
+    whole_row = columns == size and step == 1
+    in_place = kind == _FLOAT32 and whole_row
+    paired = _IN_PAIRS and last - first >= _LEAST_PAIRED
     words = carray(_pointer(source), (size if in_place else 0,), np.uint32)
     stride = max(1, -(-size // SAMPLE))
     for start in range(first, last, _CHUNK):
         length = min(_CHUNK, last - start)
         whole = -(-length // _UNIT) * _UNIT
+        first_sampled = (stride - start % stride) % stride
+        if paired and length == _CHUNK and not seen[_SINGLY]:
+            at, held = source + start * _bytes_each(kind), kind
+            if not whole_row or not _is_paired(kind, seen):
+                at, held = scratch + _AT_CHUNK, _FLOAT32
+                _widen(widened, source, kind, start, columns, pitch, step)
+            _take_pairs(scratch, at, held, bins, indices, tallies, seen, most_bits)
+            _sample(cells, at, held, _CHUNK, first_sampled, stride)
+            if (start - first) % _MOST_PAIRED == _MOST_PAIRED - _CHUNK:
+                _empty(scratch, seen)
+            continue
         if in_place and whole == length:
             chunk = words[start : start + length]
         else:
@@ -257,11 +285,13 @@ def _read(scratch, extremes, source, kind, first, last, size, columns, pitch, st
             _widen(chunk[:length], source, kind, start, columns, pitch, step)
             chunk[length:] = np.uint32(0)
         _take(scratch, chunk, whole - length, bins, indices, tallies, seen, most_bits)
-        _sample(cells, chunk[:length], (stride - start % stride) % stride, stride)
+        _sample(cells, chunk.ctypes.data, _FLOAT32, length, first_sampled, stride)
+    if paired:
+        _empty(scratch, seen)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _begin(seen, extremes):  # type: ignore[no-untyped-def]
+def _begin(seen, extremes, kind):  # type: ignore[no-untyped-def]
     """What the slot has seen before: only what goes beyond it need be looked for."""
     known = carray(_pointer(extremes), (EXTREMES,), np.float32)
     bits = carray(_pointer(extremes), (EXTREMES,), np.uint32)
@@ -273,11 +303,20 @@ def _begin(seen, extremes):  # type: ignore[no-untyped-def]
     seen[_FIRST_OCTAVE] = _ALL_BINS
     seen[_LAST_OCTAVE] = 0
     seen[_BASE] = _window_below(seen[_LARGEST])
+    if _IN_PAIRS and kind == _FLOAT16:
+        seen[_BASE] = min(max(seen[_BASE], np.uint32(_FLOAT16_BINS + OCTAVE)), np.uint32(_FLOAT16_BINS + 16 * OCTAVE))
+    seen[_FIRST_CODE], seen[_LAST_CODE] = pairs.CODES, 0
+    seen[_SINGLY] = 0
 
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _most_bits(kind):  # type: ignore[no-untyped-def]
     return _MOST_SIGNIFICANT_BITS[kind]
+
+
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _bytes_each(kind):  # type: ignore[no-untyped-def]
+    return 4 if kind == _FLOAT32 else 8 if kind == _FLOAT64 else 2
 
 
 # One chunk. `_take_planes` is the common case; `_take_any` counts by increments, whatever there is.
@@ -365,15 +404,18 @@ def _count_window(scratch, size, base, lowest, highest, seen):  # type: ignore[n
 def _window_below(largest):  # type: ignore[no-untyped-def]
     """The first bin of the window whose last octave is that of a magnitude, by its bits; no zeros or subnormals."""
     octave = np.int64(largest >> np.uint32(MANTISSA_BITS))
-    return np.uint32(max(octave + np.int64(1 - CODES // OCTAVE), np.int64(1)) * OCTAVE)
+    return np.uint32(max(octave + np.int64(1) - _OCTAVES, np.int64(1)) * OCTAVE)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _take_any(_scratch, chunk, padding, bins, indices, tallies, seen, most_bits):  # type: ignore[no-untyped-def]
     chunk = chunk[: chunk.size - padding]
     largest, smallest, fractions, zeros = _reduce(chunk)
+    is_wide = np.int64(largest >> np.uint32(MANTISSA_BITS)) - np.int64(smallest >> np.uint32(MANTISSA_BITS)) >= _OCTAVES
+    seen[_SINGLY] = _WIDE if seen[_SINGLY] == _WIDE and is_wide else 0
     if largest == 0:
         tallies[ZEROS - BINS] += zeros
+        seen[_SINGLY] = _SAME
         return
     if largest >= _INF_BITS:
         largest, smallest, fractions = _without_nonfinite(chunk, tallies)
@@ -390,6 +432,7 @@ def _take_any(_scratch, chunk, padding, bins, indices, tallies, seen, most_bits)
     if low == high:
         bins[low * _WAYS] += np.uint32(chunk.size - zeros)
         _widen_range(seen, low, high)
+        seen[_SINGLY] = _SAME
         return
     if zeros > 0:
         low = np.uint32(0)
@@ -413,10 +456,163 @@ def _widen_range(seen, low, high):  # type: ignore[no-untyped-def]
     seen[_LAST_BIN] = max(seen[_LAST_BIN], np.uint32(high))
 
 
-if bit_planes.AVAILABLE:
-    _take, _UNIT = _take_planes, GROUP
+# The same where `_take_planes` cannot be.
+
+
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _is_paired(kind, seen):  # type: ignore[no-untyped-def]
+    """Whether elements are counted in pairs as they are, in the window as it is."""
+    if kind == _FLOAT16:
+        return READS_FLOAT16 and seen[_BASE] >= _FLOAT16_BINS + OCTAVE
+    return kind != _FLOAT64
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _take_pairs(scratch, at, kind, bins, indices, tallies, seen, most_bits):  # type: ignore[no-untyped-def]
+    """A whole chunk of a dtype that `_is_paired`."""
+    if seen[_LARGEST] == 0:
+        largest = _reduce(_as_float32(scratch, at, kind))[0]
+        if largest < _INF_BITS:
+            seen[_BASE] = max(seen[_BASE], _window_below(largest))
+    high, low, outside, zeros, squares = _count_pairs(scratch, at, kind, seen, np.uint32(1))
+    largest, smallest, fractions = np.uint32(0), _NONE, np.uint32(0)
+    if (
+        outside - zeros > _FEW_OUTSIDE
+        or np.int64(seen[_BASE]) + high >= np.int64(seen[_LARGEST] >> _SHIFT)
+        or np.int64(seen[_BASE]) + low <= np.int64(seen[_SMALLEST] >> _SHIFT)
+        or seen[_BITS] < most_bits
+    ):
+        words = _as_float32(scratch, at, kind)
+        largest, smallest, fractions, zeros = _reduce(words)
+        if outside - zeros > _FEW_OUTSIDE and largest < _INF_BITS and _window_below(largest) != seen[_BASE]:
+            _count_pairs(scratch, at, kind, seen, _NONE)
+            _empty(scratch, seen)
+            seen[_BASE] = _window_below(largest)
+            at, kind = words.ctypes.data, _FLOAT32
+            high, low, outside, _, squares = _count_pairs(scratch, at, kind, seen, np.uint32(1))
+    many = outside - zeros > _FEW_OUTSIDE
+    if many or (outside > zeros and not _count_beyond(scratch, at, kind, bins, indices, tallies, seen)):
+        _count_pairs(scratch, at, kind, seen, _NONE)
+        _take_any(scratch, _as_float32(scratch, at, kind), 0, bins, indices, tallies, seen, most_bits)
+        seen[_SINGLY] = _WIDE if many else 0
+        return
+    if largest > 0:
+        _note(seen, largest, smallest, fractions)
+    if outside == zeros:
+        tallies[ZEROS - BINS] += zeros
+    if zeros == _CHUNK or (largest >> _SHIFT == smallest >> _SHIFT and largest > 0):
+        seen[_SINGLY] = _SAME
+    tallies[SUM_OF_SQUARES - BINS] += squares
+    seen[_FIRST_CODE] = min(seen[_FIRST_CODE], np.uint32(low))
+    seen[_LAST_CODE] = max(seen[_LAST_CODE], np.uint32(max(min(high, pairs.CODES - 1), 0)))
+
+
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _count_pairs(scratch, at, kind, seen, step):  # type: ignore[no-untyped-def]
+    """Count a chunk in the window as it is, or take it back with a step of -1: see `pairs.count_float32`."""
+    table, masks, base = scratch + _AT_TABLE, scratch + _AT_MASKS, np.uint16(seen[_BASE])
+    if kind == _FLOAT32:
+        return count_float32(at, _CHUNK, base, step, table, masks)
+    if kind == _BFLOAT16:
+        return count_bfloat16(at, _CHUNK, base, step, table, masks)
+    return count_float16(at, _CHUNK, np.uint16(base - np.uint16(_FLOAT16_BINS)), step, table, masks)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _count_beyond(scratch, at, kind, bins, indices, tallies, seen):  # type: ignore[no-untyped-def]
+    """Count what lies outside the window one by one; or nothing, and return False, if one is subnormal, Inf or NaN."""
+    masks = carray(_pointer(scratch + _AT_MASKS), (_CHUNK // pairs.GROUP,), np.uint32)
+    largest, smallest, zeros, found = np.uint32(0), _NONE, 0, 0
+    for group in range(_CHUNK // pairs.GROUP):
+        members = np.uint64(masks[group])
+        while members != 0:
+            i = group * pairs.GROUP + _paired_element_of(_trailing_zeros(members), kind == _FLOAT32)
+            members &= members - np.uint64(1)
+            bits = _magnitude_at(at, kind, i)
+            if bits == 0:
+                zeros += 1
+            elif bits < _LEAST_NORMAL or bits >= _INF_BITS:
+                return False
+            else:
+                largest, smallest = max(largest, bits), min(smallest, bits)
+                indices[found] = np.uint16(bits >> _SHIFT)
+                found += 1
+    tallies[ZEROS - BINS] += zeros
+    for i in range(found):
+        bins[np.int64(indices[i]) * _WAYS] += np.uint32(1)
+    if found > 0:
+        _widen_range(seen, smallest >> _SHIFT, largest >> _SHIFT)
+        _note(seen, largest, smallest, np.uint32(0))
+    return True
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _empty(scratch, seen):  # type: ignore[no-untyped-def]
+    """Bring the table of pairs to the counts: a pair counts for both its codes."""
+    low, high, base = np.int64(seen[_FIRST_CODE]), np.int64(seen[_LAST_CODE]), np.int64(seen[_BASE])
+    seen[_FIRST_CODE], seen[_LAST_CODE] = pairs.CODES, 0
+    counts = carray(_pointer(scratch + _AT_COUNTS), (_ALL_BINS, WORDS), np.uint64)
+    totals = _row(scratch, pairs.CODES, low, high + 1)
+    for code in range(low, high + 1):
+        counts[base + code, 1] += _add_and_clear(totals, _row(scratch, code, low, high + 1))
+        for members in _row(scratch, code, pairs.CODES, ALL_CODES):
+            counts[base + code, 1] += members
+        _row(scratch, code, pairs.CODES, ALL_CODES)[:] = 0
+    for code in range(pairs.CODES, ALL_CODES):
+        if code > pairs.CODES:
+            _add_and_clear(totals, _row(scratch, code, low, high + 1))
+        _row(scratch, code, pairs.CODES, ALL_CODES)[:] = 0
+    for code in range(low, high + 1):
+        counts[base + code, 0] += totals[code - low]
+        totals[code - low] = 0
+    if low <= high:
+        seen[_FIRST_OCTAVE] = min(seen[_FIRST_OCTAVE], np.uint32((base + low) // OCTAVE))
+        seen[_LAST_OCTAVE] = max(seen[_LAST_OCTAVE], np.uint32((base + high) // OCTAVE))
+
+
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _row(scratch, code, first, last):  # type: ignore[no-untyped-def]
+    """A row of the table, from the first to before the last column."""
+    at = scratch + _AT_TABLE + 4 * (ALL_CODES * code + first)
+    return carray(_pointer(at), (max(last - first, 0),), np.uint32)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _add_and_clear(totals, row):  # type: ignore[no-untyped-def]
+    """Add a row of the table to the sums of its columns, clear it, and return its own sum."""
+    total = np.uint32(0)
+    for i in range(row.size):
+        totals[i] = np.uint32(totals[i] + row[i])
+        total = np.uint32(total + row[i])
+        row[i] = np.uint32(0)
+    return total
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _as_float32(scratch, at, kind):  # type: ignore[no-untyped-def]
+    """The bits of a whole chunk as float32; other dtypes into the scratch."""
+    if kind == _FLOAT32:
+        return carray(_pointer(at), (_CHUNK,), np.uint32)
+    words = carray(_pointer(scratch + _AT_CHUNK), (_CHUNK,), np.uint32)
+    _widen(words, at, kind, 0, _CHUNK, 0, 1)
+    return words
+
+
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _magnitude_at(at, kind, i):  # type: ignore[no-untyped-def]
+    """The bits of one magnitude, as float32."""
+    if kind == _FLOAT32:
+        return np.uint32(carray(_pointer(at + 4 * i), (1,), np.uint32)[0] & _MAGNITUDE)
+    half = carray(_pointer(at + 2 * i), (1,), np.uint16)[0]
+    bits = np.uint32(np.uint32(half) << np.uint32(16)) if kind == _BFLOAT16 else _of_float16(half)
+    return np.uint32(bits & _MAGNITUDE)
+
+
+_IN_PAIRS = not bit_planes.AVAILABLE
+if _IN_PAIRS:
+    _take, _UNIT, _OCTAVES = _take_any, 1, pairs.CODES // OCTAVE
 else:
-    _take, _UNIT = _take_any, 1
+    _take, _UNIT, _OCTAVES = _take_planes, GROUP, CODES // OCTAVE
 
 
 # The loops that become vector code.
@@ -461,10 +657,10 @@ def _count(bins, indices):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _sample(cells, words, first, stride):  # type: ignore[no-untyped-def]
+def _sample(cells, at, kind, size, first, stride):  # type: ignore[no-untyped-def]
     """Hash cells hit by every stride-th of the finite, non-zero magnitudes (linear counting)."""
-    for i in range(first, words.size, stride):
-        bits = np.uint32(words[i] & _MAGNITUDE)
+    for i in range(first, size, stride):
+        bits = _magnitude_at(at, kind, i)
         cell = np.int64(np.uint32(np.uint32(bits * np.uint32(0x9E3779B1)) >> np.uint32(20)))
         counts = np.uint32(bits - np.uint32(1)) < np.uint32(_INF_BITS - np.uint32(1))
         cells[cell if counts else HASH_CELLS] = np.uint8(1)
@@ -523,7 +719,7 @@ def _significant_subnormal(words):  # type: ignore[no-untyped-def]
 def _widen(chunk, source, kind, start, columns, pitch, step):  # type: ignore[no-untyped-def]
     """The bits of a chunk's elements as float32, from wherever the strides say."""
     done, row, column = 0, start // columns, start % columns
-    bytes_each = 4 if kind == _FLOAT32 else 8 if kind == _FLOAT64 else 2
+    bytes_each = _bytes_each(kind)
     while done < chunk.size:
         count = min(chunk.size - done, columns - column)
         at = _pointer(source + (row * pitch + column * step) * bytes_each)

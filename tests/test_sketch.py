@@ -164,9 +164,9 @@ def test_values_move_from_one_window_to_another() -> None:
 
 PLAIN = """
 import torch
-from probes import bit_planes, kernels
+from probes import bit_planes, pairs
 from tests.test_sketch import AWKWARD, assert_equals_the_reference, normal
-assert not bit_planes.AVAILABLE
+assert not bit_planes.AVAILABLE and not pairs.READS_FLOAT16
 for values in (*AWKWARD.values(), normal(200_003), normal(70_000).relu(), normal(6000).view(60, 100).t()):
     assert_equals_the_reference(values)
 """
