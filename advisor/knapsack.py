@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advisor.branch_and_bound import least_within
+from advisor.deviations import best_tied, listed
 from advisor.exchanges import near_best
 from advisor.least_regret import Goal, Indices, Row
 from advisor.prices import Priced, priced
@@ -129,16 +130,24 @@ class Knapsack:
                 goal = replace(goal, near=NEAR, apart=max(apart, NEAR))
             elif is_large:
                 goal = replace(goal, effort=LARGE_EFFORT, near=0.0 if goal.step else NEAR, apart=apart)
-            picked, finished, at = _least(goal, picked, is_large)
+            found = _least(goal, picked, is_large)
+            picked = found.picked
             if picked is None:
                 return None
             reached = goal.of(picked)
-            if column == 0 and not finished:
-                gap = max(0.0, reached - (at or priced(goal)).bound)
-            proven.append(finished and all(proven))
+            if column == 0 and not found.is_proven:
+                gap = max(0.0, reached - (found.at or priced(goal)).bound - found.reach)
+            proven.append(found.is_proven and all(proven))
             rows.append(Row(regret, group_of, reached, slack=TIE))
-            if at is not None:
-                open_items = open_items & at.within(reached * (1.0 + TIE))
+            if found.at is None:
+                continue
+            open_items = open_items & found.at.within(reached * (1.0 + TIE))
+            if column == 0 and not goal.step and not goal.apart:
+                later = np.maximum.reduceat(self._gains[:, 1:], starts)[group_of] - self._gains[:, 1:]
+                tied = best_tied(goal, found.at, reached * (1.0 + TIE), later)
+                if tied is not None:
+                    picked, proven = tied, proven * self._gains.shape[1]
+                    break
         assert picked is not None
         return Choice(
             items=tuple((self._kept[picked] - self._offsets).tolist()),
@@ -167,30 +176,49 @@ class Knapsack:
         return np.ones(len(self._group_of), dtype=bool)
 
 
-def _least(goal: Goal, fallback: Indices | None, is_large: bool) -> tuple[Indices | None, bool, Priced | None]:
-    """The choice of least regret, None where none keeps the rows; whether that is proven; the prices if there are any.
+@dataclass(frozen=True)
+class _Found:
+    """`picked`: None where no choice keeps the rows; `at`: the prices, if there are any; `reach`: no choice is better
+    than the picked one and closer than this to their bound."""
 
-    `fallback`: a choice known to keep the rows. The program is solved over a core of items that look good at the
-    prices of the linear relaxation. By those prices every choice with another item has at least a certain regret
-    (Lagrange's bound); where the core's best is below it, that is the best of all, and otherwise a core with every item
-    that could be better is solved.
+    picked: Indices | None
+    is_proven: bool
+    at: Priced | None = None
+    reach: float = 0.0
+
+
+def _least(goal: Goal, fallback: Indices | None, is_large: bool) -> _Found:
+    """The choice of least regret.
+
+    `fallback`: a choice known to keep the rows. By the prices of the linear relaxation every choice with a certain item
+    has at least a certain regret (Lagrange's bound). Where the choices close to the bound are too many to be listed,
+    the program is solved over a core of items that look good; where the core's best is below what another item must
+    cost, that is the best of all, and otherwise a core with every item that could be better is solved.
     """
     if fallback is not None and goal.of(fallback) == 0.0:
-        return fallback, True, None
+        return _Found(fallback, True)
     if not is_large:
-        return *least_within(goal, goal.open, fallback), None
+        return _Found(*least_within(goal, goal.open, fallback))
     at = priced(goal)
     if not np.isfinite(np.minimum.reduceat(at.reduced, goal.starts)).all():
-        return None, True, at
+        return _Found(None, True, at)
 
     def rest(choice: Indices) -> float:
         """What an item may add to the bound and be in a choice that is better by a step, and by what matters."""
         regret = goal.of(choice)
         return regret - max(goal.step, goal.no_matter(regret)) - at.bound + at.slack
 
+    reached = 0.0
     if fallback is None or rest(fallback) >= 0:
         found = near_best(goal, at, max(NEAR * at.bound, goal.step - 2 * at.slack), fallback)
         fallback = fallback if found is None else found
+    # Listed, a goal that is no whole number is known exactly, and not only within what is near enough.
+    is_exact = not goal.step and not goal.apart
+    if fallback is not None and (is_exact or rest(fallback) >= 0):
+        list_of = listed(goal, at, goal.of(fallback) - at.bound if is_exact else rest(fallback))
+        if list_of.picked is not None or list_of.reach >= rest(fallback):
+            return _Found(fallback if list_of.picked is None else list_of.picked, True, at)
+        reached = list_of.reach
     finite = np.sort(at.reduced[np.isfinite(at.reduced)])
     extra = CORE_SIZE
     while fallback is None or rest(fallback) >= 0:
@@ -199,8 +227,8 @@ def _least(goal: Goal, fallback: Indices | None, is_large: bool) -> tuple[Indice
             reach = min(reach, rest(fallback))
         fallback, proven = least_within(goal, at.reduced <= reach, fallback)
         if reach >= finite[-1] or (fallback is not None and rest(fallback) <= reach):
-            return fallback, proven or (fallback is not None and rest(fallback) < 0), at
+            return _Found(fallback, proven or (fallback is not None and rest(fallback) < 0), at, reached)
         if extra >= LARGEST_CORE * min(1.0, goal.effort / LARGE_EFFORT):
-            return fallback, False, at
+            return _Found(fallback, False, at, reached)
         extra = min(4 * extra, LARGEST_CORE)
-    return fallback, True, at
+    return _Found(fallback, True, at)
