@@ -56,7 +56,7 @@ from probes.layout import (
     SUMS,
     ZEROS,
 )
-from probes.pairs import ALL_CODES, READS_FLOAT16, count_bfloat16, count_float16, count_float32
+from probes.pairs import ALL_CODES, READS_FLOAT16, count_bfloat16, count_float32
 from probes.threads import SMALLEST_SHARE, threads_for
 
 _CHUNK = 2048
@@ -228,6 +228,7 @@ _pointer: Any = intrinsic(_to_pointer)
 _trailing_zeros: Any = intrinsic(_to_trailing_zeros)
 _element_of = njit(bit_planes.element_of)
 _paired_element_of = njit(pairs.element_of)
+_count_float16 = pairs.count_float16 if READS_FLOAT16 else count_bfloat16  # which is then never called
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -515,7 +516,7 @@ def _count_pairs(scratch, at, kind, seen, step):  # type: ignore[no-untyped-def]
         return count_float32(at, _CHUNK, base, step, table, masks)
     if kind == _BFLOAT16:
         return count_bfloat16(at, _CHUNK, base, step, table, masks)
-    return count_float16(at, _CHUNK, np.uint16(base - np.uint16(_FLOAT16_BINS)), step, table, masks)
+    return _count_float16(at, _CHUNK, np.uint16(base - np.uint16(_FLOAT16_BINS)), step, table, masks)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
