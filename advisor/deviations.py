@@ -145,8 +145,9 @@ class _Lists:
         order = np.lexsort((self.few[0], cell))
         begins = np.searchsorted(cell[order], np.arange(cell.max() + 2))
         few = [values[order] for values in self.few[:3]]
-        within = self.left, self.prices, self.reach, self.most
-        found, is_whole = _pairs(*self.others[:3], *few, begins, width, *within, every)
+        within = begins, width, self.left, self.prices, self.reach, self.most
+        arguments: tuple[Any, ...] = (*self.others[:3], *few, *within, every)
+        found, is_whole = _pairs(*arguments)
         found[:, 1] = order[found[:, 1]]
         return found if is_whole else None
 

@@ -56,7 +56,7 @@ from probes.layout import (
     SUMS,
     ZEROS,
 )
-from probes.pairs import ALL_CODES, READS_FLOAT16, count_bfloat16, count_float16, count_float32
+from probes.pairs import ALL_CODES, READS_FLOAT16, count_bfloat16, count_float32
 from probes.threads import SMALLEST_SHARE, threads_for
 
 _CHUNK = 2048
@@ -228,6 +228,7 @@ _pointer: Any = intrinsic(_to_pointer)
 _trailing_zeros: Any = intrinsic(_to_trailing_zeros)
 _element_of = njit(bit_planes.element_of)
 _paired_element_of = njit(pairs.element_of)
+_count_float16 = pairs.count_float16 if READS_FLOAT16 else count_bfloat16  # which is then never called
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -507,10 +508,6 @@ def _take_pairs(scratch, at, kind, bins, indices, tallies, seen, most_bits):  # 
     seen[_LAST_CODE] = max(seen[_LAST_CODE], np.uint32(max(min(high, pairs.CODES - 1), 0)))
 
 
-# Without the instruction the compiler would call a library's function that is not there; chunks are widened then.
-_count_halves = count_float16 if READS_FLOAT16 else count_bfloat16
-
-
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _count_pairs(scratch, at, kind, seen, step):  # type: ignore[no-untyped-def]
     """Count a chunk in the window as it is, or take it back with a step of -1: see `pairs.count_float32`."""
@@ -519,7 +516,7 @@ def _count_pairs(scratch, at, kind, seen, step):  # type: ignore[no-untyped-def]
         return count_float32(at, _CHUNK, base, step, table, masks)
     if kind == _BFLOAT16:
         return count_bfloat16(at, _CHUNK, base, step, table, masks)
-    return _count_halves(at, _CHUNK, np.uint16(base - np.uint16(_FLOAT16_BINS)), step, table, masks)
+    return _count_float16(at, _CHUNK, np.uint16(base - np.uint16(_FLOAT16_BINS)), step, table, masks)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -16,6 +16,7 @@ numba's cache looks at the date of `kernels.py` only: touch that after a change 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -59,19 +60,19 @@ def count_float32(_typing, source, size, base, step, table, masks):  # type: ign
     (uint16), CODES if all are outside; how many are outside (int64); 0, as zeros are not looked for here (int64); and
     the sum of squares (float64).
     """
-    return _found(*_given), lambda *given: _count(*given, _read_float32, 5, False)
+    return _found(*_given), partial(_count, read=_read_float32, shift=5, counts_zeros=False)
 
 
 @_intrinsic
 def count_bfloat16(_typing, source, size, base, step, table, masks):  # type: ignore[no-untyped-def]
     """The same of bfloat16, and how many are zero; size is at most 2**16."""
-    return _found(*_given), lambda *given: _count(*given, _read_bfloat16, 5, True)
+    return _found(*_given), partial(_count, read=_read_bfloat16, shift=5, counts_zeros=True)
 
 
 @_intrinsic
 def count_float16(_typing, source, size, base, step, table, masks):  # type: ignore[no-untyped-def]
     """The same of float16, of which bin 8 is the first of normal numbers, and the lowest base; the highest is 128."""
-    return _found(*_given), lambda *given: _count(*given, _read_float16, 8, True)
+    return _found(*_given), partial(_count, read=_read_float16, shift=8, counts_zeros=True)
 
 
 def element_of(bit, interleaved):  # type: ignore[no-untyped-def]
