@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from probes.casts import Cast
+from probes.edges import Order, as_the_base, as_the_view, order_behind
 from probes.losscall import LossCall
 from probes.records import Slot
 from probes.samples import by_sample, is_an_experts, sample_dimension
@@ -56,6 +57,7 @@ class Met:
 
     call: ProductCall
     shapes: tuple[torch.Size, ...]  # of the results
+    orders: tuple[Order, ...]  # of the results' dimensions where gradients arrive
     keys: list[Key]
     versions: list[int]
     batch: int | None
@@ -74,7 +76,8 @@ class Met:
             call = replace(call, operands=[_kept(o, role) for o, role in zip(call.operands, call.roles, strict=True)])
         versions = [operand._version for operand in call.operands]
         whole = is_an_experts(call) or not _has_samples(call, batch)
-        return cls(call, tuple(result.shape for result in results), keys, versions, batch, whole)
+        shapes, orders = tuple(result.shape for result in results), tuple(map(order_behind, results))
+        return cls(call, shapes, orders, keys, versions, batch, whole)
 
     @property
     def intact(self) -> bool:
@@ -93,14 +96,21 @@ class Met:
             return None
         given = next(part for part in parts if part is not None)
         shaped = [
-            given.new_zeros(shape) if part is None else part.reshape(shape)
-            for part, shape in zip(parts, self.shapes, strict=True)
+            given.new_zeros(shape) if part is None else part for part, shape in zip(parts, self.shapes, strict=True)
         ]
         return self.call.joined(shaped)
 
     def apart(self, joined: Tensor | None) -> list[Tensor | None]:
-        """The results that `joined` made one tensor."""
-        return [None] * len(self.shapes) if joined is None else [*self.call.apart(joined, self.shapes)]
+        """The results that `joined` made one tensor, as their edges have them."""
+        if joined is None:
+            return [None] * len(self.shapes)
+        parts = self.call.apart(joined, self.shapes)
+        return [as_the_base(part, order) for part, order in zip(parts, self.orders, strict=True)]
+
+    def arriving(self, parts: Sequence[Tensor | None]) -> Tensor | None:
+        """What arrived at the results' edges, joined."""
+        places = zip(parts, self.shapes, self.orders, strict=True)
+        return self.joined([None if part is None else as_the_view(part, shape, order) for part, shape, order in places])
 
 
 def _kept(operand: Tensor, role: str) -> Tensor:
@@ -242,7 +252,7 @@ def curvature_sums(
 def by_product(parts: Sequence[Tensor | None], met: Sequence[Reached]) -> list[Tensor | None]:
     """Of each product what arrived at its edges, as one tensor; None where nothing did."""
     left = iter(parts)
-    return [one.product.joined([next(left) for _ in one.edges]) for one in met]
+    return [one.product.arriving([next(left) for _ in one.edges]) for one in met]
 
 
 def parts_of(product: Met, gradients: Sequence[Tensor], casts: Sequence[Cast]) -> list[Part]:

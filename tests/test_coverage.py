@@ -242,6 +242,18 @@ def test_a_product_outside_with_a_parameter_of_the_model_is_its_site() -> None:
     assert window.evidence("head", "weight").directional
 
 
+def test_a_product_that_is_changed_in_place_has_its_gradient() -> None:
+    """Also where einsum has put its dimensions in another order, and a mask comes over it in place."""
+    model = nn.ModuleDict({"up": nn.Linear(5, 5), "hidden": Functional(lambda m, x: masked(x))})
+    keys, mask = torch.randn(6, 4, 5), torch.ones(3, 6).triu().bool()
+
+    def masked(x: Tensor) -> Tensor:
+        return torch.einsum("binh,jnh->bnij", x, keys).masked_fill_(mask, -9.0)
+
+    found = coverage(model, lambda: model["hidden"](model["up"](torch.randn(2, 3, 4, 5))).square().sum())
+    assert found == Coverage(1.0)
+
+
 def test_a_step_whose_forward_is_in_its_closure_is_counted() -> None:
     """As Lightning has it, and LBFGS."""
     model, x = nn.Sequential(nn.Linear(4, 6), Functional(lambda m, x: _powers(x))), torch.randn(8, 4)

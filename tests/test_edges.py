@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from probes.edges import await_gradient, gradient_edge
+from probes.edges import as_the_base, as_the_view, await_gradient, gradient_edge, order_behind
 from tests.tensors import generator
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -60,3 +60,43 @@ def test_the_edge_is_reached_after_a_change_in_place(shape: tuple[int, ...]) -> 
     (found,) = torch.autograd.grad(result.mul_(2.0).sum(), [edge])
     assert found.numel() == result.numel()
     assert (found == 2).all()
+
+
+def ordered(rule: str) -> Tensor:
+    """A product that einsum gives as a view with its dimensions in another order."""
+    x, w = torch.randn(2, 3, 4, 5, generator=generator(0)), torch.randn(6, 4, 5, generator=generator(1))
+    return torch.einsum(rule, x.requires_grad_(), w.requires_grad_())
+
+
+RULES = ["binh,jnh->bnij", "binh,jnh->nbji", "binh,jnh->jnib"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_gradient_arrives_in_the_result_s_order(rule: str, change: str) -> None:
+    result, seen = ordered(rule), []
+    edge, order = gradient_edge(result), order_behind(result)
+    out_of_place = result.detach().clone().requires_grad_()
+    await_gradient(result, seen.append)
+    loss = CHANGES[change](result).square().sum()
+    (at_edge,) = torch.autograd.grad(loss, [edge], retain_graph=True)
+    seen.clear()  # that pass has called it, too
+    loss.backward()
+    changed = out_of_place * 1
+    CHANGES[change](changed).square().sum().backward()
+    torch.testing.assert_close(seen, [out_of_place.grad], rtol=0, atol=0)
+    there = as_the_view(at_edge, result.shape, order)
+    torch.testing.assert_close(there, out_of_place.grad, rtol=0, atol=0)
+    assert torch.equal(as_the_base(there, order).reshape(at_edge.shape), at_edge)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_another_gradient_goes_on_in_its_order(rule: str) -> None:
+    gradient = torch.randn(ordered(rule).shape, generator=generator(2))
+    x = torch.randn(2, 3, 4, 5, generator=generator(0), requires_grad=True)
+    w = torch.randn(6, 4, 5, generator=generator(1))
+    (expected,) = torch.autograd.grad(torch.einsum(rule, x, w), x, gradient)
+    result = torch.einsum(rule, x, w)
+    await_gradient(result, lambda _: gradient)
+    result.mul_(2.0).sum().backward()
+    torch.testing.assert_close(x.grad, expected)
