@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from advisor.castnames import parse_cast
@@ -64,7 +64,8 @@ def settling(row: Mapping[str, Any], limit: float) -> Settling | None:
     ends = interval_of(row)
     if ends is None or not ends[0] < limit < ends[1]:
         return None
-    return _narrowed(ends, limit, centred(row), spread_of(row), _draws(row), row.get("confidence") is None, _finer(row))
+    found = _narrowed(ends, limit, centred(row), spread_of(row), _draws(row), row.get("confidence") is None)
+    return replace(found, finer=_finer(row))
 
 
 def _finer(row: Mapping[str, Any]) -> str | None:
@@ -77,13 +78,7 @@ def _draws(row: Mapping[str, Any]) -> float:
 
 
 def _narrowed(
-    ends: tuple[float, float],
-    limit: float,
-    middle: float,
-    spread: float,
-    draws: float,
-    few_steps: bool,
-    finer: str | None,
+    ends: tuple[float, float], limit: float, middle: float, spread: float, draws: float, few_steps: bool
 ) -> Settling:
     """σ without draws stays; that of the draws falls with the root of their number."""
     rest = max(spread**2 - draws**2, 0.0)
@@ -94,4 +89,4 @@ def _narrowed(
     if times is not None and times > MOST_TIMES:
         times = None
     factor = 2.0 ** min(DEVIATIONS * math.sqrt(rest + draws**2 / (times or MOST_TIMES)), 99.0)
-    return Settling(*ends, times=times, factor=factor, few_steps=few_steps, finer=finer)
+    return Settling(*ends, times=times, factor=factor, few_steps=few_steps)

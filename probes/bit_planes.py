@@ -12,21 +12,34 @@ Elements may stand in the planes of their block in any order, as long as it is t
 shuffles of turning bytes into planes; `element_of` says which.
 
 All this needs AVX-512 with VPOPCNTDQ and GFNI, as Intel's server processors have them from Ice Lake on and AMD's from
-Zen 4 on. On others `kernels.py` counts one by one.
+Zen 4 on. On others `kernels.py` counts in pairs (`pairs.py`).
 
 numba's cache looks at the date of `kernels.py` only: touch that after a change here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic
+
+from probes.vectors import (
+    FEATURES,
+    all_of,
+    indices,
+    largest_of,
+    least,
+    load,
+    loop,
+    pointer,
+    reduced,
+    splat,
+    total_of,
+    with_squares,
+)
 
 BLOCK = 512
 """Elements of a vector's worth of bits."""
@@ -43,11 +56,7 @@ _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _BYTES, _SHORTS, _BITS = ir.VectorType(_I8, 64), ir.VectorType(_I16, 32), ir.VectorType(_I64, WORDS)
 _FLOATS, _DOUBLES = ir.VectorType(ir.FloatType(), 16), ir.VectorType(ir.DoubleType(), 16)
 
-
-_features: str = cpu_target.target_context.codegen().magic_tuple()[2]
-AVAILABLE = all(
-    f"+{feature}" in _features.split(",") for feature in ("avx512bw", "avx512vbmi", "avx512vpopcntdq", "gfni")
-)
+AVAILABLE = {"+avx512bw", "+avx512vbmi", "+avx512vpopcntdq", "+gfni"} <= FEATURES
 """Whether this processor has the instructions."""
 
 
@@ -87,19 +96,19 @@ def count(_typing, planes, size, first, last, counts):  # type: ignore[no-untype
 
 def _code(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
     words, size, base, planes = arguments
-    source, out = builder.inttoptr(words, _I8.as_pointer()), builder.inttoptr(planes, _I8.as_pointer())
-    base_lanes = _splat(builder, base, _SHORTS)
+    source, out = pointer(builder, words), pointer(builder, planes)
+    base_lanes = splat(builder, base, _SHORTS)
     starts = ((_BYTES, -128), (_BYTES, 255), (_BITS, 0), (_DOUBLES, 0.0), (_DOUBLES, 0.0))
-    with _loop(builder, size, BLOCK, *starts) as (i, carried, close):
+    with loop(builder, size, BLOCK, *starts) as (i, carried, close):
         largest, smallest, outside, *sums = carried
         blocks = []
         for part in range(BLOCK // 64):
-            words = [_load(builder, _at(builder, source, i, 4, 64 * part + 16 * k), _SHORTS, 4) for k in range(4)]
+            places = (builder.add(i, ir.Constant(_I64, 64 * part + 16 * k)) for k in range(4))
+            words = [load(builder, source, place, _SHORTS, 4) for place in places]
             code = _bytes_of_codes(builder, words, base_lanes)
-            largest = builder.select(builder.icmp_signed(">", largest, code), largest, code)
-            smallest = builder.select(builder.icmp_unsigned("<", smallest, code), smallest, code)
+            largest, smallest = largest_of(builder, largest, code), least(builder, smallest, code)
             blocks.append(code)
-            sums = _with_squares(builder, sums, words)
+            sums = with_squares(builder, sums, [builder.bitcast(bits, _FLOATS) for bits in words])
         bits = _planes(builder, blocks)
         for k, plane in enumerate(bits):
             place = builder.gep(out, [builder.add(i, ir.Constant(_I64, 8 * WORDS * k))])
@@ -107,33 +116,24 @@ def _code(context, builder, signature, arguments):  # type: ignore[no-untyped-de
         outside = builder.add(outside, _population(builder, bits[-1]))
         largest, smallest, outside, *sums = close(largest, smallest, outside, *sums)
     found = (
-        _reduced(builder, "smax", largest),
-        _reduced(builder, "umin", smallest),
-        _reduced(builder, "add", outside),
-        _reduced(builder, "fadd", builder.fadd(*sums), ir.Constant(ir.DoubleType(), 0.0)),
+        reduced(builder, "smax", largest),
+        reduced(builder, "umin", smallest),
+        reduced(builder, "add", outside),
+        total_of(builder, sums),
     )
     return context.make_tuple(builder, signature.return_type, found)
-
-
-def _with_squares(builder, sums, words):  # type: ignore[no-untyped-def]
-    """Add the squares of vectors of numbers to sums, in turn, so that no addition waits for the one just before."""
-    for k, bits in enumerate(words):
-        values = builder.fpext(builder.bitcast(bits, _FLOATS), _DOUBLES)
-        square = builder.fmul(values, values, flags=("contract",))
-        sums[k % len(sums)] = builder.fadd(sums[k % len(sums)], square, flags=("contract",))
-    return sums
 
 
 def _bytes_of_codes(builder, words, base):  # type: ignore[no-untyped-def]
     """Codes of 64 elements, four vectors of 16, at most 255, a byte each in some order."""
     halves = []
     for pair in (words[:2], words[2:]):
-        upper = builder.shuffle_vector(*pair, _indices(range(1, 64, 2)))  # sign, exponent and 7 bits of the mantissa
-        bins = builder.lshr(builder.shl(upper, _all(_SHORTS, 1)), _all(_SHORTS, 5))
+        upper = builder.shuffle_vector(*pair, indices(range(1, 64, 2)))  # sign, exponent and 7 bits of the mantissa
+        bins = builder.lshr(builder.shl(upper, all_of(_SHORTS, 1)), all_of(_SHORTS, 5))
         above_base = builder.sub(bins, base)  # wraps below it
-        most = _all(_SHORTS, 255)
-        halves.append(builder.select(builder.icmp_unsigned("<", above_base, most), above_base, most))
-    return builder.bitcast(builder.or_(halves[0], builder.shl(halves[1], _all(_SHORTS, 8))), _BYTES)
+        most = all_of(_SHORTS, 255)
+        halves.append(least(builder, above_base, most))
+    return builder.bitcast(builder.or_(halves[0], builder.shl(halves[1], all_of(_SHORTS, 8))), _BYTES)
 
 
 def _planes(builder, blocks):  # type: ignore[no-untyped-def]
@@ -141,7 +141,7 @@ def _planes(builder, blocks):  # type: ignore[no-untyped-def]
     kind = ir.FunctionType(_BYTES, [_BYTES, _BYTES, _I8])
     affine = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.vgf2p8affineqb.512")
     unit = ir.Constant(_BYTES, [1 << k % 8 for k in range(64)])
-    together = _indices(8 * (k % 8) + k // 8 for k in range(64))
+    together = indices(8 * (k % 8) + k // 8 for k in range(64))
     rows = []  # of 8 × 64 bits, of one vector's elements
     for block in blocks:
         turned = builder.call(affine, [unit, block, ir.Constant(_I8, 0)])  # 8 × 8 bits in each 64
@@ -158,31 +158,31 @@ def _transposed(builder, rows):  # type: ignore[no-untyped-def]
         turned = list(rows)
         for k in (k for k in range(8) if k & apart == 0):
             pair = rows[k], rows[k + apart]
-            turned[k] = builder.shuffle_vector(*pair, _indices(low))
-            turned[k + apart] = builder.shuffle_vector(*pair, _indices(high))
+            turned[k] = builder.shuffle_vector(*pair, indices(low))
+            turned[k + apart] = builder.shuffle_vector(*pair, indices(high))
         rows = turned
     return rows
 
 
 def _count(context, builder, _signature, arguments):  # type: ignore[no-untyped-def]
     planes, size, first, last, counts = arguments
-    source, out = builder.inttoptr(planes, _I8.as_pointer()), builder.inttoptr(counts, _I8.as_pointer())
+    source, out = pointer(builder, planes), pointer(builder, counts)
     group = GROUP // BLOCK
     one = ir.Constant(_I64, 1)
     octaves = builder.add(builder.sub(last, first), one)
-    with _loop(builder, size, GROUP) as (i, _, close_groups):
+    with loop(builder, size, GROUP) as (i, _, close_groups):
         bits = [
             [
-                _load(builder, _at(builder, source, i, 1, BLOCK * block + 8 * WORDS * k), _BITS, 64)
+                load(builder, source, builder.add(i, ir.Constant(_I64, BLOCK * block + 8 * WORDS * k)), _BITS, align=64)
                 for k in range(PLANES)
             ]
             for block in range(group)
         ]
         places = [_minterms(builder, of_block[:3], of_block[7]) for of_block in bits]
-        with _loop(builder, octaves, 1) as (step, _, close):
+        with loop(builder, octaves, 1) as (step, _, close):
             octave = builder.add(first, step)
             unwanted = [
-                _splat(builder, builder.sub(builder.and_(builder.lshr(octave, ir.Constant(_I64, k)), one), one), _BITS)
+                splat(builder, builder.sub(builder.and_(builder.lshr(octave, ir.Constant(_I64, k)), one), one), _BITS)
                 for k in range(4)
             ]
             members = []
@@ -193,7 +193,7 @@ def _count(context, builder, _signature, arguments):  # type: ignore[no-untyped-
             start = builder.mul(octave, ir.Constant(_I64, OCTAVE * 8 * WORDS))
             for place in range(OCTAVE):
                 address = builder.gep(out, [builder.add(start, ir.Constant(_I64, place * 8 * WORDS))])
-                total = _load(builder, address, _BITS, 64)
+                total = builder.load(builder.bitcast(address, _BITS.as_pointer()), align=64)
                 found = [
                     _population(builder, builder.and_(member, of_block[place]))
                     for member, of_block in zip(members, places, strict=True)
@@ -207,8 +207,8 @@ def _count(context, builder, _signature, arguments):  # type: ignore[no-untyped-
 
 def _minterms(builder, planes, none):  # type: ignore[no-untyped-def]
     """Who has each of the eight values that three planes can say, and is not in the plane `none`."""
-    complements = [builder.xor(plane, _all(_BITS, -1)) for plane in planes]
-    within = builder.xor(none, _all(_BITS, -1))
+    complements = [builder.xor(plane, all_of(_BITS, -1)) for plane in planes]
+    within = builder.xor(none, all_of(_BITS, -1))
     found = []
     for value in range(8):
         first, second, third = ((planes if value >> k & 1 else complements)[k] for k in range(3))
@@ -216,77 +216,6 @@ def _minterms(builder, planes, none):  # type: ignore[no-untyped-def]
     return found
 
 
-# What llvmlite has no word for.
-
-
-class _loop:  # noqa: N801 (reads as a statement)
-    """A loop of i from 0 while below `end`, with values carried from one round to the next.
-
-    Entered, it gives i, the values, and a function to close the round with, which takes their next ones and gives the
-    last ones. The body runs at least once.
-    """
-
-    def __init__(self, builder: Any, end: Any, step: int, *carried: tuple[Any, Any]) -> None:
-        self._builder, self._end, self._step, self._carried = builder, end, step, carried
-
-    def __enter__(self) -> tuple[Any, list[Any], Any]:
-        builder, entry = self._builder, self._builder.block
-        self._body, self._done = builder.append_basic_block("round"), builder.append_basic_block("done")
-        builder.branch(self._body)
-        builder.position_at_end(self._body)
-        self._i = builder.phi(_I64)
-        self._i.add_incoming(ir.Constant(_I64, 0), entry)
-        self._values = []
-        for kind, start in self._carried:
-            value = builder.phi(kind)
-            value.add_incoming(_all(kind, start), entry)
-            self._values.append(value)
-        return self._i, list(self._values), self._close
-
-    def _close(self, *following: Any) -> Sequence[Any]:
-        builder = self._builder
-        advanced = builder.add(self._i, ir.Constant(_I64, self._step))
-        for value, after in zip((self._i, *self._values), (advanced, *following), strict=True):
-            value.add_incoming(after, builder.block)
-        builder.cbranch(builder.icmp_signed("<", advanced, self._end), self._body, self._done)
-        builder.position_at_end(self._done)
-        return following
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-def _at(builder: Any, start: Any, i: Any, bytes_each: int, offset: int) -> Any:
-    index = builder.add(i, ir.Constant(_I64, offset))
-    return builder.gep(start, [builder.mul(index, ir.Constant(_I64, bytes_each))])
-
-
-def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
-    return builder.load(builder.bitcast(address, kind.as_pointer()), align=align)
-
-
-def _all(kind: Any, value: Any) -> Any:
-    return ir.Constant(kind, [value] * kind.count)
-
-
-def _indices(values: Any) -> Any:
-    chosen = list(values)
-    return ir.Constant(ir.VectorType(_I32, len(chosen)), chosen)
-
-
-def _splat(builder: Any, value: Any, kind: Any) -> Any:
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(one, one, _indices([0] * kind.count))
-
-
 def _population(builder: Any, bits: Any) -> Any:
     kind = ir.FunctionType(_BITS, [_BITS])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.ctpop.v{WORDS}i64"), [bits])
-
-
-def _reduced(builder: Any, how: str, lanes: Any, *start: Any) -> Any:
-    kind = lanes.type
-    name = f"llvm.vector.reduce.{how}.v{kind.count}" + ("f64" if start else f"i{kind.element.width}")
-    signature = ir.FunctionType(kind.element, [*(value.type for value in start), kind])
-    reduction = cgutils.get_or_insert_function(builder.module, signature, name)
-    return builder.call(reduction, [*start, lanes], fastmath=("reassoc",) if start else ())

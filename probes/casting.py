@@ -18,7 +18,7 @@ from torch import Tensor
 from probes import cast_kernels, rounding, scaling
 from probes.errors import UnsupportedTensor
 from probes.formats import FORMATS, Format
-from probes.kernels import in_memory_order
+from probes.in_memory import in_memory_order
 from probes.memory import memory_of
 
 if TYPE_CHECKING:

@@ -25,7 +25,6 @@ A call's fixed cost matters as much, since most tensors are small: addresses are
 from __future__ import annotations
 
 import threading
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -38,6 +37,7 @@ from torch import Tensor
 from probes import bit_planes, pairs
 from probes.bit_planes import BLOCK, CODES, GROUP, OCTAVE, PLANES, WORDS, codes, count
 from probes.errors import UnsupportedTensor
+from probes.in_memory import as_matrix, in_memory_order, plain, without_repeats
 from probes.layout import (
     AMAX,
     BIN_SHIFT,
@@ -140,10 +140,10 @@ def add(sums: int, extremes: int, values: Tensor) -> None:
             or values.is_neg()
             or not values.is_cpu
         ):
-            values = _plain(values)
+            values = plain(values)
         if not values.is_contiguous():
             values, times = without_repeats(values)
-            size, columns, pitch, step = _as_matrix(values)
+            size, columns, pitch, step = as_matrix(values)
             if columns == 0:
                 values, columns, pitch, step = in_memory_order(values), size, 0, 1
         source = values.data_ptr()
@@ -166,48 +166,6 @@ def unsupported(values: Tensor) -> UnsupportedTensor:
     """What to raise for a tensor of a dtype that is not floating, or of one with 8 bits or less."""
     allowed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in _KINDS))
     return UnsupportedTensor(f"a sketch takes {allowed}; this tensor is {values.dtype}: convert it first")
-
-
-def in_memory_order(values: Tensor) -> Tensor:
-    """Every element in one contiguous row; a dense tensor is not copied, however its dimensions are permuted."""
-    order = sorted(range(values.dim()), key=values.stride, reverse=True)
-    dense = values.permute(order)
-    return dense.view(-1) if dense.is_contiguous() else dense.reshape(-1)
-
-
-def without_repeats(values: Tensor) -> tuple[Tensor, int]:
-    """The tensor with each expanded dimension (stride 0) left out, and how many times that holds every element."""
-    times = 1
-    for dimension in range(values.dim() - 1, -1, -1):
-        size = values.shape[dimension]
-        if values.stride(dimension) == 0 and size > 1:
-            values, times = values.select(dimension, 0), times * size
-    return values, times
-
-
-def _plain(values: Tensor) -> Tensor:
-    """The same elements as a tensor of the plain kind, which has them where `data_ptr` says."""
-    if values.layout is not torch.strided or not values.is_cpu:
-        place = f"{values.layout} on {values.device}"
-        raise UnsupportedTensor(f"a sketch on the CPU reads strided tensors there; this one is {place}")
-    return values.detach().as_subclass(Tensor).resolve_neg()
-
-
-def _as_matrix(held: Tensor) -> tuple[int, int, int, int]:
-    """Elements, columns, and the strides of rows and of columns, in elements, as they lie in memory.
-
-    0 columns: more than two strides would be needed.
-    """
-    dimensions: list[tuple[int, int]] = []  # size and stride, the widest stride first
-    for stride, size in sorted(zip(held.stride(), held.shape, strict=True), key=itemgetter(0), reverse=True):
-        if dimensions and dimensions[-1][1] == stride * size:
-            dimensions[-1] = (dimensions[-1][0] * size, stride)
-        elif size != 1:
-            dimensions.append((size, stride))
-    if len(dimensions) > 2:
-        return held.numel(), 0, 0, 0
-    (rows, pitch), (columns, step) = [(1, 0), (1, 1), *dimensions][-2:]
-    return rows * columns, columns, pitch, step
 
 
 def _to_pointer(_typing, address):  # type: ignore[no-untyped-def]
@@ -384,12 +342,18 @@ def _count_outside(scratch, chunk, outside, bins, indices, tallies, seen):  # ty
                     indices[found] = np.uint16(bits >> _SHIFT)
                     found += 1
     tallies[ZEROS - BINS] += zeros
-    for i in range(found):
+    _count_few(bins, indices[:found], largest, smallest, seen)
+    return True
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _count_few(bins, indices, largest, smallest, seen):  # type: ignore[no-untyped-def]
+    """Count normal numbers by their bins, one by one; the largest and the smallest are given by their bits."""
+    for i in range(indices.size):
         bins[np.int64(indices[i]) * _WAYS] += np.uint32(1)
-    if found > 0:
+    if indices.size > 0:
         _widen_range(seen, smallest >> _SHIFT, largest >> _SHIFT)
         _note(seen, largest, smallest, np.uint32(0))
-    return True
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -539,11 +503,7 @@ def _count_beyond(scratch, at, kind, bins, indices, tallies, seen):  # type: ign
                 indices[found] = np.uint16(bits >> _SHIFT)
                 found += 1
     tallies[ZEROS - BINS] += zeros
-    for i in range(found):
-        bins[np.int64(indices[i]) * _WAYS] += np.uint32(1)
-    if found > 0:
-        _widen_range(seen, smallest >> _SHIFT, largest >> _SHIFT)
-        _note(seen, largest, smallest, np.uint32(0))
+    _count_few(bins, indices[:found], largest, smallest, seen)
     return True
 
 

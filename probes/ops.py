@@ -22,7 +22,7 @@ from probes.grouped import Distances, Grouped, Scaled
 from probes.operation import Operation
 from probes.recurrent import Cell, Recurrent
 
-__all__ = ["OPERATIONS", "Operation", "operation_of"]
+__all__ = ["COMPILED", "OPERATIONS", "Operation", "operation_of"]
 
 _LAYER = (((0, "input"), (1, "weight")), ("input", "weight"))
 _ADDED = {"addmm": ("mat1", "mat2"), "addmv": ("mat", "vec")} | dict.fromkeys(
@@ -49,10 +49,10 @@ def operation_of(function: Callable[..., Any]) -> Operation | None:
     return _BY_NAME.get(function.name())
 
 
+COMPILED = frozenset({BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType})
+"""What torch's own functions are, but for those written in Python."""
 # Asked first: to ask whether something is an operator, an abstract class, takes longer than all else the hook does.
-_FUNCTIONS = frozenset(
-    {FunctionType, BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType}
-)
+_FUNCTIONS = COMPILED | {FunctionType}
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)
 
 

@@ -169,8 +169,8 @@ class SlotRows:
         """Every slot's finished steps, in the order in which slots were first met."""
         self._settle()
         finished: dict[Slot, list[SparseRow]] = defaultdict(list)
-        for step in self._finished:
-            for slot, row in step.rows():
+        for one in self._finished:
+            for slot, row in one.rows():
                 finished[slot].append(row)
         finer: dict[Slot, dict[str, RelativeHistory]] = defaultdict(dict)
         met: dict[tuple[Slot, str], list[RelativeRow]] = defaultdict(list)

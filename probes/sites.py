@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ from probes.coverage import FlopsBeneath
 from probes.functions import CustomFunctions, FunctionProduct, in_custom_forward
 from probes.names import ROOT, Frame, ModuleStack, Owned, ParameterOwners, in_backward
 from probes.operation import Arguments, Operation, argument, replaced
-from probes.ops import operation_of
+from probes.ops import COMPILED, operation_of
 from probes.records import Product
 
 BACKWARD = frozenset({torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad})
@@ -350,10 +350,7 @@ def _is_lasting(function: Callable[..., Any]) -> bool:
     """Whether it is torch's own and there for good: what a user has defined is not kept alive."""
     if isinstance(function, FunctionType):
         return function.__module__ in ("torch.functional", "torch.nn.functional", "torch._tensor")
-    return isinstance(function, _COMPILED)
-
-
-_COMPILED = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType)
+    return type(function) in COMPILED
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from probes import kernels
 from probes.compacting import Compacted, Compactor
+from probes.in_memory import in_memory_order, without_repeats
 from probes.layout import (
     BIN_SHIFT,
     BINS,
@@ -189,8 +190,8 @@ def add_reference(sums: Tensor, extremes: Tensor, values: Tensor) -> None:
 
     It asks the host nothing (no boolean index, no bincount, no item), so that on an accelerator nothing waits.
     """
-    held, times = kernels.without_repeats(values)
-    x = kernels.in_memory_order(held).to(torch.float32)
+    held, times = without_repeats(values)
+    x = in_memory_order(held).to(torch.float32)
     if len(x) == 0:
         return
     bits = x.view(torch.int32) & 0x7FFFFFFF

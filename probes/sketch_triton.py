@@ -53,7 +53,7 @@ from torch import Tensor
 
 from probes import layout
 from probes.errors import MissingTriton, UnsupportedTensor
-from probes.kernels import in_memory_order
+from probes.in_memory import in_memory_order
 from probes.layout import BIN_SHIFT, BINS, HASH_CELLS, MANTISSA_BITS, SAMPLE
 
 try:

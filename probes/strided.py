@@ -7,14 +7,14 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from probes.kernels import in_memory_order
+from probes.in_memory import in_memory_order, is_dense
 
 
 def strided(values: Tensor, most: int) -> Tensor:
     """At most `most` elements, 1-D, in the order in which they lie in memory; a view of a tensor that is dense."""
     shape, strides = tuple(values.shape), values.stride()
     step = _step(shape, most)
-    if _is_dense(shape, strides) and not values.is_neg():
+    if is_dense(shape, strides) and not values.is_neg():
         return values.as_strided((-(-values.numel() // step),), (step,))
     return in_memory_order(values)[::step]
 
@@ -29,14 +29,3 @@ def _step(shape: tuple[int, ...], most: int) -> int:
     while any(math.gcd(step, size) > 1 for size in sizes[-1:]):
         step += 1
     return step
-
-
-@lru_cache(maxsize=1 << 14)
-def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether the elements lie one after another, in whatever order of the dimensions."""
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True

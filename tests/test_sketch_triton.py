@@ -27,7 +27,7 @@ import triton
 
 from probes import sketch_triton
 from probes.errors import MissingTriton, ProbeError, UnsupportedTensor
-from probes.kernels import in_memory_order
+from probes.in_memory import in_memory_order
 from probes.layout import (
     BINS,
     DISTINCT,
