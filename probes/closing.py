@@ -66,7 +66,7 @@ def contents_of(
         sites=sites,
         coverage=recorder.coverage(sites),
         histories=histories,
-        evidence={slot: recorder.scoring.evidence(slot, noise.get(slot.site)) for slot in histories},
+        evidence={slot: recorder.scoring.evidence(slot, noise) for slot in histories},
         notes=tuple(recorder.notes),
         loss_scales=scales,
         parameter_records=(*records, *buffers.records(met)),

@@ -84,7 +84,7 @@ def noise_energies(
     """
     tensors = [*(operand.detach().float() for operand in call.operands), gradient.detach().float()]
     trained = [i for i, operand in enumerate(call.operands) if operand.requires_grad]
-    by_channel = adaptive and (call.parameter is not None or _is_recurrent(call))
+    by_channel = _goes_by_channel(call, adaptive)
     products = _Products.of(call, tensors, trained, seed)
     energies: dict[Slot, dict[str, NoiseEnergies]] = defaultdict(dict)
     for i, role in enumerate([*call.roles, GRADIENT]):
@@ -102,6 +102,31 @@ def noise_energies(
             if beneath:
                 energies[Slot(call.site, UPSTREAM)][str(cast)] = _energies(_of(beneath, found), by_channel=False)
     return energies
+
+
+class WeightNoise:
+    """Energies of errors at one product's result in its weight's gradient, channel by channel as in `noise_energies`.
+
+    Of the same parts of that gradient, for the same seed. For errors that come from elsewhere (`passing.py`).
+    """
+
+    def __init__(self, call: ProductCall, like: Tensor, adaptive: bool, seed: int = 0) -> None:
+        """`like`: any tensor of the result's shape."""
+        tensors = [*(operand.detach().float() for operand in call.operands), like]
+        trained = [i for i, o in enumerate(call.operands) if o.requires_grad and is_weight(call.roles[i])]
+        self._by_channel = _goes_by_channel(call, adaptive)
+        self._cuts = cuts_of(call, tensors, trained, seed)
+        self._pullbacks = [Pullback(call, cut.of_all(tensors)[:-1], cut.targets) for cut in self._cuts]
+        self._place = len(call.operands)
+
+    def of(self, error: Tensor) -> Tensor:
+        """float64 [channels]."""
+        pairs = [
+            (found, found, cut.channels)
+            for cut, pullback in zip(self._cuts, self._pullbacks, strict=True)
+            for found in pullback.of(cut.of(self._place, error))
+        ]
+        return _energies(pairs, self._by_channel).values[0]
 
 
 @dataclass(frozen=True)
@@ -162,6 +187,10 @@ def _enters(call: ProductCall, i: int, trained: Sequence[int]) -> list[int]:
     if not call.operation.multilinear:
         return list(trained)
     return [j for j in trained if j != i]
+
+
+def _goes_by_channel(call: ProductCall, adaptive: bool) -> bool:
+    return adaptive and (call.parameter is not None or _is_recurrent(call))
 
 
 def _is_recurrent(call: ProductCall) -> bool:

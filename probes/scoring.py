@@ -15,7 +15,7 @@ import itertools
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from probes.casts import Cast
-from probes.curvature import Met, Reached, Sums, curvature_sums, parts_of, total_of
+from probes.curvature import Met, Reached, Sums, curvature_sums, is_weight, parts_of, total_of
 from probes.distributed import is_sharded
 from probes.edges import gradient_edge
 from probes.losscall import LossCall
@@ -34,6 +34,7 @@ from probes.mean_error import MeanError, settled
 from probes.names import Frame, in_backward
 from probes.network_curvature import Beyond, network_curvature, share
 from probes.noise import UPSTREAM, NoiseEnergies, noise_energies
+from probes.passing import Passed, Passing
 from probes.product_errors import ProductError, pooled, site_backward_errors
 from probes.records import GRADIENT, Evidence, Slot
 from probes.samples import crosses_samples, mixes_samples, picks_rows, told_batch
@@ -66,6 +67,8 @@ class Scoring:
         self._found: dict[str, dict[Slot, list[Tensor]]] = {"loss": defaultdict(list), "gradient": defaultdict(list)}
         self._network: dict[Slot, list[Tensor]] = defaultdict(list)
         self._noise: dict[Slot, dict[str, NoiseEnergies]] = defaultdict(dict)
+        # Of a cast in a product without a weight, by the site of the weight that its error has reached: energies there.
+        self._passed: dict[Slot, dict[tuple[str, str], Tensor]] = defaultdict(dict)
         self._mean_errors: dict[Slot, dict[str, MeanError]] = defaultdict(lambda: defaultdict(MeanError))
         self._slopes: dict[Slot, list[Tensor]] = defaultdict(list)
         self._errors: list[ProductError] = []
@@ -86,6 +89,7 @@ class Scoring:
         self._gradients: list[dict[Slot, Sums]] = []
         self._energies: list[tuple[Slot, str, NoiseEnergies]] = []
         self._sketched: dict[tuple[Slot, str], Tensor] = {}
+        self._passed_energies: list[Passed] = []
         self._slopes_met: dict[Slot, Tensor] = {}
         self._roots: list[Tensor] = []
         self._told: list[Tensor] = []
@@ -231,6 +235,7 @@ class Scoring:
                 assert joined is not None
                 gradient = joined
             self._noting(f"no gradient noise at {met.call.site}", self._measure_noise, met, gradient)
+            self._noting(f"no gradient noise beneath {met.call.site}", self._measure_beneath, met, gradient)
             self._noting(f"no first-order part at {met.call.site}", self._measure_slopes, met, gradient)
             self._noting(f"no backward error at {met.call.site}", self._measure_errors, met, gradient)
 
@@ -241,9 +246,7 @@ class Scoring:
             self._note(f"{what}: {type(error).__name__}: {error}")
 
     def _measure_noise(self, met: Met, gradient: Tensor) -> None:
-        # The same parts of a gradient are calculated in every step, so that their energies add.
-        seed = self._seed + zlib.crc32(met.call.site.encode())
-        found = noise_energies(met.call, gradient, self.casts, self._adaptive, seed, self._also)
+        found = noise_energies(met.call, gradient, self.casts, self._adaptive, self._seed_at(met.call.site), self._also)
         for slot, energies in found.items():
             for cast, one in energies.items():
                 self._energies.append((slot, cast, replace(one, sketch=None)))
@@ -252,6 +255,22 @@ class Scoring:
                     self._sketched[slot, cast] = one.sketch if before is None else before + one.sketch
         if not self._reached_a_loss:
             self._keep_gradient(met, gradient)
+
+    def _measure_beneath(self, met: Met, gradient: Tensor) -> None:
+        """What casts in a product without a weight put into the gradients of those beneath."""
+        if not self.casts or self._sharded or any(map(is_weight, met.call.roles)):
+            return
+        self.drawing = True
+        try:
+            with unchanged(self._model):
+                passing = Passing(met, self._met, self._adaptive, self._seed_at)
+                self._passed_energies += passing.passed(gradient.detach().float(), self.casts, self._also)
+        finally:
+            self.drawing = False
+
+    def _seed_at(self, site: str) -> int:
+        """The same parts of a gradient are calculated in every step, so that their energies add."""
+        return self._seed + zlib.crc32(site.encode())
 
     def _measure_slopes(self, met: Met, gradient: Tensor) -> None:
         """⟨g, δ⟩ of each operand and cast, g the training's own gradient; products of a slot add up."""
@@ -320,6 +339,16 @@ class Scoring:
             if before is not None and before.groups == found.groups:
                 values = before.values + values
             self._noise[slot][cast] = NoiseEnergies(values, found.groups)
+        self._settle_passed(loss_scale)
+
+    def _settle_passed(self, loss_scale: float) -> None:
+        for one, row in zip(self._passed_energies, _read([one.energies for one in self._passed_energies]), strict=True):
+            if not bool(row.isfinite().all()):
+                continue
+            before, energies = self._passed[one.slot].get((one.cast, one.site)), row / loss_scale**2
+            if before is not None and before.shape == energies.shape:
+                energies = before + energies
+            self._passed[one.slot][one.cast, one.site] = energies
 
     def _settle_network(self, loss_scale: float) -> None:
         """As `_settle`, slot by slot; where one of several losses has no second derivative, the step has none."""
@@ -358,10 +387,13 @@ class Scoring:
         """One record a site, product and cast, over all scored steps."""
         return tuple(pooled(self._errors))
 
-    def evidence(self, slot: Slot, batch_noise: float | None) -> Evidence:
-        """What was measured of a slot."""
+    def evidence(self, slot: Slot, batch_noises: Mapping[str, float | None]) -> Evidence:
+        """What was measured of a slot; `batch_noises`: of every site."""
+        batch_noise = batch_noises.get(slot.site)
         ratios = {cast: found.ratio for cast, found in self._noise.get(slot, {}).items()}
         noise = {cast: ratio for cast, ratio in ratios.items() if not math.isnan(ratio)}
+        if batch_noise is not None:
+            noise |= self._noise_beneath(slot, batch_noise, batch_noises)
         if slot.role == GRADIENT and batch_noise is not None:
             # Error over gradient, sample by sample, is the ratio to the batch's noise itself; `noise` is over the mean
             # gradient. At the head of a classifier the gradient sums to zero over classes, and a rounded one does not.
@@ -407,6 +439,23 @@ class Scoring:
             batch_noise=batch_noise,
             whole_batch=mixed,
         )
+
+    def _noise_beneath(
+        self, slot: Slot, batch_noise: float, batch_noises: Mapping[str, float | None]
+    ) -> dict[str, float]:
+        """By cast, of what entered no weight's gradient by itself: at the weight beneath that it hits hardest.
+
+        Over the batch's noise there, and times that of the slot, over which it will be taken.
+        """
+        found: dict[str, float] = {}
+        for (cast, site), energies in self._passed.get(slot, {}).items():
+            noise, there = batch_noises.get(site), next(iter(self._noise.get(Slot(site, GRADIENT), {}).values()), None)
+            if not noise or there is None or there.values.shape[1] != len(energies):
+                continue
+            ratio = replace(there, values=torch.stack([energies, there.values[1]])).ratio
+            if not math.isnan(ratio):
+                found[cast] = max(found.get(cast, 0.0), ratio / noise * batch_noise)
+        return found
 
     def _systematic(self, slot: Slot) -> tuple[dict[str, float], dict[str, float]]:
         """The energy of each cast's mean error over the gradient's, and its standard error."""
