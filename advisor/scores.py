@@ -64,7 +64,8 @@ class Scores:
     systematic_ratio, systematic_ratio_se  of casts of gradients: energy of the mean of their errors in the weight's
                                gradient, over the minibatch's noise, and its standard error. It does not average out:
                                after 1/systematic_ratio steps it outweighs that noise. None with fewer than two scored
-                               steps, at sites without a weight, and in windows from before it was measured
+                               steps, at sites with no weight of their own or beneath, and in windows from before it was
+                               measured
     lost_updates               of a parameter's master weight: share of the updates that it would not take
                                (`lost_updates.py`); None for other slots, and where nothing can be said
     epsilon_vanishes           of an optimizer's state: whether its epsilon is zero in the cast's format; or None

@@ -26,7 +26,7 @@ from torch import Tensor
 from probes.casts import Cast
 from probes.curvature import is_weight
 from probes.cuts import Cut, cuts_of
-from probes.mean_error import Sketches
+from probes.mean_error import Signs, Sketches
 from probes.records import GRADIENT, Slot
 from probes.recurrent import STATES
 from probes.sites import ProductCall
@@ -107,7 +107,8 @@ def noise_energies(
 class WeightNoise:
     """Energies of errors at one product's result in its weight's gradient, channel by channel as in `noise_energies`.
 
-    Of the same parts of that gradient, for the same seed. For errors that come from elsewhere (`passing.py`).
+    Of the same parts of that gradient, for the same seed, and with the same signs of sketches. For errors that come
+    from elsewhere (`passing.py`).
     """
 
     def __init__(self, call: ProductCall, like: Tensor, adaptive: bool, seed: int = 0) -> None:
@@ -117,16 +118,17 @@ class WeightNoise:
         self._by_channel = _goes_by_channel(call, adaptive)
         self._cuts = cuts_of(call, tensors, trained, seed)
         self._pullbacks = [Pullback(call, cut.of_all(tensors)[:-1], cut.targets) for cut in self._cuts]
-        self._place = len(call.operands)
+        self._place, self._signs = len(call.operands), Signs(seed)
 
-    def of(self, error: Tensor) -> Tensor:
-        """float64 [channels]."""
+    def of(self, error: Tensor, sketched: bool) -> tuple[Tensor, Tensor | None]:
+        """float64 [channels]; and, where asked for, the error's sketch, float32 [NUMBERS]."""
         pairs = [
             (found, found, cut.channels)
             for cut, pullback in zip(self._cuts, self._pullbacks, strict=True)
             for found in pullback.of(cut.of(self._place, error))
         ]
-        return _energies(pairs, self._by_channel).values[0]
+        sketch = self._signs.sketched([found for found, *_ in pairs]) if sketched else None
+        return _energies(pairs, self._by_channel).values[0], sketch
 
 
 @dataclass(frozen=True)

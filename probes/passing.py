@@ -32,12 +32,17 @@ _NO_WAY_THROUGH = "CheckpointFunctionBackward"  # reentrant checkpointing: torch
 
 @dataclass(frozen=True)
 class Passed:
-    """The energy of a cast's error in the gradient of the weight at `site`: float64 [channels], as in `noise.py`."""
+    """A cast's error in the gradient of the weight at `site`.
+
+    energies  float64 [channels], as in `noise.py`
+    sketch    of a cast of `grad_output` (`mean_error.py`): float32 [NUMBERS]
+    """
 
     slot: Slot
     cast: str
     site: str
     energies: Tensor
+    sketch: Tensor | None
 
 
 class Passing:
@@ -98,8 +103,9 @@ class Passing:
             call = self._beneath[place].product.call
             if place not in self._weights:
                 self._weights[place] = WeightNoise(call, change, self._adaptive, self._seed_of(call.site))
-            energies = self._weights[place].of(change.float())
-            yield Passed(slot, cast, call.site, energies * unit.double().square())
+            energies, sketch = self._weights[place].of(change.float(), sketched=slot.role == GRADIENT)
+            sketch = None if sketch is None else sketch * unit
+            yield Passed(slot, cast, call.site, energies * unit.double().square(), sketch)
 
 
 def _nearest(starts: Sequence[GradientEdge], others: Sequence[Reached]) -> list[Reached]:

@@ -100,7 +100,9 @@ class Evidence:
     first_order     cast → ⟨g, δ⟩ with the training's own gradient: what the loss changes by in the first order, signed,
                     loss units, mean over the scored steps
     first_order_se  cast → standard error of that mean over the steps; empty with fewer than two
-    relative_noise  cast → energy of the error that the cast puts into the site's gradients, over those gradients'
+    relative_noise  cast → energy of the error that the cast puts into the site's gradients, over those gradients'; of a
+                    product without a weight that of the weight beneath that it hits hardest, in proportion to
+                    `batch_noise` here and there
     systematic_noise  cast of a gradient → energy of the mean of its errors in the weight's gradient, over that
                     gradient's: what is alike in all batches. Without bias, and so below zero by chance; of two scored
                     steps or more, a step's micro-batches together (`mean_error.py`). Of ranks that were joined it is

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,18 @@ LONGEST = 200  # characters of an error that a note repeats
 UNTOLD_SHARE = 0.01  # of the total that no known loss accounts for, from which on the window says so
 
 
+class _Beneath(NamedTuple):
+    """What a cast in a product without a weight does at a weight beneath.
+
+    Both ratios are to be over the batch's noise there, and will be taken over that of the slot: `noise` is times their
+    quotient, and `factor` is what the mean error's is to be multiplied by.
+    """
+
+    noise: float
+    mean: MeanError
+    factor: float
+
+
 class Scoring:
     """Measures in scored steps, and keeps what it found of each slot."""
 
@@ -70,6 +82,7 @@ class Scoring:
         # Of a cast in a product without a weight, by the site of the weight that its error has reached: energies there.
         self._passed: dict[Slot, dict[tuple[str, str], Tensor]] = defaultdict(dict)
         self._mean_errors: dict[Slot, dict[str, MeanError]] = defaultdict(lambda: defaultdict(MeanError))
+        self._mean_passed: dict[Slot, dict[tuple[str, str], MeanError]] = defaultdict(lambda: defaultdict(MeanError))
         self._slopes: dict[Slot, list[Tensor]] = defaultdict(list)
         self._errors: list[ProductError] = []
         self._generation, self._numbers = 0, itertools.count()
@@ -328,9 +341,11 @@ class Scoring:
         Where a product's shape is another than before (shorter sequences), it has other channels: the latest stay.
         """
         read = _read([found.values.flatten() for *_, found in self._energies])
+        signals: dict[str, float] = {}  # the step's energy of a site's weight gradient
         for (slot, cast), row in zip(self._sketched, _read(list(self._sketched.values())), strict=True):
             if bool(row.isfinite().all()):
-                self._mean_errors[slot][cast].add(*settled(row, loss_scale))
+                sketch, signals[slot.site] = settled(row, loss_scale)
+                self._mean_errors[slot][cast].add(sketch, signals[slot.site])
         for (slot, cast, found), row in zip(self._energies, read, strict=True):
             values = row.reshape(2, -1) / loss_scale**2
             if values.isnan().any() or not values[1].isfinite().all():
@@ -339,9 +354,18 @@ class Scoring:
             if before is not None and before.groups == found.groups:
                 values = before.values + values
             self._noise[slot][cast] = NoiseEnergies(values, found.groups)
-        self._settle_passed(loss_scale)
+        self._settle_passed(loss_scale, signals)
 
-    def _settle_passed(self, loss_scale: float) -> None:
+    def _settle_passed(self, loss_scale: float, signals: Mapping[str, float]) -> None:
+        """`signals`: the energies of the weights' gradients in this step, by site."""
+        together: dict[tuple[Slot, str, str], Tensor] = {}
+        for one in self._passed_energies:
+            if one.sketch is not None and one.site in signals:
+                key = (one.slot, one.cast, one.site)
+                together[key] = together[key] + one.sketch if key in together else one.sketch
+        for (slot, cast, site), sketch in zip(together, _read(list(together.values())), strict=True):
+            if bool(sketch.isfinite().all()):
+                self._mean_passed[slot][cast, site].add(sketch / loss_scale, signals[site])
         for one, row in zip(self._passed_energies, _read([one.energies for one in self._passed_energies]), strict=True):
             if not bool(row.isfinite().all()):
                 continue
@@ -392,15 +416,19 @@ class Scoring:
         batch_noise = batch_noises.get(slot.site)
         ratios = {cast: found.ratio for cast, found in self._noise.get(slot, {}).items()}
         noise = {cast: ratio for cast, ratio in ratios.items() if not math.isnan(ratio)}
-        if batch_noise is not None:
-            noise |= self._noise_beneath(slot, batch_noise, batch_noises)
+        beneath = {} if batch_noise is None else self._beneath(slot, batch_noise, batch_noises)
+        noise |= {cast: one.noise for cast, one in beneath.items() if not math.isnan(one.noise)}
         if slot.role == GRADIENT and batch_noise is not None:
             # Error over gradient, sample by sample, is the ratio to the batch's noise itself; `noise` is over the mean
             # gradient. At the head of a classifier the gradient sums to zero over classes, and a rounded one does not.
             for cast, upstream in self._noise.get(Slot(slot.site, UPSTREAM), {}).items():
                 if cast in noise and not math.isnan(upstream.ratio):
                     noise[cast] = max(noise[cast], upstream.ratio * batch_noise)
-        systematic, systematic_se = self._systematic(slot)
+        means = {cast: (mean, 1.0) for cast, mean in self._mean_errors.get(slot, {}).items()}
+        means |= {cast: (one.mean, one.factor) for cast, one in beneath.items()}
+        known = {cast: found for cast, found in means.items() if not math.isnan(found[0].ratio)}
+        systematic = {cast: factor * mean.ratio for cast, (mean, factor) in known.items()}
+        systematic_se = {cast: factor * mean.ratio_se for cast, (mean, factor) in known.items()}
         first_order, first_order_se = self._first_order(slot)
         mixed = slot.site in self.whole_batch
         measured = self._gauss_newton(slot)
@@ -440,27 +468,18 @@ class Scoring:
             whole_batch=mixed,
         )
 
-    def _noise_beneath(
-        self, slot: Slot, batch_noise: float, batch_noises: Mapping[str, float | None]
-    ) -> dict[str, float]:
-        """By cast, of what entered no weight's gradient by itself: at the weight beneath that it hits hardest.
-
-        Over the batch's noise there, and times that of the slot, over which it will be taken.
-        """
-        found: dict[str, float] = {}
+    def _beneath(self, slot: Slot, batch_noise: float, batch_noises: Mapping[str, float | None]) -> dict[str, _Beneath]:
+        """By cast, of what entered no weight's gradient by itself: what it is at the weight that it hits hardest."""
+        found: dict[str, _Beneath] = {}
         for (cast, site), energies in self._passed.get(slot, {}).items():
             noise, there = batch_noises.get(site), next(iter(self._noise.get(Slot(site, GRADIENT), {}).values()), None)
             if not noise or there is None or there.values.shape[1] != len(energies):
                 continue
-            ratio = replace(there, values=torch.stack([energies, there.values[1]])).ratio
-            if not math.isnan(ratio):
-                found[cast] = max(found.get(cast, 0.0), ratio / noise * batch_noise)
+            ratio = replace(there, values=torch.stack([energies, there.values[1]])).ratio * batch_noise / noise
+            if cast not in found or ratio > found[cast].noise:
+                mean = self._mean_passed.get(slot, {}).get((cast, site), MeanError())
+                found[cast] = _Beneath(ratio, mean, batch_noise / noise)
         return found
-
-    def _systematic(self, slot: Slot) -> tuple[dict[str, float], dict[str, float]]:
-        """The energy of each cast's mean error over the gradient's, and its standard error."""
-        found = {cast: error for cast, error in self._mean_errors.get(slot, {}).items() if not math.isnan(error.ratio)}
-        return {cast: error.ratio for cast, error in found.items()}, {cast: e.ratio_se for cast, e in found.items()}
 
     def _first_order(self, slot: Slot) -> tuple[dict[str, float], dict[str, float]]:
         """⟨g, δ⟩ by cast, mean over the scored steps, and that mean's standard error where there are two or more."""
