@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,7 @@ from probes.names import written_parameter
 from probes.parameter_records import sampled_parameters
 from probes.parameters import ParameterWatch
 from probes.recorder import Recorder, SiteTally
-from probes.records import GRADIENT, Product, Site, Slot
+from probes.records import GRADIENT, Evidence, Product, Site, Slot
 from probes.recurrent import parameters_of
 from probes.window import Contents
 
@@ -43,6 +43,8 @@ def contents_of(
         for name, tally in recorder.tallies.items()
         if any(slot.site == name for slot in histories)
     )
+    noise = {record.name: record.gradient_noise for record in records}
+    noise |= {site.name: parameters.batch_noise(_weights_of(site)) for site in sites}
     if recorder.recorded and not sites:
         recorder.note("no matrix product was met: the hook sees torch's own functions")
     elif recorder.scoring.tried and not recorder.scoring.knew_the_loss:
@@ -50,12 +52,17 @@ def contents_of(
             f"no loss function with a known curvature was met ({', '.join(KNOWN_NAMES)}): the training gradient is "
             "kept in its place, and damage is not predicted; curvature_of(loss, outputs, factor) tells a loss's own"
         )
+    evidence = {slot: recorder.scoring.evidence(slot, noise) for slot in histories}
+    unreached = [site.name for site in sites if GRADIENT not in site.roles and not _has_curvature(site, evidence)]
+    if unreached and recorder.scoring.curvature_from == "loss":
+        recorder.note(
+            f"no gradient arrives at {_some_of(unreached)}, for nothing beneath is trained: the damage of casts there "
+            "is not predicted"
+        )
     if recorder.flops is not None and recorder.flops.trouble is not None:
         recorder.note(recorder.flops.trouble)
     scales = tuple(scale.value for scale in recorder.loss_scales)
     losses = (math.nan if loss is None else float(loss) for loss in recorder.losses)
-    noise = {record.name: record.gradient_noise for record in records}
-    noise |= {site.name: parameters.batch_noise(_weights_of(site)) for site in sites}
     sampled = sampled_parameters(records)
     return Contents(
         model_name=type(model).__name__,
@@ -66,7 +73,7 @@ def contents_of(
         sites=sites,
         coverage=recorder.coverage(sites),
         histories=histories,
-        evidence={slot: recorder.scoring.evidence(slot, noise) for slot in histories},
+        evidence=evidence,
         notes=tuple(recorder.notes),
         loss_scales=scales,
         parameter_records=(*records, *buffers.records(met)),
@@ -97,6 +104,17 @@ def _site(name: str, tally: SiteTally, steps: int, has_gradient: bool, shapes: M
         parameter_shape=shapes.get(tally.parameter, tally.shapes.get("weight")) if tally.parameter else None,
         calls=tally.calls / steps,
     )
+
+
+def _has_curvature(site: Site, evidence: Mapping[Slot, Evidence]) -> bool:
+    slots = (Slot(site.name, role) for role in site.roles)
+    return any(slot in evidence and evidence[slot].curvature is not None for slot in slots)
+
+
+def _some_of(names: Sequence[str], shown: int = 3) -> str:
+    """The first of them, and how many more there are."""
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _weights_of(site: Site) -> tuple[str, ...]:

@@ -332,6 +332,29 @@ def test_what_is_left_out_is_said(loss: Callable[[Tensor], Tensor], says: str) -
     assert any(says in note for note in window.notes)
 
 
+class Neighbours(nn.Module):
+    """Its first product is of data alone; its second of what was learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, adjacency: Tensor, x: Tensor) -> Tensor:
+        found: Tensor = self.outer(adjacency @ self.inner(adjacency @ x))
+        return found
+
+
+def test_products_with_nothing_trained_beneath_are_named() -> None:
+    torch.manual_seed(0)
+    model, adjacency, x = Neighbours(), torch.rand(5, 5), torch.randn(BATCH, 5, 3)
+    window = watched(model, lambda: cross_entropy(model(adjacency, x)).backward())
+    (note,) = window.notes
+    assert "(root)/matmul.0" in note
+    assert "not predicted" in note
+    assert window.evidence("(root)/matmul.0", "lhs").curvature is None
+    assert window.evidence("(root)/matmul.1", "lhs").curvature is not None
+
+
 def test_tensors_of_a_batch_are_let_go_when_the_next_is_begun() -> None:
     """Under accumulation the operands of one part of the batch alone are held."""
     model, alive = nn.Linear(5, 4), []
