@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import yaml
 from torch import nn
 
+import advisor
 from advisor.cli import main
 from advisor.errors import InvalidPlan
 from advisor.exports import TARGETS, Export, export
@@ -81,6 +83,14 @@ def test_what_torchao_cannot_do_is_told(window: Window, casts: dict[tuple[str, s
         assert any(told in sentence for sentence in made.cannot), made.cannot
     else:  # a 16-bit weight: the forward product stays wide, and so does autocast's share
         assert any("takes all or none" in sentence for sentence in made.cannot), made.cannot
+
+
+def test_formats_that_torchao_has_not_bring_the_way_to_a_plan_of_those_it_has(window: Window) -> None:
+    mixed = layer("first", "int8", "int8", E5M2) | layer("middle", E4M3, E4M3, E5M2)
+    (sentence,) = [one for one in export(plan_of(window, mixed), "torchao").cannot if "recommend" in one]
+    assert sentence.startswith("2 of the linear layers' casts")
+    own = advisor.recommend(window, casts=re.findall(r'"([^"]+)"', sentence))
+    assert not any("recommend" in one for one in export(own, "torchao").cannot)
 
 
 def test_stored_tensors_and_loss_scales_are_told(window: Window) -> None:

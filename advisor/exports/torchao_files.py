@@ -35,12 +35,14 @@ USE = (
     "torchao_plan.check(model)     # again at any time: raises where the model is not what was asked\n"
 )
 GRANULARITIES = {"tensor": "tensorwise", "row": "axiswise"}
+FORMATS = ("e4m3fn", "e5m2")
 PAIRS = frozenset({("e4m3fn", "e4m3fn"), ("e4m3fn", "e5m2"), ("e5m2", "e4m3fn")})  # what torch._scaled_mm takes
 
 
 def torchao_export(plan: Plan) -> Parts:
     """A JSON of layers and their configurations, and the script that converts and checks."""
     data, cannot = torchao_layers(plan)
+    cannot += _another_plan(plan)
     cannot += half_sentences(plan, "torch.autocast")
     cannot += stored_sentences(plan, "torchao") + scaling_sentences(plan, "torchao")
     return Parts({DATA: as_json(data), SCRIPT: script(SCRIPT)}, USE, cannot)
@@ -65,6 +67,21 @@ def torchao_layers(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             chosen[layer.name] = configs.index(config)
     rest = [layer.name for layer in layers if layer.name not in chosen]
     return {"model": plan.model, "layers": chosen, "unconverted": rest, "configs": configs}, cannot
+
+
+def _another_plan(plan: Plan) -> list[str]:
+    """How to have a plan that torchao carries out, where it has not the formats of this one."""
+    foreign = [
+        (layer.name, role) for layer in layers_of(plan)[0] for role, cast in narrow_casts(layer) if not _fits(cast)
+    ]
+    if not foreign:
+        return []
+    wanted = ", ".join(f'"{name}/tensor/current/nearest"' for name in FORMATS)
+    told = (
+        f"{len(foreign)} of the linear layers' casts are none that torchao has: a plan made of its own, by "
+        f"advisor.recommend(window, casts=[{wanted}]), is carried out in more layers"
+    )
+    return [told]
 
 
 def _config(layer: Layer) -> tuple[dict[str, Any] | None, list[str]]:
