@@ -162,6 +162,35 @@ def test_values_move_from_one_window_to_another() -> None:
     assert_equals_the_reference(torch.cat([normal(4096) * scale for scale in (1.0, 1e-20, 1e20, 1e-30, 1.0)]))
 
 
+def stretches(seed: int) -> torch.Tensor:
+    """Stretches of many kinds and lengths, one after another: each may leave the kernel with the wrong window."""
+    draw = generator(seed)
+    pieces = []
+    for _ in range(int(torch.randint(1, 12, (), generator=draw))):
+        size = int(torch.randint(1, 6000, (), generator=draw))
+        scale = 2.0 ** int(torch.randint(-140, 120, (), generator=draw))
+        plain, spread = torch.randn(size, generator=draw), torch.rand(size, generator=draw)
+        kind = int(torch.randint(6, (), generator=draw))
+        piece = (
+            plain * scale,
+            torch.full((size,), scale),
+            plain * 0.0,
+            torch.exp2(240 * spread - 120) * plain.sign(),
+            torch.where(spread < 0.3, plain * scale, 0.0),
+            torch.where(spread < 0.01, math.inf, torch.where(spread < 0.02, math.nan, plain * scale)),
+        )[kind]
+        pieces.append(piece)
+    return torch.cat(pieces)
+
+
+@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_stretches_of_many_kinds(seed: int, dtype: torch.dtype) -> None:
+    values = stretches(seed).to(dtype)
+    assert_equals_the_reference(values)
+    assert_equals_the_reference(values[seed:])  # of another alignment
+
+
 PLAIN = """
 import torch
 from probes import bit_planes, pairs
