@@ -23,8 +23,8 @@ from advisor.cli.demo import SHOWS
 from advisor.training import Trainer
 from advisor.zoo.spec import ArchitectureSpec
 from probes.casts import Cast
+from probes.noise_found import LADDER
 from probes.records import GRADIENT
-from probes.scoring import LADDER
 from probes.window import Window
 
 KEPT = "e4m3fn", "e5m2", "int8", "bf16", "fp16"

@@ -13,30 +13,27 @@ from __future__ import annotations
 
 import itertools
 import math
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from probes.casts import Cast
-from probes.curvature import Met, Reached, Sums, curvature_sums, is_weight, parts_of, total_of
+from probes.curvature import Met, Reached, Sums, curvature_sums, parts_of, total_of
 from probes.distributed import is_sharded
 from probes.edges import gradient_edge
+from probes.host import on_host
 from probes.losscall import LossCall
 from probes.losses import WITHOUT_CURVATURE
-from probes.mean_error import MeanError, settled
 from probes.names import Frame, in_backward
 from probes.network_curvature import Beyond, network_curvature, share
-from probes.noise import UPSTREAM, NoiseEnergies, noise_energies
-from probes.passing import Passed, Passing
+from probes.noise_found import NoiseFound
 from probes.product_errors import ProductError, pooled, site_backward_errors
-from probes.records import GRADIENT, Evidence, Slot
+from probes.records import Evidence, Slot
 from probes.samples import crosses_samples, mixes_samples, picks_rows, told_batch
 from probes.shrinking import Ratio, believed
 from probes.sites import ProductCall
@@ -44,23 +41,8 @@ from probes.undisturbed import unchanged, undisturbed
 from probes.vjp import vjp
 
 ALONE = "damage is Gauss-Newton's alone, without the network's own curvature"
-LADDER = tuple(map(Cast.parse, ("int8", "e2m2/tensor/current/nearest", "e2m0/tensor/current/nearest")))
-"""Casts of gradients that are measured whether they are candidates or not. They flush ever more, the last nearly all:
-from how the noise grows from one to the next, that of any other cast is told (`advisor/estimates.py`)."""
 LONGEST = 200  # characters of an error that a note repeats
 UNTOLD_SHARE = 0.01  # of the total that no known loss accounts for, from which on the window says so
-
-
-class _Beneath(NamedTuple):
-    """What a cast in a product without a weight does at a weight beneath.
-
-    Both ratios are to be over the batch's noise there, and will be taken over that of the slot: `noise` is times their
-    quotient, and `factor` is what the mean error's is to be multiplied by.
-    """
-
-    noise: float
-    mean: MeanError
-    factor: float
 
 
 class Scoring:
@@ -68,21 +50,16 @@ class Scoring:
 
     def __init__(self, model: nn.Module, casts: Sequence[Cast], adaptive: bool, seed: int, note: Callable[[str], None]):
         self.casts = tuple(casts)
-        self._also = [cast for cast in LADDER if cast not in self.casts] if self.casts else []
         self.drawing = False
         self.tried = 0
         self.steps: list[int] = []
         self.knew_the_loss = False
         self.whole_batch: set[str] = set()
-        self._model, self._adaptive, self._seed, self._note = model, adaptive, seed, note
+        self._model, self._seed, self._note = model, seed, note
+        self._noise = NoiseFound(self.casts, adaptive, seed)
         self._sharded = is_sharded(model)
         self._found: dict[str, dict[Slot, list[Tensor]]] = {"loss": defaultdict(list), "gradient": defaultdict(list)}
         self._network: dict[Slot, list[Tensor]] = defaultdict(list)
-        self._noise: dict[Slot, dict[str, NoiseEnergies]] = defaultdict(dict)
-        # Of a cast in a product without a weight, by the site of the weight that its error has reached: energies there.
-        self._passed: dict[Slot, dict[tuple[str, str], Tensor]] = defaultdict(dict)
-        self._mean_errors: dict[Slot, dict[str, MeanError]] = defaultdict(lambda: defaultdict(MeanError))
-        self._mean_passed: dict[Slot, dict[tuple[str, str], MeanError]] = defaultdict(lambda: defaultdict(MeanError))
         self._slopes: dict[Slot, list[Tensor]] = defaultdict(list)
         self._errors: list[ProductError] = []
         self._generation, self._numbers = 0, itertools.count()
@@ -100,9 +77,6 @@ class Scoring:
         self._drawn: list[dict[Slot, Sums]] = []
         self._beyond: list[dict[Slot, Beyond]] = []
         self._gradients: list[dict[Slot, Sums]] = []
-        self._energies: list[tuple[Slot, str, NoiseEnergies]] = []
-        self._sketched: dict[tuple[Slot, str], Tensor] = {}
-        self._passed_energies: list[Passed] = []
         self._slopes_met: dict[Slot, Tensor] = {}
         self._roots: list[Tensor] = []
         self._told: list[Tensor] = []
@@ -259,31 +233,19 @@ class Scoring:
             self._note(f"{what}: {type(error).__name__}: {error}")
 
     def _measure_noise(self, met: Met, gradient: Tensor) -> None:
-        found = noise_energies(met.call, gradient, self.casts, self._adaptive, self._seed_at(met.call.site), self._also)
-        for slot, energies in found.items():
-            for cast, one in energies.items():
-                self._energies.append((slot, cast, replace(one, sketch=None)))
-                if one.sketch is not None:
-                    before = self._sketched.get((slot, cast))
-                    self._sketched[slot, cast] = one.sketch if before is None else before + one.sketch
+        self._noise.measure(met, gradient)
         if not self._reached_a_loss:
             self._keep_gradient(met, gradient)
 
     def _measure_beneath(self, met: Met, gradient: Tensor) -> None:
-        """What casts in a product without a weight put into the gradients of those beneath."""
-        if not self.casts or self._sharded or any(map(is_weight, met.call.roles)):
+        if self._sharded or not self._noise.has_beneath(met):
             return
         self.drawing = True
         try:
             with unchanged(self._model):
-                passing = Passing(met, self._met, self._adaptive, self._seed_at)
-                self._passed_energies += passing.passed(gradient.detach().float(), self.casts, self._also)
+                self._noise.measure_beneath(met, gradient, self._met)
         finally:
             self.drawing = False
-
-    def _seed_at(self, site: str) -> int:
-        """The same parts of a gradient are calculated in every step, so that their energies add."""
-        return self._seed + zlib.crc32(site.encode())
 
     def _measure_slopes(self, met: Met, gradient: Tensor) -> None:
         """⟨g, δ⟩ of each operand and cast, g the training's own gradient; products of a slot add up."""
@@ -315,8 +277,8 @@ class Scoring:
         drawn = self._settle("loss", total_of(self._drawn), loss_scale)
         passes = max(len(self._roots), 1)
         self._settle("gradient", total_of(self._gradients), loss_scale**2 / passes)
-        self._settle_noise(loss_scale)
-        for slot, row in zip(self._slopes_met, _read(list(self._slopes_met.values())), strict=True):
+        self._noise.end_step(loss_scale)
+        for slot, row in zip(self._slopes_met, on_host(list(self._slopes_met.values())), strict=True):
             if bool(row.isfinite().all()):
                 self._slopes[slot].append(row / loss_scale)
         if drawn:
@@ -328,51 +290,12 @@ class Scoring:
 
     def _settle(self, kind: str, sums: dict[Slot, Sums], divisor: float) -> bool:
         """Keep a step's sums. They are read here, all at once."""
-        rows = _read([found.times(1 / divisor).numbers() for found in sums.values()])
+        rows = on_host([found.times(1 / divisor).numbers() for found in sums.values()])
         if not rows or not all(bool(row.isfinite().all()) for row in rows):
             return False
         for slot, row in zip(sums, rows, strict=True):
             self._found[kind][slot].append(row)
         return True
-
-    def _settle_noise(self, loss_scale: float) -> None:
-        """Add the step's energies to the slots'; a gradient that is not finite says nothing.
-
-        Where a product's shape is another than before (shorter sequences), it has other channels: the latest stay.
-        """
-        read = _read([found.values.flatten() for *_, found in self._energies])
-        signals: dict[str, float] = {}  # the step's energy of a site's weight gradient
-        for (slot, cast), row in zip(self._sketched, _read(list(self._sketched.values())), strict=True):
-            if bool(row.isfinite().all()):
-                sketch, signals[slot.site] = settled(row, loss_scale)
-                self._mean_errors[slot][cast].add(sketch, signals[slot.site])
-        for (slot, cast, found), row in zip(self._energies, read, strict=True):
-            values = row.reshape(2, -1) / loss_scale**2
-            if values.isnan().any() or not values[1].isfinite().all():
-                continue
-            before = self._noise[slot].get(cast)
-            if before is not None and before.groups == found.groups:
-                values = before.values + values
-            self._noise[slot][cast] = NoiseEnergies(values, found.groups)
-        self._settle_passed(loss_scale, signals)
-
-    def _settle_passed(self, loss_scale: float, signals: Mapping[str, float]) -> None:
-        """`signals`: the energies of the weights' gradients in this step, by site."""
-        together: dict[tuple[Slot, str, str], Tensor] = {}
-        for one in self._passed_energies:
-            if one.sketch is not None and one.site in signals:
-                key = (one.slot, one.cast, one.site)
-                together[key] = together[key] + one.sketch if key in together else one.sketch
-        for (slot, cast, site), sketch in zip(together, _read(list(together.values())), strict=True):
-            if bool(sketch.isfinite().all()):
-                self._mean_passed[slot][cast, site].add(sketch / loss_scale, signals[site])
-        for one, row in zip(self._passed_energies, _read([one.energies for one in self._passed_energies]), strict=True):
-            if not bool(row.isfinite().all()):
-                continue
-            before, energies = self._passed[one.slot].get((one.cast, one.site)), row / loss_scale**2
-            if before is not None and before.shape == energies.shape:
-                energies = before + energies
-            self._passed[one.slot][one.cast, one.site] = energies
 
     def _settle_network(self, loss_scale: float) -> None:
         """As `_settle`, slot by slot; where one of several losses has no second derivative, the step has none."""
@@ -380,7 +303,7 @@ class Scoring:
         for part in self._beyond if all(self._beyond) else ():
             for slot, one in part.items():
                 together[slot] = together[slot].plus(one) if slot in together else one
-        rows = _read([one.times(1 / loss_scale).numbers() for one in together.values()])
+        rows = on_host([one.times(1 / loss_scale).numbers() for one in together.values()])
         for slot, row in zip(together, rows, strict=True):
             if bool(row.isfinite().all()):
                 self._network[slot].append(row)
@@ -398,6 +321,7 @@ class Scoring:
     def forget(self) -> None:
         """Let go of every tensor of the step."""
         self._start_step()
+        self._noise.forget()
 
     # What was found.
 
@@ -413,22 +337,7 @@ class Scoring:
 
     def evidence(self, slot: Slot, batch_noises: Mapping[str, float | None]) -> Evidence:
         """What was measured of a slot; `batch_noises`: of every site."""
-        batch_noise = batch_noises.get(slot.site)
-        ratios = {cast: found.ratio for cast, found in self._noise.get(slot, {}).items()}
-        noise = {cast: ratio for cast, ratio in ratios.items() if not math.isnan(ratio)}
-        beneath = {} if batch_noise is None else self._beneath(slot, batch_noise, batch_noises)
-        noise |= {cast: one.noise for cast, one in beneath.items() if not math.isnan(one.noise)}
-        if slot.role == GRADIENT and batch_noise is not None:
-            # Error over gradient, sample by sample, is the ratio to the batch's noise itself; `noise` is over the mean
-            # gradient. At the head of a classifier the gradient sums to zero over classes, and a rounded one does not.
-            for cast, upstream in self._noise.get(Slot(slot.site, UPSTREAM), {}).items():
-                if cast in noise and not math.isnan(upstream.ratio):
-                    noise[cast] = max(noise[cast], upstream.ratio * batch_noise)
-        means = {cast: (mean, 1.0) for cast, mean in self._mean_errors.get(slot, {}).items()}
-        means |= {cast: (one.mean, one.factor) for cast, one in beneath.items()}
-        known = {cast: found for cast, found in means.items() if not math.isnan(found[0].ratio)}
-        systematic = {cast: factor * mean.ratio for cast, (mean, factor) in known.items()}
-        systematic_se = {cast: factor * mean.ratio_se for cast, (mean, factor) in known.items()}
+        batch_noise, noise = batch_noises.get(slot.site), self._noise.of(slot, batch_noises)
         first_order, first_order_se = self._first_order(slot)
         mixed = slot.site in self.whole_batch
         measured = self._gauss_newton(slot)
@@ -436,9 +345,9 @@ class Scoring:
             return Evidence(
                 first_order=first_order,
                 first_order_se=first_order_se,
-                relative_noise=noise,
-                systematic_noise=systematic,
-                systematic_noise_se=systematic_se,
+                relative_noise=noise.relative,
+                systematic_noise=noise.systematic,
+                systematic_noise_se=noise.systematic_se,
                 batch_noise=batch_noise,
                 whole_batch=mixed,
             )
@@ -461,25 +370,12 @@ class Scoring:
             beyond=beyond,
             first_order=first_order,
             first_order_se=first_order_se,
-            relative_noise=noise,
-            systematic_noise=systematic,
-            systematic_noise_se=systematic_se,
+            relative_noise=noise.relative,
+            systematic_noise=noise.systematic,
+            systematic_noise_se=noise.systematic_se,
             batch_noise=batch_noise,
             whole_batch=mixed,
         )
-
-    def _beneath(self, slot: Slot, batch_noise: float, batch_noises: Mapping[str, float | None]) -> dict[str, _Beneath]:
-        """By cast, of what entered no weight's gradient by itself: what it is at the weight that it hits hardest."""
-        found: dict[str, _Beneath] = {}
-        for (cast, site), energies in self._passed.get(slot, {}).items():
-            noise, there = batch_noises.get(site), next(iter(self._noise.get(Slot(site, GRADIENT), {}).values()), None)
-            if not noise or there is None or there.values.shape[1] != len(energies):
-                continue
-            ratio = replace(there, values=torch.stack([energies, there.values[1]])).ratio * batch_noise / noise
-            if cast not in found or ratio > found[cast].noise:
-                mean = self._mean_passed.get(slot, {}).get((cast, site), MeanError())
-                found[cast] = _Beneath(ratio, mean, batch_noise / noise)
-        return found
 
     def _first_order(self, slot: Slot) -> tuple[dict[str, float], dict[str, float]]:
         """⟨g, δ⟩ by cast, mean over the scored steps, and that mean's standard error where there are two or more."""
@@ -518,14 +414,3 @@ class Scoring:
         found = self._gauss_newton(slot)
         energy = torch.stack([row[2:] for row in self._network[slot]]).mean(0)
         return 0.0 if found is None else float(share(found[1], energy)), energy
-
-
-def _read(rows: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors on the CPU, by one transfer a device; each is one of a single dimension."""
-    found: list[Tensor | None] = [None] * len(rows)
-    for device in dict.fromkeys(row.device for row in rows):
-        places = [i for i, row in enumerate(rows) if row.device == device]
-        host = torch.cat([rows[i] for i in places]).cpu().split([len(rows[i]) for i in places])
-        for place, row in zip(places, host, strict=True):
-            found[place] = row
-    return [row for row in found if row is not None]
