@@ -22,7 +22,8 @@ from advisor.cost import (
 from advisor.hardware import Hardware
 from advisor.intervals import interval_of, interval_of_sum
 from advisor.loss_scale_choice import LossScale, is_bare
-from advisor.menu import Row, lost_share
+from advisor.candidates import Row
+from advisor.menu import lost_share
 from advisor.objectives import Objective
 from advisor.plan import Assignment, FrontPoint, LossScaling, Plan, PlannedSite, Predicted
 from advisor.storing import KEPT_AS_IT_IS, Storage

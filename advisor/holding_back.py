@@ -10,7 +10,8 @@ from types import MappingProxyType
 from advisor.castnames import short_cast
 from advisor.cost import site_shares
 from advisor.intervals import interval_of_sum
-from advisor.menu import Candidate, Limits, Menu, lost_share
+from advisor.candidates import Candidate
+from advisor.menu import Limits, Menu, lost_share
 from advisor.plan import FrontPoint
 from advisor.shut_out import NEARLY, ShutOut
 from advisor.site_names import joint_name, without_number

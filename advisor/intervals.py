@@ -149,10 +149,15 @@ def total_interval(
 
 def interval_of(row: Mapping[str, Any]) -> tuple[float, float] | None:
     """The interval of one score, a row of `Scores.rows`; None where its damage is unknown. A gradient has none."""
-    if row.get("damage") is None:
-        return None
-    lower, upper = damage_intervals(*_columns([row]))[0].tolist()
-    return None if math.isnan(lower) else (lower, upper)
+    return intervals_of([row])[0]
+
+
+def intervals_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float] | None]:
+    """The same of many, in their order, at little more than the price of one."""
+    if not rows:
+        return []
+    ends = damage_intervals(*_columns(rows)).tolist()
+    return [None if math.isnan(lower) else (lower, upper) for lower, upper in ends]
 
 
 def noise_intervals(noise_ratio: ArrayLike, confidence: ArrayLike, is_measured: ArrayLike) -> Array:
