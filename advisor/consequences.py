@@ -120,14 +120,16 @@ class Consequences:
 
     def possible(
         self, site: Site, forms: Mapping[str, Forms], picked: Mapping[str, NDArray[np.intp]]
-    ) -> NDArray[np.bool_]:
-        """Which combinations may be chosen, [the picked forms of each role in turn].
+    ) -> NDArray[np.bool_] | None:
+        """Which combinations may be chosen, [the picked forms of each role in turn]; None for all.
 
         Under `native_only` those in which every product is either run in 8 bits by a native kernel, or has no operand
         of 8 bits. A tensor is cast once, so one product that wants it as it was makes the cast of no use.
         """
+        if not self.native_only:
+            return None
         found = np.ones(tuple(len(picked[role]) for role in site.roles), dtype=bool)
-        for one in self._shapes(site) if self.native_only else ():
+        for one in self._shapes(site):
             fits = _Part.of_product(site, one.product, slice(1), self._of_operands(site, one, forms, _are_native)[None])
             found &= fits.over([picked[role] for role in site.roles])[0] > 0
         return found

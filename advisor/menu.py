@@ -176,11 +176,14 @@ class Menu:
     @cached_property
     def combinations(self) -> Places:
         """Of all combinations that are possible, those that no other equals or beats."""
-        possible = np.flatnonzero(self._consequences.possible(self.site, self._forms, self._picked).reshape(-1))
+        found, possible = self._whole, self._consequences.possible(self.site, self._forms, self._picked)
+        everything = np.arange(found.shape[1]) if possible is None else np.flatnonzero(possible.reshape(-1))
         if self._is_whole:
-            return possible
-        goals, costs = self._columns(_named(self._whole[:, possible]))
-        return possible[undominated(goals, costs)]
+            return everything
+        if possible is not None:
+            found = found[:, everything]
+        gains, costs = self._columns(_named(found))
+        return everything[undominated(np.stack([*(-gain for gain in gains), *costs]))]
 
     @cached_property
     def measures(self) -> dict[str, Array]:
@@ -194,14 +197,15 @@ class Menu:
         Gains: the task's goals, minus what should be small. Costs: damage, noise ratio, and one for each budget, of
         which those for the 8-bit share are what is missing of the most.
         """
-        return Group(*self._columns(self.measures))
+        gains, costs = self._columns(self.measures)
+        return Group(np.stack(gains, axis=1), np.stack(costs, axis=1))
 
     @cached_property
     def most_flops_8bit(self) -> float:
         """8-bit FLOPs of the combination that has most, whatever it costs."""
         return float(self.measures["flops_8bit"].max())
 
-    def _columns(self, found: Mapping[str, Array]) -> tuple[Array, Array]:
+    def _columns(self, found: Mapping[str, Array]) -> tuple[list[Array], list[Array]]:
         gains = [found[name] if name in LARGER_IS_BETTER else -found[name] for name in self.task.goals]
         costs = [found["damage"], found["noise"]]
         for name, _ in self.task.budget.given:
@@ -209,7 +213,7 @@ class Menu:
                 costs.append(found["flops_8bit"].max() - found["flops_8bit"])
             else:
                 costs.append(found["bytes" if name == "memory_bytes" else name])
-        return np.stack(gains, axis=1), np.stack(costs, axis=1)
+        return gains, costs
 
     def picked(self, item: int) -> dict[str, Candidate]:
         """The candidates of one combination, by role."""
