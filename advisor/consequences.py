@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ from advisor.cost import (
     Operand,
     ProductShape,
     cast_times_s,
+    is_weight,
+    moved_bytes,
     native_refusal,
     operand,
     own_operand,
@@ -26,6 +29,7 @@ from advisor.cost import (
     product_shapes,
     product_times_s,
     role_bytes,
+    uses,
 )
 from advisor.hardware import Hardware
 from probes.casts import Cast
@@ -53,6 +57,24 @@ class Forms:
     casts: tuple[Cast, ...]
     place: NDArray[np.intp]
 
+    @cached_property
+    def operands(self) -> list[Operand]:
+        """The operands that there are among the forms."""
+        return list(dict.fromkeys(form.operand for form in self.forms))
+
+    @cached_property
+    def operand_of(self) -> NDArray[np.intp]:
+        """Each form's."""
+        return np.array([self.operands.index(form.operand) for form in self.forms], dtype=np.intp)
+
+    @cached_property
+    def widths(self) -> tuple[list[Cast], NDArray[np.intp]]:
+        """A cast of each width in bits that there is among the forms, and each form's place in these."""
+        bits = [form.operand.bits for form in self.forms]
+        distinct = list(dict.fromkeys(bits))
+        casts = [self.casts[bits.index(width)] for width in distinct]
+        return casts, np.array([distinct.index(width) for width in bits], dtype=np.intp)
+
 
 OfProduct = Callable[[ProductShape, Sequence[Operand], Sequence[Operand], Hardware], Array]
 _UNSEEN = Forms((Form(UNSEEN, "none", None),), (parse_cast(KEEP),), np.zeros(1, dtype=np.intp))
@@ -67,7 +89,8 @@ class Consequences:
         self.timed = timed
         self.native_only = native_only
         self._forms: dict[Any, Forms] = {}
-        self._tables: dict[Any, Array] = {}
+        self._of_product: dict[Any, Array] = {}
+        self._moved: dict[Any, Array] = {}
         self._bits: dict[Any, Array] = {}
         self._narrow: dict[Any, Array] = {}
         self._parts_of: dict[Any, list[_Part]] = {}
@@ -109,8 +132,8 @@ class Consequences:
                     narrow = product.flops * self._is_narrow(forms[left], forms[right])
                     found.append(_Part.of_product(site, product, slice(0, 2), narrow))
             for one in self._shapes(site) if self.timed else ():
-                seconds = self._of_operands(site, one, forms, product_times_s)
-                found.append(_Part.of_product(site, one.product, slice(3, 4), seconds[None]))
+                seconds = self._of_forms(site, one, forms, product_times_s)
+                found.append(_Part.of_product(site, one.product, slice(3, 4), seconds))
             for axis, role in enumerate(site.roles):
                 held = [self._bytes(site, role, forms[role])]
                 held += [self._cast_seconds(site, role, forms[role])] if self.timed else []
@@ -130,7 +153,7 @@ class Consequences:
             return None
         found = np.ones(tuple(len(picked[role]) for role in site.roles), dtype=bool)
         for one in self._shapes(site):
-            fits = _Part.of_product(site, one.product, slice(1), self._of_operands(site, one, forms, _are_native)[None])
+            fits = _Part.of_product(site, one.product, slice(1), self._of_forms(site, one, forms, _are_native))
             found &= fits.over([picked[role] for role in site.roles])[0] > 0
         return found
 
@@ -146,12 +169,15 @@ class Consequences:
             for product in site.products:
                 if role in product.operands and set(product.operands) <= set(site.roles):
                     found = found & self._runs_no_wider(product, role, forms)
+            operands = np.ix_(forms[role].operand_of, forms[role].operand_of)
             for one in self._shapes(site) if self.timed or self.native_only else ():
                 if role in one.product.operands:
                     if self.timed:
-                        found = found & _no_larger(self._of_operands(site, one, forms, product_times_s), one, role)
+                        seconds = self._of_operands(site, one, forms, product_times_s)
+                        found = found & _no_larger(seconds, one, role)[operands]
                     if self.native_only:
-                        found = found & _no_larger(-self._of_operands(site, one, forms, _are_native), one, role)
+                        fits = self._of_operands(site, one, forms, _are_native)
+                        found = found & _no_larger(-fits, one, role)[operands]
             if self.timed:
                 seconds = self._cast_seconds(site, role, forms[role])
                 found = found & (seconds[:, None] <= seconds[None, :])
@@ -203,32 +229,31 @@ class Consequences:
         return self._bits[key]
 
     def _bytes(self, site: Site, role: str, forms: Forms) -> Array:
-        key = (self._likeness(site), role, id(forms), "bytes")
-        if key not in self._tables:
-            bits = np.array([form.operand.bits for form in forms.forms])
-            held = np.zeros(len(bits))
-            for width in np.unique(bits):
-                held[bits == width] = role_bytes(site, role, forms.casts[int((bits == width).argmax())])
-            self._tables[key] = held
-        return self._tables[key]
+        casts, width_of = forms.widths
+        return np.array([role_bytes(site, role, cast) for cast in casts])[width_of]
 
     def _cast_seconds(self, site: Site, role: str, forms: Forms) -> Array:
-        key = (self._likeness(site), role, id(forms))
-        if key not in self._tables:
-            self._tables[key] = cast_times_s(site, role, forms.casts, self.hardware)
-        return self._tables[key]
+        key = (id(forms), uses(site, role), is_weight(role))
+        if key not in self._moved:
+            self._moved[key] = moved_bytes(site, role, forms.casts, self.hardware)
+        return cast_times_s(site, role, self._moved[key], self.hardware)
 
     def _of_operands(self, site: Site, one: ProductShape, forms: Mapping[str, Forms], value: OfProduct) -> Array:
-        """A value of a product for all forms of its operands, [left, right]; one where no cast reaches the operand."""
-        sides = [forms[name] if name in site.roles else _UNSEEN for name in one.product.operands]
-        key = (self._likeness(site), one.product.name, value, *map(id, sides))
-        if key not in self._tables:
-            operands = [list(dict.fromkeys(form.operand for form in side.forms)) for side in sides]
-            at = [
-                [known.index(form.operand) for form in side.forms] for side, known in zip(sides, operands, strict=True)
-            ]
-            self._tables[key] = value(one, operands[0], operands[1], self.hardware)[np.ix_(*at)]
-        return self._tables[key]
+        """A value of a product for all operands of its two sides; one where no cast reaches the operand."""
+        left, right = self._sides(site, one.product, forms)
+        key = (self._likeness(site), one.product.name, value, id(left), id(right))
+        if key not in self._of_product:
+            self._of_product[key] = value(one, left.operands, right.operands, self.hardware)
+        return self._of_product[key]
+
+    def _of_forms(self, site: Site, one: ProductShape, forms: Mapping[str, Forms], value: OfProduct) -> Array:
+        """The same for all forms of its operands, [1, left, right]."""
+        left, right = self._sides(site, one.product, forms)
+        return self._of_operands(site, one, forms, value)[None, left.operand_of[:, None], right.operand_of]
+
+    def _sides(self, site: Site, product: Product, forms: Mapping[str, Forms]) -> tuple[Forms, Forms]:
+        left, right = (forms[name] if name in site.roles else _UNSEEN for name in product.operands)
+        return left, right
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,7 +314,7 @@ def _what_counts(site: Site) -> tuple[object, ...]:
 
 
 def _no_larger(values: Array, one: ProductShape, role: str) -> NDArray[np.bool_]:
-    """[forms, forms] of a role: whether a product's values are at most another's, whatever the other operand is."""
+    """[operands, operands] of a role: whether a product's values are at most another's, whatever the other operand is."""
     left, right = one.product.operands
     of_role = np.diagonal(values)[:, None] if left == right else values if role == left else values.T
     return np.asarray((of_role[:, None, :] <= of_role[None, :, :]).all(axis=2))

@@ -18,6 +18,7 @@ from advisor.operands import (
     Operand,
     enters_gradient,
     has_backward,
+    is_weight,
     operand,
     own_operand,
     product_bits,
@@ -28,11 +29,14 @@ from advisor.roofline import APPROXIMATIONS as TIME_APPROXIMATIONS
 from advisor.roofline import (
     cast_time_s,
     cast_times_s,
+    moved_bytes,
     product_time_s,
     product_times_s,
     site_time_s,
     step_speedup,
     time_s,
+    times_s,
+    uses,
 )
 from advisor.sharing import shared_tensors
 from probes.casts import Cast
@@ -52,7 +56,9 @@ __all__ = [
     "cast_times_s",
     "enters_gradient",
     "has_backward",
+    "is_weight",
     "memory",
+    "moved_bytes",
     "native_refusal",
     "operand",
     "own_operand",
@@ -69,6 +75,8 @@ __all__ = [
     "site_time_s",
     "step_speedup",
     "time_s",
+    "times_s",
+    "uses",
 ]
 
 

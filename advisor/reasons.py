@@ -25,7 +25,7 @@ from advisor.failures import OUTLIER_RATIO, cause, crest_of, outlier_clause
 from advisor.hardware import Hardware
 from advisor.intervals import interval_of, intervals_of, noise_interval
 from advisor.menu import Limits, Menu, errs_alike, lost_share, may_err_alike
-from advisor.settling import settling
+from advisor.settling import settling_within
 from probes.casts import Cast
 from probes.records import GRADIENT, Site
 
@@ -254,10 +254,9 @@ def _between(ends: Ends) -> str:
 def _unsettled(case: _Case, row: Row, name: str, ends: Ends) -> list[str]:
     """Where the interval straddles the tolerance: that the window was too short, and what would settle it."""
     limit = case.limits.tolerance
-    if case.role == GRADIENT or limit <= 0 or ends is None or not ends[0] < limit < ends[1]:
+    found = settling_within(row, ends, limit) if case.role != GRADIENT and limit > 0 else None
+    if found is None:
         return []
-    found = settling(row, limit)
-    assert found is not None
     return [
         (
             f"not settled: {name} may cost {found.lower:.1e} to {found.upper:.1e}, on either side of the tolerance; "
