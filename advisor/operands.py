@@ -71,6 +71,7 @@ def is_taken(left: Operand, right: Operand, hardware: Hardware) -> bool:
     return max(left.bits, right.bits) > 8 or hardware.takes_scales(left.granularity, right.granularity)
 
 
+@lru_cache(maxsize=65536)
 def product_bits(left: Operand, right: Operand, hardware: Hardware) -> int:
     """Bits in which the hardware runs a product: those of the wider operand, if it multiplies the pair.
 

@@ -16,7 +16,8 @@ from advisor.cost import memory, shares
 from advisor.errors import InvalidPlan
 from advisor.hardware import hardware_named
 from advisor.intervals import interval_of
-from advisor.menu import Candidate, by_slot, candidate, lost_share, menus
+from advisor.candidates import Candidate, SlotScores, by_slot, candidate
+from advisor.menu import lost_share, menus
 from advisor.plan import Assignment, Plan
 from advisor.planner import plan_from_rows
 from probes.records import Site
@@ -341,7 +342,7 @@ def test_pruning_by_role_loses_nothing(seed: int) -> None:
     site = linear() if seed % 2 else attention()
     rows = scores([site], seed)
     rows += [score(site.name, role, "e4m3fn/none", 1.0) for role in site.roles]  # worse than with a scale, same format
-    (menu,) = menus([site], rows, H100)
+    (menu,) = menus(SlotScores([site], rows), H100)
     assert all("e4m3fn/none/nearest" not in {str(o.cast) for o in menu.candidates[role]} for role in site.roles)
     assert len(menu.group.gains) < math.prod(len(menu.candidates[role]) for role in site.roles)
     goals, costs = menu.group.gains, menu.group.costs
