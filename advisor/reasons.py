@@ -360,7 +360,7 @@ def _unpaired(case: _Case, text: str) -> str | None:
         limit = _percent(case.limits.max_lost_batch)
         return f"{said} lose {_percent(lost_share(noise))} of the batch and the limit is {limit}"
     costs = [(damage, mine[0], "loss"), (noise, mine[1], "noise")]
-    dearer = [f"{_times(rival / own)} the {kind}" for rival, own, kind in costs if rival > own > 0]
+    dearer = [_dearer(rival / own, kind) for rival, own, kind in costs if rival > own > 0]
     return f"{said} cost {' and '.join(dearer)}" if dearer else None
 
 
@@ -370,7 +370,7 @@ def _compared(case: _Case, name: str, option: Candidate, same: bool) -> str:
     pairs = [(option.damage, chosen.damage, "loss"), (option.noise_ratio, chosen.noise_ratio, "noise")]
     for rival, mine, kind in pairs if case.role != GRADIENT else reversed(pairs):
         if rival > mine > 0:
-            return f"{name} would cost {_times(rival / mine)} the {kind}{_because(option.row)}"
+            return f"{name} would cost {_dearer(rival / mine, kind)}{_because(option.row)}"
         if rival > mine:
             return f"{name} would cost {_cost(case, option)} and save no more"
     if not same:
@@ -447,5 +447,8 @@ def _percent(share: float) -> str:
     return f"{value:.0f}%" if abs(value) >= 10 or value == 0 else f"{value:.2g}%"
 
 
-def _times(ratio: float) -> str:
-    return f"{ratio:.1f}×" if ratio < 100 else f"{ratio:.0f}×"
+def _dearer(ratio: float, kind: str) -> str:
+    """How much more something costs, for a ratio above 1: one that would read as 1.0× is told as a difference."""
+    if ratio < 1.05:
+        return f"{_percent(ratio - 1)} more {kind}"
+    return f"{ratio:.1f}× the {kind}" if ratio < 100 else f"{ratio:.0f}× the {kind}"

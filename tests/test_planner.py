@@ -249,6 +249,17 @@ def test_of_casts_that_bring_the_same_the_less_harmful_is_taken() -> None:
     assert "e5m2 would leave 67%" in assigned(plan, "up", "input").reason
 
 
+@pytest.mark.parametrize(
+    ("dearer", "told"),
+    [(1.0321, "3.2% more noise"), (1.0499, "5% more noise"), (1.05, "1.1× the noise"), (1.0 + 1e-9, "<0.0001% more")],
+)
+def test_a_rival_that_costs_nearly_as_much_is_not_said_to_cost_once_as_much(dearer: float, told: str) -> None:
+    rows = [score("up", role, "e4m3fn", 1e-6) for role in ("input", "weight")]
+    rows += [score("up", "grad_output", "e4m3fn", 1e-6), score("up", "grad_output", "e5m2", dearer * 1e-6)]
+    reason = assigned(planned([linear()], rows), "up", "grad_output").reason
+    assert f"e5m2 would cost {told}" in reason
+
+
 def test_fused_attention_stays_within_what_casts_reach() -> None:
     site = attention()
     plan = planned([site], [score(site.name, role, "e4m3fn", 1e-9) for role in site.roles])
