@@ -17,12 +17,13 @@ from advisor.cost import (
     memory,
     own_operand,
     shares,
-    time_s,
+    times_s,
 )
 from advisor.hardware import Hardware
-from advisor.intervals import interval_of, interval_of_sum
+from advisor.intervals import interval_of_sum, intervals_of
 from advisor.loss_scale_choice import LossScale, is_bare
-from advisor.menu import Row, lost_share
+from advisor.candidates import Row
+from advisor.menu import lost_share
 from advisor.objectives import Objective
 from advisor.plan import Assignment, FrontPoint, LossScaling, Plan, PlannedSite, Predicted
 from advisor.storing import KEPT_AS_IT_IS, Storage
@@ -81,14 +82,15 @@ def assemble(draft: Draft) -> Plan:
     """The plan of a draft; `damage` and `noise_ratio` are the exact sums that were held to the limits."""
     seen = math.fsum(site.flops for site in draft.sites)
     total = max(draft.total_flops, seen) if math.isfinite(draft.total_flops) else seen
-    assignments = [_assignment(draft, site, role) for site in draft.sites for role in site.roles]
+    assignments = _assignments(draft)
     narrow = shares(draft.sites, draft.casts, draft.hardware)
     keep = parse_cast(KEEP)
     as_is = dict.fromkeys(draft.casts, keep)
     before = memory(draft.sites, as_is, draft.records, shared=draft.shared)
     after = memory(draft.sites, draft.casts, draft.records, draft.storage.casts, draft.shared)
-    time_before_s = time_s(draft.sites, as_is, draft.hardware) if draft.hardware.has_rates else None
-    time_after_s = time_s(draft.sites, draft.casts, draft.hardware) if draft.hardware.has_rates else None
+    time_before_s, time_after_s = None, None
+    if draft.hardware.has_rates:
+        time_before_s, time_after_s = times_s(draft.sites, (as_is, draft.casts), draft.hardware)
     widths = {own_operand(site, WEIGHT).format or "fp32" for site in draft.sites if WEIGHT in site.roles}
     own_weights = "+".join(sorted(widths)) or "fp32"
     return Plan(
@@ -135,10 +137,17 @@ def assemble(draft: Draft) -> Plan:
     )
 
 
-def _assignment(draft: Draft, site: Site, role: str) -> Assignment:
-    slot = (site.name, role)
+def _assignments(draft: Draft) -> list[Assignment]:
+    slots = [(site.name, role) for site in draft.sites for role in site.roles]
+    intervals = dict(zip(slots, intervals_of([draft.rows[slot] or {"role": slot[1]} for slot in slots]), strict=True))
+    return [_assignment(draft, slot, intervals[slot]) for slot in slots]
+
+
+def _assignment(draft: Draft, slot: Slot, interval: tuple[float, float] | None) -> Assignment:
+    role = slot[1]
     cast, row = draft.casts[slot], draft.rows[slot]
-    kept = str(cast) == KEEP
+    text = str(cast)
+    kept = text == KEEP
     score: Row = row or {}
 
     def value(name: str, when_kept: float | None = None) -> float | None:
@@ -148,12 +157,12 @@ def _assignment(draft: Draft, site: Site, role: str) -> Assignment:
     forward = role != GRADIENT
     noise = value("noise_ratio", 0.0)
     return Assignment(
-        site=site.name,
+        site=slot[0],
         role=role,
-        cast=str(cast),
+        cast=text,
         damage=value("damage", 0.0) if forward else None,
         damage_se=value("damage_se", 0.0) if forward else None,
-        damage_interval=((0.0, 0.0) if kept else interval_of(score)) if forward else None,
+        damage_interval=((0.0, 0.0) if kept else interval) if forward else None,
         damage_from=None if kept else score.get("damage_from"),
         noise_ratio=noise,
         lost_batch_share=None if noise is None else lost_share(noise),

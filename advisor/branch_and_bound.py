@@ -7,7 +7,8 @@ which no permitted choice breaks, and the program is solved again; after several
 by 4e-6, so that a choice closer to a limit than that may be missed. A limit is never exceeded.
 
 HiGHS 1.12, which scipy 1.17 has, prints a line now and then whatever its options are (ERGO-Code/HiGHS issue 2783). To
-keep it from stdout would mean to turn the descriptor away from everyone else in the process for as long: it is let be.
+keep it from stdout would mean to turn the descriptor away from everyone else in the process for as long: it is let be
+here, and our command line keeps its own results apart from the start (`cli/output.py`).
 """
 
 from __future__ import annotations

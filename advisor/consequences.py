@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +16,12 @@ from numpy.typing import NDArray
 
 from advisor.castnames import KEEP, parse_cast
 from advisor.cost import (
+    UNSEEN,
     Operand,
     ProductShape,
     cast_times_s,
+    is_weight,
+    moved_bytes,
     native_refusal,
     operand,
     own_operand,
@@ -25,6 +29,7 @@ from advisor.cost import (
     product_shapes,
     product_times_s,
     role_bytes,
+    uses,
 )
 from advisor.hardware import Hardware
 from probes.casts import Cast
@@ -52,10 +57,27 @@ class Forms:
     casts: tuple[Cast, ...]
     place: NDArray[np.intp]
 
+    @cached_property
+    def operands(self) -> list[Operand]:
+        """The operands that there are among the forms."""
+        return list(dict.fromkeys(form.operand for form in self.forms))
+
+    @cached_property
+    def operand_of(self) -> NDArray[np.intp]:
+        """Each form's."""
+        return np.array([self.operands.index(form.operand) for form in self.forms], dtype=np.intp)
+
+    @cached_property
+    def widths(self) -> tuple[list[Cast], NDArray[np.intp]]:
+        """A cast of each width in bits that there is among the forms, and each form's place in these."""
+        bits = [form.operand.bits for form in self.forms]
+        distinct = list(dict.fromkeys(bits))
+        casts = [self.casts[bits.index(width)] for width in distinct]
+        return casts, np.array([distinct.index(width) for width in bits], dtype=np.intp)
+
 
 OfProduct = Callable[[ProductShape, Sequence[Operand], Sequence[Operand], Hardware], Array]
-# An operand that nobody sees outside a fused kernel.
-_UNSEEN = Forms((Form(Operand(None, 32), "none", None),), (parse_cast(KEEP),), np.zeros(1, dtype=np.intp))
+_UNSEEN = Forms((Form(UNSEEN, "none", None),), (parse_cast(KEEP),), np.zeros(1, dtype=np.intp))
 
 
 class Consequences:
@@ -67,9 +89,13 @@ class Consequences:
         self.timed = timed
         self.native_only = native_only
         self._forms: dict[Any, Forms] = {}
-        self._tables: dict[Any, Array] = {}
+        self._of_product: dict[Any, Array] = {}
+        self._moved: dict[Any, Array] = {}
         self._bits: dict[Any, Array] = {}
+        self._narrow: dict[Any, Array] = {}
+        self._parts_of: dict[Any, list[_Part]] = {}
         self._no_worse: dict[Any, NDArray[np.bool_]] = {}
+        self._distinct: dict[tuple[tuple[int, ...], bytes], NDArray[np.bool_]] = {}
         self._kinds: dict[tuple[object, ...], int] = {}
         self._of_site: dict[int, tuple[Site, int]] = {}  # by id: the site is kept, so that no other gets its id
         self._shapes_of: dict[int, tuple[ProductShape, ...]] = {}
@@ -90,40 +116,52 @@ class Consequences:
 
     def table(self, site: Site, forms: Mapping[str, Forms], picked: Mapping[str, NDArray[np.intp]]) -> Array:
         """What every combination of some of the forms brings: [measures, the picked forms of each role in turn]."""
-        key = (self._likeness(site), *((id(forms[role]), picked[role].tobytes()) for role in site.roles))
-        if key not in self._tables:
-            shape = tuple(len(picked[role]) for role in site.roles)
-            table = np.zeros((len(MEASURES), *shape))
+        table = np.zeros((len(MEASURES), *(len(picked[role]) for role in site.roles)))
+        for part in self._parts(site, forms):
+            table[part.measures] += part.over([picked[role] for role in site.roles])
+        return table
+
+    def _parts(self, site: Site, forms: Mapping[str, Forms]) -> list[_Part]:
+        """What the site's products and roles bring, each by itself; the same for sites that are alike."""
+        key = (self._likeness(site), *(id(forms[role]) for role in site.roles))
+        if key not in self._parts_of:
+            found = []
             for product in site.products:
-                bits = self._bits_over(site, product, forms, picked)
-                table[0] += product.flops * (bits <= 8)
-                table[1] += product.flops * (bits <= 16)
-            for role in site.roles:
-                table[2] += along(site, self._bytes(site, role, forms[role])[picked[role]], role)
+                if set(product.operands) <= set(site.roles):  # else out of reach of a cast, and never narrow
+                    left, right = product.operands
+                    narrow = product.flops * self._is_narrow(forms[left], forms[right])
+                    found.append(_Part.of_product(site, product, slice(0, 2), narrow))
             for one in self._shapes(site) if self.timed else ():
-                seconds = self._of_operands(site, one, forms, product_times_s)
-                table[3] += self._over(site, one.product, seconds, picked)
-            for role in site.roles if self.timed else ():
-                table[3] += along(site, self._cast_seconds(site, role, forms[role])[picked[role]], role)
-            self._tables[key] = table
-        return self._tables[key]
+                seconds = self._of_forms(site, one, forms, product_times_s)
+                found.append(_Part.of_product(site, one.product, slice(3, 4), seconds))
+            for axis, role in enumerate(site.roles):
+                held = [self._bytes(site, role, forms[role])]
+                held += [self._cast_seconds(site, role, forms[role])] if self.timed else []
+                found.append(_Part(slice(2, 2 + len(held)), (axis,), len(site.roles), np.stack(held)))
+            self._parts_of[key] = found
+        return self._parts_of[key]
 
     def possible(
         self, site: Site, forms: Mapping[str, Forms], picked: Mapping[str, NDArray[np.intp]]
-    ) -> NDArray[np.bool_]:
-        """Which combinations may be chosen, [the picked forms of each role in turn].
+    ) -> NDArray[np.bool_] | None:
+        """Which combinations may be chosen, [the picked forms of each role in turn]; None for all.
 
         Under `native_only` those in which every product is either run in 8 bits by a native kernel, or has no operand
         of 8 bits. A tensor is cast once, so one product that wants it as it was makes the cast of no use.
         """
+        if not self.native_only:
+            return None
         found = np.ones(tuple(len(picked[role]) for role in site.roles), dtype=bool)
-        for one in self._shapes(site) if self.native_only else ():
-            fits = self._of_operands(site, one, forms, _are_native)
-            found &= self._over(site, one.product, fits, picked) > 0
+        for one in self._shapes(site):
+            fits = _Part.of_product(site, one.product, slice(1), self._of_forms(site, one, forms, _are_native))
+            found &= fits.over([picked[role] for role in site.roles])[0] > 0
         return found
 
     def no_worse(self, site: Site, role: str, forms: Mapping[str, Forms]) -> NDArray[np.bool_]:
-        """[forms, forms]: whether a form brings at least what another does, whatever the other roles' casts are."""
+        """[forms, forms]: whether a form brings at least what another does, whatever the other roles' casts are.
+
+        The same object where it is the same for several kinds of sites.
+        """
         key = (self._likeness(site), role, *(id(forms[name]) for name in site.roles))
         if key not in self._no_worse:
             held = self._bytes(site, role, forms[role])
@@ -131,16 +169,19 @@ class Consequences:
             for product in site.products:
                 if role in product.operands and set(product.operands) <= set(site.roles):
                     found = found & self._runs_no_wider(product, role, forms)
+            operands = np.ix_(forms[role].operand_of, forms[role].operand_of)
             for one in self._shapes(site) if self.timed or self.native_only else ():
                 if role in one.product.operands:
                     if self.timed:
-                        found = found & _no_larger(self._of_operands(site, one, forms, product_times_s), one, role)
+                        seconds = self._of_operands(site, one, forms, product_times_s)
+                        found = found & _no_larger(seconds, one, role)[operands]
                     if self.native_only:
-                        found = found & _no_larger(-self._of_operands(site, one, forms, _are_native), one, role)
+                        fits = self._of_operands(site, one, forms, _are_native)
+                        found = found & _no_larger(-fits, one, role)[operands]
             if self.timed:
                 seconds = self._cast_seconds(site, role, forms[role])
                 found = found & (seconds[:, None] <= seconds[None, :])
-            self._no_worse[key] = np.asarray(found)
+            self._no_worse[key] = self._distinct.setdefault((found.shape, found.tobytes()), np.asarray(found))
         return self._no_worse[key]
 
     def _likeness(self, site: Site) -> int:
@@ -170,18 +211,13 @@ class Consequences:
             self._no_worse[key] = np.asarray((width[:, None, :] <= width[None, :, :]).all(axis=2))
         return self._no_worse[key]
 
-    def _bits_over(
-        self, site: Site, product: Product, forms: Mapping[str, Forms], picked: Mapping[str, NDArray[np.intp]]
-    ) -> Array:
-        """Bits in which a product runs, over its own roles' dimensions; the site's others have length 1.
-
-        A name that is no role of the site is out of reach of every cast, and its product never narrow.
-        """
-        left, right = product.operands
-        if not {left, right} <= set(site.roles):
-            return np.full((1,) * len(site.roles), 32.0)
-        bits = self._bits_of(forms[left], forms[right])[np.ix_(picked[left], picked[right])]
-        return along(site, np.diagonal(bits), left) if left == right else along(site, bits, left, right)
+    def _is_narrow(self, lefts: Forms, rights: Forms) -> Array:
+        """Whether products run in at most 8 bits, and in at most 16: [2, lefts, rights], 1 or 0."""
+        key = (id(lefts), id(rights))
+        if key not in self._narrow:
+            bits = self._bits_of(lefts, rights)
+            self._narrow[key] = np.stack([bits <= 8, bits <= 16]).astype(np.float64)
+        return self._narrow[key]
 
     def _bits_of(self, lefts: Forms, rights: Forms) -> Array:
         key = (id(lefts), id(rights))
@@ -193,45 +229,68 @@ class Consequences:
         return self._bits[key]
 
     def _bytes(self, site: Site, role: str, forms: Forms) -> Array:
-        key = (self._likeness(site), role, id(forms), "bytes")
-        if key not in self._tables:
-            bits = np.array([form.operand.bits for form in forms.forms])
-            held = np.zeros(len(bits))
-            for width in np.unique(bits):
-                held[bits == width] = role_bytes(site, role, forms.casts[int((bits == width).argmax())])
-            self._tables[key] = held
-        return self._tables[key]
+        casts, width_of = forms.widths
+        return np.array([role_bytes(site, role, cast) for cast in casts])[width_of]
 
     def _cast_seconds(self, site: Site, role: str, forms: Forms) -> Array:
-        key = (self._likeness(site), role, id(forms))
-        if key not in self._tables:
-            self._tables[key] = cast_times_s(site, role, forms.casts, self.hardware)
-        return self._tables[key]
+        key = (id(forms), uses(site, role), is_weight(role))
+        if key not in self._moved:
+            self._moved[key] = moved_bytes(site, role, forms.casts, self.hardware)
+        return cast_times_s(site, role, self._moved[key], self.hardware)
 
     def _of_operands(self, site: Site, one: ProductShape, forms: Mapping[str, Forms], value: OfProduct) -> Array:
-        """A value of a product for all forms of its operands, [left, right]; one where no cast reaches the operand."""
-        sides = [forms[name] if name in site.roles else _UNSEEN for name in one.product.operands]
-        key = (self._likeness(site), one.product.name, value, *map(id, sides))
-        if key not in self._tables:
-            operands = [list(dict.fromkeys(form.operand for form in side.forms)) for side in sides]
-            at = [
-                [known.index(form.operand) for form in side.forms] for side, known in zip(sides, operands, strict=True)
-            ]
-            self._tables[key] = value(one, operands[0], operands[1], self.hardware)[np.ix_(*at)]
-        return self._tables[key]
+        """A value of a product for all operands of its two sides; one where no cast reaches the operand."""
+        left, right = self._sides(site, one.product, forms)
+        key = (self._likeness(site), one.product.name, value, id(left), id(right))
+        if key not in self._of_product:
+            self._of_product[key] = value(one, left.operands, right.operands, self.hardware)
+        return self._of_product[key]
 
-    def _over(self, site: Site, product: Product, values: Array, picked: Mapping[str, NDArray[np.intp]]) -> Array:
-        """A product's values for the picked forms, reshaped so that they broadcast over all of the site's roles."""
+    def _of_forms(self, site: Site, one: ProductShape, forms: Mapping[str, Forms], value: OfProduct) -> Array:
+        """The same for all forms of its operands, [1, left, right]."""
+        left, right = self._sides(site, one.product, forms)
+        return self._of_operands(site, one, forms, value)[None, left.operand_of[:, None], right.operand_of]
+
+    def _sides(self, site: Site, product: Product, forms: Mapping[str, Forms]) -> tuple[Forms, Forms]:
+        left, right = (forms[name] if name in site.roles else _UNSEEN for name in product.operands)
+        return left, right
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What one or two roles' forms bring of some measures, whatever the other roles' are.
+
+    axes    of the roles, rising; none where no cast reaches the product
+    values  [measures, the forms of each axis]
+    """
+
+    measures: slice
+    axes: tuple[int, ...]
+    dimensions: int
+    values: Array
+
+    @classmethod
+    def of_product(cls, site: Site, product: Product, measures: slice, values: Array) -> _Part:
+        """`values` [measures, left, right]; an operand that is no role of the site has one form."""
         left, right = product.operands
-        if left == right:
-            return along(site, np.diagonal(values)[picked[left]], left)
-        for axis, name in enumerate((left, right)):
-            if name in site.roles:
-                values = np.take(values, picked[name], axis=axis)
-        if left in site.roles and right in site.roles:
-            return along(site, values, left, right)
-        seen = [name for name in (left, right) if name in site.roles]
-        return along(site, values.reshape(-1), *seen) if seen else values.reshape([1] * len(site.roles))
+        axes = [site.roles.index(name) if name in site.roles else -1 for name in (left, right)]
+        if left == right and left in site.roles:
+            values, axes = np.diagonal(values, axis1=1, axis2=2), axes[:1]
+        elif axes[0] > axes[1]:
+            values, axes = values.transpose(0, 2, 1), axes[::-1]
+        seen = tuple(axis for axis in axes if axis >= 0)
+        shape = values.shape[len(values.shape) - len(seen) :]
+        return cls(measures, seen, len(site.roles), np.ascontiguousarray(values).reshape(len(values), *shape))
+
+    def over(self, picked: Sequence[NDArray[np.intp]]) -> Array:
+        """For the picked forms of each role, reshaped so that it broadcasts over all of the site's roles."""
+        values = self.values
+        for number, axis in enumerate(self.axes):
+            values = values.take(picked[axis], axis=number + 1)
+        sizes = [1] * self.dimensions
+        for number, axis in enumerate(self.axes):
+            sizes[axis] = values.shape[number + 1]
+        return values.reshape(len(values), *sizes)
 
 
 def form_of(site: Site, role: str, cast: Cast) -> Form:
@@ -255,7 +314,7 @@ def _what_counts(site: Site) -> tuple[object, ...]:
 
 
 def _no_larger(values: Array, one: ProductShape, role: str) -> NDArray[np.bool_]:
-    """[forms, forms] of a role: whether a product's values are at most another's, whatever the other operand is."""
+    """[operands, operands] of a role: whether a product's values are at most another's, whatever the other operand is."""
     left, right = one.product.operands
     of_role = np.diagonal(values)[:, None] if left == right else values if role == left else values.T
     return np.asarray((of_role[:, None, :] <= of_role[None, :, :]).all(axis=2))
@@ -274,10 +333,6 @@ def _is_native(shape: ProductShape, left: Operand, right: Operand, hardware: Har
     return max(left.bits, right.bits) <= 8 and native_refusal(shape, left, right, hardware) is None
 
 
-def along(site: Site, values: Array, *roles: str) -> Array:
-    """An array over one or two roles, reshaped so that it broadcasts over all of the site's."""
-    axes = [site.roles.index(role) for role in roles]
-    if axes != sorted(axes):
-        values, axes = values.T, sorted(axes)
-    sizes = dict(zip(axes, values.shape, strict=True))
-    return values.reshape([sizes.get(axis, 1) for axis in range(len(site.roles))])
+def spread(values: Array, dimensions: int, axis: int) -> Array:
+    """A vector, reshaped so that it runs along one of some dimensions."""
+    return values.reshape([-1 if one == axis else 1 for one in range(dimensions)])

@@ -13,10 +13,12 @@ from advisor.device import Hardware
 from advisor.memory import APPROXIMATIONS, RECORDED_APPROXIMATIONS, Memory, memory, role_bytes
 from advisor.native import native_refusal
 from advisor.operands import (
+    UNSEEN,
     WEIGHT,
     Operand,
     enters_gradient,
     has_backward,
+    is_weight,
     operand,
     own_operand,
     product_bits,
@@ -27,11 +29,14 @@ from advisor.roofline import APPROXIMATIONS as TIME_APPROXIMATIONS
 from advisor.roofline import (
     cast_time_s,
     cast_times_s,
+    moved_bytes,
     product_time_s,
     product_times_s,
     site_time_s,
     step_speedup,
     time_s,
+    times_s,
+    uses,
 )
 from advisor.sharing import shared_tensors
 from probes.casts import Cast
@@ -41,6 +46,7 @@ __all__ = [
     "APPROXIMATIONS",
     "RECORDED_APPROXIMATIONS",
     "TIME_APPROXIMATIONS",
+    "UNSEEN",
     "WEIGHT",
     "Memory",
     "Operand",
@@ -50,7 +56,9 @@ __all__ = [
     "cast_times_s",
     "enters_gradient",
     "has_backward",
+    "is_weight",
     "memory",
+    "moved_bytes",
     "native_refusal",
     "operand",
     "own_operand",
@@ -62,10 +70,13 @@ __all__ = [
     "role_bytes",
     "shared_tensors",
     "shares",
+    "shares_of_operands",
     "site_shares",
     "site_time_s",
     "step_speedup",
     "time_s",
+    "times_s",
+    "uses",
 ]
 
 
@@ -79,13 +90,21 @@ class Shares:
 
 def site_shares(site: Site, casts: Mapping[str, Cast], hardware: Hardware) -> Shares:
     """FLOPs of the site's products in at most 8 and at most 16 bits; `casts` has every role of the site."""
-    bits = [
-        (product_bits(*product_operands(site, product, casts), hardware), product.flops) for product in site.products
-    ]
-    return Shares(
-        flops_8bit=math.fsum(flops for width, flops in bits if width <= 8),
-        flops_16bit=math.fsum(flops for width, flops in bits if width <= 16),
-    )
+    return shares_of_operands(site, {role: operand(site, role, casts[role]) for role in site.roles}, hardware)
+
+
+def shares_of_operands(site: Site, operands: Mapping[str, Operand], hardware: Hardware) -> Shares:
+    """The same for the operands that the roles' casts make."""
+    narrow: list[float] = []
+    narrower: list[float] = []
+    for product in site.products:
+        left, right = (operands.get(name, UNSEEN) for name in product.operands)
+        bits = product_bits(left, right, hardware)
+        if bits <= 16:
+            narrow.append(product.flops)
+        if bits <= 8:
+            narrower.append(product.flops)
+    return Shares(flops_8bit=math.fsum(narrower), flops_16bit=math.fsum(narrow))
 
 
 def shares(sites: Iterable[Site], casts: Mapping[tuple[str, str], Cast], hardware: Hardware) -> Shares:

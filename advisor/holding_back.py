@@ -10,7 +10,8 @@ from types import MappingProxyType
 from advisor.castnames import short_cast
 from advisor.cost import site_shares
 from advisor.intervals import interval_of_sum
-from advisor.menu import Candidate, Limits, Menu, lost_share
+from advisor.candidates import Candidate
+from advisor.menu import Limits, Menu, lost_share
 from advisor.plan import FrontPoint
 from advisor.shut_out import NEARLY, ShutOut
 from advisor.site_names import joint_name, without_number
@@ -66,25 +67,42 @@ def plan_sentences(
     """
     if not menus or not total_flops:
         return []
-    held = [found for menu in menus for found in _held(menu, alike.get(menu.site.name), chosen, limits, spent)]
+    flops = [_flops(menu, {role: chosen[menu.site.name, role] for role in menu.site.roles}) for menu in menus]
+    most = [menu.most_8bit(limits) for menu in menus]
+    held = [
+        found
+        for menu, has, can in zip(menus, flops, most, strict=True)
+        for found in _held(menu, has, can, alike.get(menu.site.name), chosen, limits, spent)
+    ]
+    reachable = math.fsum([*(reach for reach, _, _ in most), *(found.flops for found in alike.values())])
     return [
-        *_limited_by(menus, held, alike, limits, total_flops),
+        *_limited_by(menus, held, reachable, limits, total_flops),
         *_held_back(held, limits, total_flops),
         *_all_in(held, limits, spent),
-        *_bought(front, limits, _narrow(menus, chosen) / total_flops),
+        *_bought(front, limits, math.fsum(flops) / total_flops),
         *_spenders(chosen, limits, spent),
         *_certainty(chosen, limits, spent),
     ]
 
 
 def _held(
-    menu: Menu, alike: ShutOut | None, chosen: Mapping[Slot, Candidate], limits: Limits, spent: Spent
+    menu: Menu,
+    has: float,
+    can: tuple[float, float, float],
+    alike: ShutOut | None,
+    chosen: Mapping[Slot, Candidate],
+    limits: Limits,
+    spent: Spent,
 ) -> Iterator[_Held]:
-    """What the site holds back of what its menu reaches, then what the limit on what is alike holds back beyond."""
-    picked = {role: chosen[menu.site.name, role] for role in menu.site.roles}
-    now = math.fsum(option.damage for option in picked.values()), math.fsum(o.noise_ratio for o in picked.values())
-    most, damage, noise = menu.most_8bit(limits)
-    missing = most - _flops(menu, picked)
+    """What the site holds back of what its menu reaches, then what the limit on what is alike holds back beyond.
+
+    has  FLOPs in 8 bits
+    can  the most that it can have, with their damage and noise
+    """
+    picked = [chosen[menu.site.name, role] for role in menu.site.roles]
+    now = math.fsum(option.damage for option in picked), math.fsum(option.noise_ratio for option in picked)
+    most, damage, noise = can
+    missing = most - has
     before = now
     if missing > NEARLY * max(menu.site.flops, 1.0):
         over = _over(damage - now[0], noise - now[1], limits, spent)
@@ -115,20 +133,15 @@ def _flops(menu: Menu, picked: Mapping[str, Candidate]) -> float:
     return site_shares(menu.site, casts, menu.hardware).flops_8bit
 
 
-def _narrow(menus: Sequence[Menu], chosen: Mapping[Slot, Candidate]) -> float:
-    return math.fsum(_flops(menu, {role: chosen[menu.site.name, role] for role in menu.site.roles}) for menu in menus)
-
-
 def _limited_by(
-    menus: Sequence[Menu], held: Sequence[_Held], alike: Mapping[str, ShutOut], limits: Limits, total: float
+    menus: Sequence[Menu], held: Sequence[_Held], reachable: float, limits: Limits, total: float
 ) -> list[str]:
-    """How the FLOPs that are not in 8 bits divide over causes."""
+    """How the FLOPs that are not in 8 bits divide over causes. `reachable`: what the menus reach in all."""
     parts = []
     causes = sorted({found.cause for found in held})
     by_cause = {cause: math.fsum(found.flops for found in held if found.cause == cause) for cause in causes}
     for cause, flops in sorted(by_cause.items(), key=lambda entry: (-entry[1], entry[0])):
         parts.append(f"{_share(flops, total)} by {_limit_named(cause, limits)}")
-    reachable = math.fsum([*(menu.most_8bit(limits)[0] for menu in menus), *(found.flops for found in alike.values())])
     seen = math.fsum(menu.site.flops for menu in menus)
     if seen - reachable > NEARLY * total:
         hardware = menus[0].hardware.name

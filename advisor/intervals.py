@@ -149,10 +149,15 @@ def total_interval(
 
 def interval_of(row: Mapping[str, Any]) -> tuple[float, float] | None:
     """The interval of one score, a row of `Scores.rows`; None where its damage is unknown. A gradient has none."""
-    if row.get("damage") is None:
-        return None
-    lower, upper = damage_intervals(*_columns([row]))[0].tolist()
-    return None if math.isnan(lower) else (lower, upper)
+    return intervals_of([row])[0]
+
+
+def intervals_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float] | None]:
+    """The same of many, in their order, at little more than the price of one."""
+    if not rows:
+        return []
+    ends = damage_intervals(*_columns(rows)).tolist()
+    return [None if math.isnan(lower) else (lower, upper) for lower, upper in ends]
 
 
 def noise_intervals(noise_ratio: ArrayLike, confidence: ArrayLike, is_measured: ArrayLike) -> Array:
@@ -203,13 +208,14 @@ def interval_of_sum(rows: Iterable[Mapping[str, Any]]) -> tuple[float, float] | 
 
 def centred(row: Mapping[str, Any]) -> float:
     """The middle of a score's interval, on the scale of factors: its damage, calibrated."""
-    return float(row["damage"] * 2.0 ** _CENTRE[_columns([row])[3][0]])
+    return float(row["damage"] * 2.0 ** _CENTRE[_kind(row)])
 
 
 def spread_of(row: Mapping[str, Any]) -> float:
     """The σ of a score's interval, octaves."""
-    _, _, confidence, (kind,) = _columns([row])
-    return float(np.sqrt(_window_octaves(confidence)[0] ** 2 + _COMMON[kind] ** 2 + _OWN[kind] ** 2))
+    kind, confidence = _kind(row), row.get("confidence")
+    window = _window_octaves(np.float64(math.nan if confidence is None else confidence))
+    return float(np.sqrt(window**2 + _COMMON[kind] ** 2 + _OWN[kind] ** 2))
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[Array, Array, Array, NDArray[np.int64]]:
@@ -217,8 +223,11 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[Array, Array, Array, ND
         np.array([math.nan if row.get(name) is None else row[name] for row in rows], dtype=np.float64)
         for name in ("damage", "damage_se", "confidence")
     ]
-    kinds = [kind_of(row["role"], row.get("damage_from"), bool(row.get("whole_batch"))) for row in rows]
-    return numbers[0], numbers[1], numbers[2], np.array(kinds, dtype=np.int64)
+    return numbers[0], numbers[1], numbers[2], np.array([_kind(row) for row in rows], dtype=np.int64)
+
+
+def _kind(row: Mapping[str, Any]) -> int:
+    return kind_of(row["role"], row.get("damage_from"), bool(row.get("whole_batch")))
 
 
 def _window_octaves(confidence: Array) -> Array:

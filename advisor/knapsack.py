@@ -103,7 +103,9 @@ class Knapsack:
         gains = np.concatenate([group.gains for group in groups])
         costs = np.concatenate([group.costs for group in groups])
         group_of = np.repeat(np.arange(len(groups)), sizes)
-        self._kept = undominated_of(group_of, gains, costs) if prune else np.arange(len(gains))
+        self._kept = np.arange(len(gains))
+        if prune:
+            self._kept = undominated_of(np.append(self._offsets, len(gains)), np.hstack([-gains, costs]).T)
         self._gains, self._costs, self._group_of = gains[self._kept], costs[self._kept], group_of[self._kept]
         self._starts = np.searchsorted(self._group_of, np.arange(len(groups)))
 

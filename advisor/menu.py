@@ -1,7 +1,6 @@
 """What a site can choose from: combinations of its roles' candidate casts, with gains and costs.
 
-A cast whose damage or noise is unknown, NaN or infinite is no candidate. Every role may stay as it is
-(`fp32/none/nearest`) at no damage and no noise.
+Every role may stay as it is (`fp32/none/nearest`) at no damage and no noise; what else it can be is in `candidates.py`.
 
 What cannot be in a best plan is left out before anything is solved, in two steps. Of a role's casts: one that another
 equals or beats in damage and noise, and in what it brings whatever the other roles are (`consequences.py`). Of a site's
@@ -12,28 +11,25 @@ their combinations about 50 a site.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from advisor.castnames import KEEP, parse_cast
-from advisor.consequences import MEASURES, Consequences, Forms, along
-from advisor.cost import enters_gradient
+from advisor.candidates import AS_IT_IS, Candidate, Mask, Row, Slot, SlotScores
+from advisor.castnames import KEEP
+from advisor.consequences import MEASURES, Consequences, Forms, spread
 from advisor.errors import InvalidPlan
 from advisor.hardware import Hardware
 from advisor.knapsack import Group
 from advisor.objectives import LARGER_IS_BETTER, Task
-from advisor.product_casts import FOLLOWED
 from advisor.pruning import undominated
-from probes.casts import Cast
 from probes.records import GRADIENT, Site
 
 Array = NDArray[np.float64]
-Row = Mapping[str, Any]
+Places = NDArray[np.intp]
 
 SHARE_8BIT = Task()
 
@@ -43,16 +39,6 @@ good as a smaller batch; what is alike stays while the minibatch's own noise ave
 steps: at the default limit of 2% on lost batch, after 2,000. Chosen on whole trainings of two models with one gradient
 cast; `docs/advice.md` has those of six.
 """
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One cast for one slot and what it costs. `row`: its score, None for a tensor left as it is."""
-
-    cast: Cast
-    damage: float
-    noise_ratio: float
-    row: Row | None
 
 
 @dataclass(frozen=True)
@@ -120,32 +106,9 @@ def may_err_alike(row: Row, limits: Limits) -> bool:
     return bool(ratio + 2 * error > limits.systematic)
 
 
-def by_slot(sites: Sequence[Site], rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
-    """Rows by slot and canonical cast, casts in alphabetical order. InvalidPlan for a row of no slot."""
-    table: dict[tuple[str, str], dict[str, Row]] = {(site.name, role): {} for site in sites for role in site.roles}
-    canonical: dict[str, str] = {}
-    for row in rows:
-        slot, text = (row["site"], row["role"]), row["cast"]
-        if slot not in table:
-            raise InvalidPlan(f"a score names {slot[0]!r}, {slot[1]!r}, which is no slot of the window")
-        if text not in canonical:
-            canonical[text] = str(parse_cast(text))
-        table[slot][canonical[text]] = row
-    return {slot: dict(sorted(casts.items())) for slot, casts in table.items()}
-
-
-def candidate(site: Site, role: str, cast: Cast, row: Row) -> Candidate | None:
-    """The row as a candidate, or None where its damage or its noise is unknown or not finite.
-
-    None too for scales by row or block where the products cannot be cast one by one.
-    """
-    if not cast.has_one_scale and site.op not in FOLLOWED:
-        return None
-    damage = 0.0 if role == GRADIENT else _finite(row.get("damage"))
-    noise = _finite(row.get("noise_ratio"))
-    if noise is None and row.get("noise_ratio") is None and not enters_gradient(site, role):
-        noise = 0.0
-    return None if damage is None or noise is None else Candidate(cast, damage, noise, row)
+# Slots whose casts are compared at once: some 100 kB, which stay in a cache. Damage and noise in a menu's sums.
+AT_ONCE = 64
+COSTS = ("damage", "noise")
 
 
 class Menu:
@@ -154,58 +117,78 @@ class Menu:
     def __init__(
         self,
         site: Site,
-        rows: Mapping[str, Mapping[str, Row]],
-        hardware: Hardware,
-        consequences: Consequences | None = None,
-        task: Task = SHARE_8BIT,
+        scores: SlotScores,
+        consequences: Consequences,
+        task: Task,
+        places: Mapping[str, Places],
+        forms: Mapping[str, Forms],
+        picked: Mapping[str, Places],
         whole: bool = False,
     ) -> None:
-        """`whole`: nothing is left out of the combinations of what is possible."""
+        """
+        places   of each role's candidates in the scores; AS_IT_IS for the tensor as it is, which comes first
+        picked   the place of each candidate's form in `forms`
+        whole    nothing is left out of the combinations of what is possible
+        """
         self.site = site
-        self._is_whole = whole
-        self.hardware = hardware
+        self.hardware = consequences.hardware
         self.task = task
-        consequences = consequences or Consequences(hardware, task.is_timed)
-        every = {role: _every(site, role, rows[role]) for role in site.roles}
-        forms = {role: consequences.forms(site, role, tuple(text for text, _ in every[role])) for role in site.roles}
-        kept = {
-            role: np.arange(len(every[role]))
-            if whole
-            else _worth_trying(
-                [option for _, option in every[role]], forms[role], consequences.no_worse(site, role, forms)
-            )
-            for role in site.roles
-        }
-        self.candidates = {role: [every[role][place][1] for place in kept[role]] for role in site.roles}
-        picked = {role: forms[role].place[kept[role]] for role in site.roles}
-        self._table = consequences.table(site, forms, picked)
-        self._possible = consequences.possible(site, forms, picked)
+        self.places = places
+        self._scores, self._consequences = scores, consequences
+        self._forms, self._picked = forms, picked
+        self._is_whole = whole
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """Number of candidates of each role."""
-        return tuple(len(self.candidates[role]) for role in self.site.roles)
+        return tuple(len(self.places[role]) for role in self.site.roles)
 
     @cached_property
-    def _whole(self) -> dict[str, Array]:
-        """Every measure of all combinations, [combinations]: the last role's candidate changes fastest."""
-        found = dict(zip(MEASURES, self._table, strict=True))
-        found |= {"damage": self._sum("damage"), "noise": self._sum("noise_ratio")}
-        return {name: values.reshape(-1) for name, values in found.items()}
+    def candidates(self) -> dict[str, list[Candidate]]:
+        """By role."""
+        return {role: [self._option(place) for place in places.tolist()] for role, places in self.places.items()}
 
     @cached_property
-    def combinations(self) -> NDArray[np.intp]:
+    def bits(self) -> dict[str, list[int]]:
+        """Bits of the operand that each candidate makes, by role."""
+        return {
+            role: [self._forms[role].forms[form].operand.bits for form in picked.tolist()]
+            for role, picked in self._picked.items()
+        }
+
+    @cached_property
+    def texts(self) -> dict[str, list[str]]:
+        """The canonical casts of the candidates, by role."""
+        return {
+            role: [KEEP, *[self._scores.texts[place] for place in places[1:].tolist()]]
+            for role, places in self.places.items()
+        }
+
+    @cached_property
+    def _whole(self) -> Array:
+        """Every measure of all combinations, [MEASURES and COSTS, combinations]: the last role changes fastest."""
+        found = np.empty((len(MEASURES) + len(COSTS), *self.shape))
+        found[: len(MEASURES)] = self._consequences.table(self.site, self._forms, self._picked)
+        for number, column in enumerate(self._scores.costs, len(MEASURES)):
+            found[number] = self._sum(column)
+        return found.reshape(len(found), -1)
+
+    @cached_property
+    def combinations(self) -> Places:
         """Of all combinations that are possible, those that no other equals or beats."""
-        possible = np.flatnonzero(self._possible.reshape(-1))
+        found, possible = self._whole, self._consequences.possible(self.site, self._forms, self._picked)
+        everything = np.arange(found.shape[1]) if possible is None else np.flatnonzero(possible.reshape(-1))
         if self._is_whole:
-            return possible
-        goals, costs = self._columns(possible)
-        return possible[undominated(goals, costs)]
+            return everything
+        if possible is not None:
+            found = found[:, everything]
+        gains, costs = self._columns(_named(found))
+        return everything[undominated(np.stack([*(-gain for gain in gains), *costs]))]
 
     @cached_property
     def measures(self) -> dict[str, Array]:
         """Every measure of the combinations: `MEASURES`, damage and noise."""
-        return {name: values[self.combinations] for name, values in self._whole.items()}
+        return _named(self._whole[:, self.combinations])
 
     @cached_property
     def group(self) -> Group:
@@ -214,15 +197,15 @@ class Menu:
         Gains: the task's goals, minus what should be small. Costs: damage, noise ratio, and one for each budget, of
         which those for the 8-bit share are what is missing of the most.
         """
-        return Group(*self._columns(self.combinations))
+        gains, costs = self._columns(self.measures)
+        return Group(np.stack(gains, axis=1), np.stack(costs, axis=1))
 
     @cached_property
     def most_flops_8bit(self) -> float:
         """8-bit FLOPs of the combination that has most, whatever it costs."""
         return float(self.measures["flops_8bit"].max())
 
-    def _columns(self, chosen: NDArray[np.intp]) -> tuple[Array, Array]:
-        found = {name: values[chosen] for name, values in self._whole.items()}
+    def _columns(self, found: Mapping[str, Array]) -> tuple[list[Array], list[Array]]:
         gains = [found[name] if name in LARGER_IS_BETTER else -found[name] for name in self.task.goals]
         costs = [found["damage"], found["noise"]]
         for name, _ in self.task.budget.given:
@@ -230,12 +213,15 @@ class Menu:
                 costs.append(found["flops_8bit"].max() - found["flops_8bit"])
             else:
                 costs.append(found["bytes" if name == "memory_bytes" else name])
-        return np.stack(gains, axis=1), np.stack(costs, axis=1)
+        return gains, costs
 
     def picked(self, item: int) -> dict[str, Candidate]:
         """The candidates of one combination, by role."""
         indices = np.unravel_index(int(self.combinations[item]), self.shape) if self.shape else ()
-        return {role: self.candidates[role][int(index)] for role, index in zip(self.site.roles, indices, strict=True)}
+        return {
+            role: self._option(int(self.places[role][int(index)]))
+            for role, index in zip(self.site.roles, indices, strict=True)
+        }
 
     def most_8bit(self, limits: Limits) -> tuple[float, float, float]:
         """(8-bit FLOPs, damage, noise) of the combination with most 8-bit FLOPs, whatever it costs.
@@ -255,75 +241,132 @@ class Menu:
         Infinite where there is none.
         """
         enough = self.measures["flops_8bit"] >= flops * (1 - 1e-9)
-        least = (float(self.measures[name][enough].min(initial=math.inf)) for name in ("damage", "noise"))
+        least = (float(self.measures[name][enough].min(initial=math.inf)) for name in COSTS)
         return next(least), next(least)
 
     def _fullest(self, limits: Limits) -> int:
         flops = self.measures["flops_8bit"]
-        best = np.flatnonzero(flops == flops.max())
-        damage, noise = self.measures["damage"][best], self.measures["noise"][best]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            parts = np.stack([damage / limits.tolerance, noise / limits.noise])
-            parts = np.nan_to_num(parts, posinf=math.inf)
-        return int(best[np.lexsort((noise, damage, parts.max(axis=0)))[0]])
+        best = np.flatnonzero(flops == flops.max()).tolist()
+        damage, noise = (self.measures[name][best].tolist() for name in COSTS)
+        parts = [
+            (max(part_of(one, limits.tolerance), part_of(other, limits.noise)), one, other)
+            for one, other in zip(damage, noise, strict=True)
+        ]
+        return int(best[parts.index(min(parts))])
 
-    def _sum(self, what: str) -> Array:
-        total = np.zeros(self.shape)
-        for role in self.site.roles:
-            column = np.array([getattr(option, what) for option in self.candidates[role]], dtype=np.float64)
-            total = total + along(self.site, column, role)
-        return total
+    def _option(self, place: int) -> Candidate:
+        found = self._scores.candidate(place)
+        assert found is not None, "menus are made of candidates"
+        return found
+
+    def _sum(self, column: Array) -> Array:
+        """The sum of the roles' costs, [combinations of the roles' candidates]."""
+        total: Array | None = None
+        for axis, role in enumerate(self.site.roles):
+            costs = spread(column[self.places[role]], len(self.shape), axis)
+            total = costs if total is None else total + costs
+        return np.zeros(()) if total is None else total
+
+
+def _named(measures: Array) -> dict[str, Array]:
+    return dict(zip((*MEASURES, *COSTS), measures, strict=True))
+
+
+def part_of(cost: float, limit: float) -> float:
+    """The share that a cost takes of a limit; infinite for any of one that is 0."""
+    if limit > 0:
+        return cost / limit
+    return math.inf if cost > 0 else 0.0
 
 
 def menus(
-    sites: Sequence[Site],
-    rows: Iterable[Row],
+    scores: SlotScores,
     hardware: Hardware,
     task: Task = SHARE_8BIT,
     *,
+    sites: Sequence[Site] | None = None,
+    within: Mask | None = None,
     kept: Collection[str] = (),
     native_only: bool = False,
     whole: bool = False,
 ) -> list[Menu]:
-    """One menu a site, in the order of `sites`.
+    """One menu a site, in the order of `sites`: all of the scores' if not given.
 
+    within       which of the scores can be chosen; all candidates if not given
     kept         names of sites that have nothing to choose: they stay as they are
     native_only  only combinations whose products are all run by native kernels, as they are given
     whole        leave out none of them
     """
-    table, consequences = by_slot(sites, rows), Consequences(hardware, task.is_timed, native_only)
-    nothing: Mapping[str, Row] = {}
+    sites = scores.sites if sites is None else sites
+    consequences = Consequences(hardware, task.is_timed, native_only)
+    usable = scores.by_slot(scores.is_candidate if within is None else scores.is_candidate & within)
+    nothing = np.zeros(0, dtype=np.intp)
+    places = {
+        (site.name, role): np.append(AS_IT_IS, nothing if site.name in kept else usable[site.name, role])
+        for site in sites
+        for role in site.roles
+    }
+    forms = {
+        site.name: {role: _forms(scores, consequences, site, role, places[site.name, role]) for role in site.roles}
+        for site in sites
+    }
+    tried = {slot: np.arange(len(found)) for slot, found in places.items()}
+    if not whole:
+        tried = _worth_trying(scores, consequences, sites, places, forms)
     return [
         Menu(
             site,
-            {role: nothing if site.name in kept else table[site.name, role] for role in site.roles},
-            hardware,
+            scores,
             consequences,
             task,
+            {role: places[site.name, role][tried[site.name, role]] for role in site.roles},
+            forms[site.name],
+            {role: forms[site.name][role].place[tried[site.name, role]] for role in site.roles},
             whole,
         )
         for site in sites
     ]
 
 
-def _every(site: Site, role: str, rows: Mapping[str, Row]) -> list[tuple[str, Candidate]]:
-    """The tensor left as it is, then every cast that can be chosen, each with its canonical text."""
-    found = [(text, candidate(site, role, parse_cast(text), row)) for text, row in rows.items() if text != KEEP]
-    return [(KEEP, Candidate(parse_cast(KEEP), 0.0, 0.0, None)), *((text, one) for text, one in found if one)]
+def _forms(scores: SlotScores, consequences: Consequences, site: Site, role: str, places: Places) -> Forms:
+    return consequences.forms(site, role, (KEEP, *[scores.texts[place] for place in places[1:].tolist()]))
 
 
-def _worth_trying(options: Sequence[Candidate], forms: Forms, no_worse: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """The candidates that no other equals or beats in what it brings, in damage and in noise; of equals the first."""
-    damage = np.array([option.damage for option in options])
-    noise = np.array([option.noise_ratio for option in options])
-    beats = (damage[:, None] <= damage) & (noise[:, None] <= noise) & no_worse[np.ix_(forms.place, forms.place)]
-    first = np.arange(len(options))
-    beats &= ~(beats.T & (first[:, None] >= first))
-    return np.flatnonzero(~beats.any(axis=0))
+def _worth_trying(
+    scores: SlotScores,
+    consequences: Consequences,
+    sites: Sequence[Site],
+    places: Mapping[Slot, Places],
+    forms: Mapping[str, Mapping[str, Forms]],
+) -> dict[Slot, Places]:
+    """Which candidates no other equals or beats in what it brings, in damage and in noise; of equals the first.
+
+    Slots with the same forms, which bring them the same, are looked at together.
+    """
+    alike: dict[tuple[int, int], tuple[Mask, list[Slot]]] = {}
+    for site in sites:
+        for role in site.roles:
+            own, no_worse = forms[site.name][role], consequences.no_worse(site, role, forms[site.name])
+            key = (id(own), id(no_worse))
+            if key not in alike:
+                alike[key] = no_worse[np.ix_(own.place, own.place)], []
+            alike[key][1].append((site.name, role))
+    found = {}
+    for no_worse, slots in alike.values():
+        for start in range(0, len(slots), AT_ONCE):
+            some = slots[start : start + AT_ONCE]
+            damage, noise = scores.costs[:, np.stack([places[slot] for slot in some])]
+            for slot, beaten in zip(some, _beaten(damage, noise, no_worse), strict=True):
+                found[slot] = np.flatnonzero(~beaten)
+    return found
 
 
-def _finite(value: Any) -> float | None:
-    """The number where it is finite, at least 0; None otherwise. An estimate below 0 is noise around 0."""
-    if value is None or not math.isfinite(value):
-        return None
-    return max(0.0, float(value))
+def _beaten(damage: Array, noise: Array, no_worse: Mask) -> Mask:
+    """Which of each slot's candidates another equals or beats, of equals all but the first.
+
+    damage, noise [slots, candidates]; no_worse [candidates, candidates]: whether one brings at least what another does.
+    """
+    beats = (damage[:, :, None] <= damage[:, None, :]) & (noise[:, :, None] <= noise[:, None, :]) & no_worse
+    first = np.arange(len(no_worse))
+    beats &= ~(beats.transpose(0, 2, 1) & (first[:, None] >= first))
+    return np.asarray(beats.any(axis=1))

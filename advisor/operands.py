@@ -28,6 +28,10 @@ class Operand(NamedTuple):
     granularity: str = "tensor"
 
 
+UNSEEN = Operand(None, 32)
+"""What nobody sees outside a fused kernel, and no cast reaches."""
+
+
 def is_weight(role: str) -> bool:
     """Whether a role is a parameter: `weight`, or a recurrent layer's `weight_ih_l0` and so on."""
     return role == WEIGHT or role.startswith(f"{WEIGHT}_")
@@ -67,6 +71,7 @@ def is_taken(left: Operand, right: Operand, hardware: Hardware) -> bool:
     return max(left.bits, right.bits) > 8 or hardware.takes_scales(left.granularity, right.granularity)
 
 
+@lru_cache(maxsize=65536)
 def product_bits(left: Operand, right: Operand, hardware: Hardware) -> int:
     """Bits in which the hardware runs a product: those of the wider operand, if it multiplies the pair.
 
@@ -110,7 +115,7 @@ def product_operands(site: Site, product: Product, casts: Mapping[str, Cast]) ->
     A name that is no role of the site ("probabilities" inside fused attention) is out of reach of every cast.
     """
     left, right = (
-        operand(site, name, casts[name]) if name in site.roles else Operand(None, 32) for name in product.operands
+        operand(site, name, casts[name]) if name in site.roles else UNSEEN for name in product.operands
     )
     return left, right
 

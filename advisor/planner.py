@@ -24,16 +24,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from advisor.assemble import Draft, assemble
+from advisor.candidates import Row, SlotScores
 from advisor.castnames import KEEP, parse_cast
 from advisor.cost import memory, own_operand, role_bytes
 from advisor.errors import InvalidPlan
 from advisor.hardware import Hardware
 from advisor.holding_back import Spent, plan_sentences
 from advisor.loss_scale_choice import LossScale
-from advisor.menu import SHARE_8BIT, Limits, Menu, Row, by_slot, candidate, errs_alike, may_err_alike, menus
+from advisor.menu import SHARE_8BIT, Limits, Menu, may_err_alike, menus
 from advisor.objectives import Task
 from advisor.plan import FrontPoint, Plan
-from advisor.reasons import Case, reason
+from advisor.reasons import reasons
 from advisor.restrictions import Restrictions
 from advisor.selection import Frame, Selection, front, select
 from advisor.shut_out import shut_out
@@ -95,33 +96,27 @@ def plan_from_rows(
     did not see. The order of `rows` does not matter. Raises InvalidPlan for limits that are not possible, for rows of
     unknown slots, and for budgets that no plan within the limits keeps.
     """
-    rows = list(rows)
     limits = Limits.of(tolerance, max_lost_batch)
     _require_rates(task, hardware)
     kept = restrictions.kept(sites)
-    table = by_slot(sites, rows)
-    uniform = restrictions.uniform_roles
-    within = [row for row in rows if not errs_alike(row, limits)]
+    scores = SlotScores(sites, rows)
+    uniform, native_only = restrictions.uniform_roles, restrictions.native_only
+    within = ~(scores.systematic_ratio > limits.systematic)
     if uniform:
-        casts = tried_casts(sites, table, limits)
-        within = [row for row in within if str(parse_cast(row["cast"])) in casts[row["role"]]]
-    native_only = restrictions.native_only
-    options = menus(sites, within, hardware, task, kept=kept, native_only=native_only, whole=uniform)
-    alike = shut_out(options, rows, limits, hardware, task, kept=kept, native_only=native_only)
+        within &= scores.is_any_of(tried_casts(scores, limits))
+    options = menus(scores, hardware, task, within=within, kept=kept, native_only=native_only, whole=uniform)
+    alike = shut_out(options, scores, limits, hardware, task, kept=kept, native_only=native_only)
     total = max(total_flops, math.fsum(site.flops for site in sites))
     frame = _frame(sites, total, extras)
     selection = _selected(options, limits, frame, sites, extras, uniform)
     # Without a tolerance the reasons compare with what the whole plan costs.
     told = limits if tolerance is not None else Limits(selection.damage, max_lost_batch)
-    reasons = {}
+    sentences = reasons([menu for menu in options if menu.site.name not in kept], selection.chosen, scores, told)
     for menu in options:
-        name = menu.site.name
-        picked = {role: selection.chosen[name, role] for role in menu.site.roles}
-        for role in menu.site.roles:
-            if name in kept:
-                reasons[name, role] = f"stays {own_operand(menu.site, role).format}: {kept[name]}."
-            else:
-                reasons[name, role] = reason(Case(menu, role, picked, table[name, role], told))
+        if menu.site.name in kept:
+            for role in menu.site.roles:
+                own = own_operand(menu.site, role).format
+                sentences[menu.site.name, role] = f"stays {own}: {kept[menu.site.name]}."
     points: list[FrontPoint] = []
     if not uniform:
         points = front(options, told, tolerance or selection.damage or _front_unit(mean_loss), frame)
@@ -133,7 +128,7 @@ def plan_from_rows(
             hardware=hardware,
             casts={slot: option.cast for slot, option in selection.chosen.items()},
             rows={slot: option.row for slot, option in selection.chosen.items()},
-            reasons=reasons,
+            reasons=sentences,
             total_flops=total,
             model_name=model_name,
             mean_loss=mean_loss,
@@ -147,7 +142,7 @@ def plan_from_rows(
             constraints=(*([f"budget: {task.budget}"] if task.budget.given else []), *restrictions.told),
             front=tuple(points),
             summary=plan_sentences(options, selection.chosen, told, spent, points, total, alike),
-            notes=[*notes, *_unknown(options, table, kept), *_may_err_alike(selection, limits)],
+            notes=[*notes, *_unknown(scores, kept), *_may_err_alike(selection, limits)],
             loss_scale=extras.loss_scale,
             storage=extras.storage,
             records=extras.records,
@@ -193,22 +188,16 @@ def _front_unit(mean_loss: float) -> float:
     return unit if math.isfinite(unit) else 0.0
 
 
-def _unknown(options: Sequence[Menu], table: dict[tuple[str, str], dict[str, Row]], kept: Collection[str]) -> list[str]:
+def _unknown(scores: SlotScores, kept: Collection[str]) -> list[str]:
     """A note on the slots that stay as they are because no cast's effect could be predicted."""
     slots = [
-        f"{menu.site.name} {role}"
-        for menu in options
-        for role in menu.site.roles
-        if menu.site.name not in kept
-        and not any(
-            candidate(menu.site, role, parse_cast(text), row) is not None
-            for text, row in table[menu.site.name, role].items()
-            if text != KEEP
-        )
+        f"{site} {role}"
+        for (site, role), places in scores.by_slot(scores.is_candidate).items()
+        if site not in kept and not len(places)
     ]
     if not slots:
         return []
-    count = sum(len(menu.site.roles) for menu in options)
+    count = len(scores.table)
     named = ", ".join(slots[:4]) + (", …" if len(slots) > 4 else "")
     return [
         (

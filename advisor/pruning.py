@@ -9,46 +9,94 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-def undominated(gains: Array, costs: Array) -> NDArray[np.intp]:
-    """Indices of the items that no other equals or beats in every gain and every cost, ascending.
+def undominated(measures: Array) -> NDArray[np.intp]:
+    """Indices of the items that no other equals or beats in every measure, ascending.
 
-    `gains` [items, goals], larger is better; `costs` [items, limits], smaller is; all finite. Of items alike in
-    everything, the first stays. Leaving the others out cannot lower what a choice reaches, because exchanging an item
-    for the one that dominates it raises no cost and lowers no gain.
+    `measures` [measures, items], smaller is better, all finite. Of items alike in everything, the first stays. Leaving
+    the others out cannot lower what a choice reaches, because exchanging an item for the one that dominates it makes
+    no measure larger.
     """
-    return undominated_of(np.zeros(len(gains), dtype=np.intp), gains, costs)
+    return undominated_of(np.array([0, measures.shape[1]], dtype=np.intp), measures)
 
 
-def undominated_of(group_of: NDArray[np.intp], gains: Array, costs: Array) -> NDArray[np.intp]:
+def undominated_of(starts: NDArray[np.intp], measures: Array) -> NDArray[np.intp]:
     """The same for many groups at once: those that no other item of their own group equals or beats.
 
-    `group_of` [items], ascending.
+    `starts` [groups + 1]: where each group's items begin, and where the last one's end.
     """
-    table = np.ascontiguousarray(np.hstack([-gains, costs]), dtype=np.float64)
-    order = np.lexsort((*reversed(table.T), group_of))
-    return np.sort(order[_kept(table[order], group_of[order])])
+    kept: NDArray[np.bool_] = _kept(np.asarray(starts, dtype=np.intp), np.ascontiguousarray(measures))
+    return np.flatnonzero(kept)
 
 
 @njit(cache=True, nogil=True)
-def _kept(table, group_of):  # type: ignore[no-untyped-def]
-    """Places of the undominated rows of a table in rising lexicographic order: only earlier ones can dominate one."""
-    count, columns = table.shape
-    kept = np.empty(count, dtype=np.intp)
-    found, first = 0, 0
-    for row in range(count):
-        if row and group_of[row] != group_of[row - 1]:
-            first = found
-        beaten = False
-        for place in range(first, found):
-            other = kept[place]
-            beaten = True
+def _kept(starts, measures):  # type: ignore[no-untyped-def]
+    """Which items are undominated.
+
+    A group's items are looked at by the rising sum of what they are above the group's least, measure by measure, in so
+    many steps that a step has few items. All that is done to get there rounds monotonically, so one that dominates
+    another is in no later step.
+    """
+    columns, count = measures.shape
+    is_kept = np.zeros(count, dtype=np.bool_)
+    step_of, order = np.empty(count, dtype=np.intp), np.empty(count, dtype=np.intp)
+    sums, rows = np.empty(count), np.empty((count, columns))
+    kept, steps_of_kept = np.empty(count, dtype=np.intp), np.empty(count, dtype=np.intp)
+    for group in range(len(starts) - 1):
+        first, end = starts[group], starts[group + 1]
+        size = end - first
+        if not size:
+            continue
+        sums[:size] = 0.0
+        for column in range(columns):
+            least = most = measures[column, first]
+            for item in range(first, end):
+                least, most = min(least, measures[column, item]), max(most, measures[column, item])
+            if most > least:
+                for item in range(first, end):
+                    sums[item - first] += (measures[column, item] - least) / (most - least)
+        largest = 0.0
+        for place in range(size):
+            largest = max(largest, sums[place])
+        begins = np.zeros(size + 1, dtype=np.intp)
+        for place in range(size):
+            step_of[place] = 0 if largest == 0.0 else int(sums[place] / largest * (size - 1))
+            begins[step_of[place] + 1] += 1
+        for step in range(size):
+            begins[step + 1] += begins[step]
+        for place in range(size):
+            order[begins[step_of[place]]] = place
+            begins[step_of[place]] += 1
+        have = 0
+        for number in range(size):
+            place = order[number]
             for column in range(columns):
-                if table[other, column] > table[row, column]:
-                    beaten = False
+                rows[have, column] = measures[column, first + place]
+            beaten = False
+            for other in range(have):
+                if _equals_or_beats(rows, other, have):
+                    beaten = True
                     break
             if beaten:
-                break
-        if not beaten:
-            kept[found] = row
-            found += 1
-    return kept[:found]
+                continue
+            # One of the same step may be dominated by one that comes later in it.
+            same = have
+            while same > 0 and steps_of_kept[same - 1] == step_of[place]:
+                same -= 1
+            left = same
+            for other in range(same, have):
+                if not _equals_or_beats(rows, have, other):
+                    rows[left], kept[left], steps_of_kept[left] = rows[other], kept[other], steps_of_kept[other]
+                    left += 1
+            rows[left], kept[left], steps_of_kept[left] = rows[have], place, step_of[place]
+            have = left + 1
+        for number in range(have):
+            is_kept[first + kept[number]] = True
+    return is_kept
+
+
+@njit(cache=True, nogil=True)
+def _equals_or_beats(rows, one, other):  # type: ignore[no-untyped-def]
+    for column in range(rows.shape[1]):
+        if rows[one, column] > rows[other, column]:
+            return False
+    return True

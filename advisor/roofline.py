@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from advisor.castnames import keeps
 from advisor.device import FULL_PRECISION, Hardware
 from advisor.native import has_odd_sizes, refused_op
-from advisor.operands import Operand, cast_operand, is_taken, is_weight, own_operand, product_operands, widened_format
+from advisor.operands import UNSEEN, Operand, cast_operand, is_taken, is_weight, operand, own_operand, widened_format
 from advisor.product_shapes import ProductShape, product_shapes
 from probes.casts import Cast
 from probes.format_names import format_named
@@ -126,21 +126,31 @@ def cast_time_s(site: Site, role: str, cast: Cast, hardware: Hardware) -> float:
 
     A weight is cast at every call of its module.
     """
-    return float(cast_times_s(site, role, (cast,), hardware)[0])
+    return 0.0 if keeps(cast) else float(cast_times_s(site, role, moved_bytes(site, role, (cast,), hardware), hardware)[0])
 
 
-def cast_times_s(site: Site, role: str, casts: tuple[Cast, ...], hardware: Hardware) -> NDArray[np.float64]:
-    """The same for several casts."""
-    uses = sum(role in product.operands for product in site.products)
+def cast_times_s(site: Site, role: str, moved: NDArray[np.float64], hardware: Hardware) -> NDArray[np.float64]:
+    """The same for several casts, of which `moved_bytes` is known."""
     calls = max(site.calls, 1.0)
     elements = site.elements.get(role, 0.0) / (1.0 if is_weight(role) else calls)
-    moved = _moved(own_operand(site, role), casts, min(uses, 2), is_weight(role), hardware.inner_layout)
     return calls * np.where(np.isnan(moved), 0.0, _pass_s(elements * moved, hardware)).sum(axis=1)
+
+
+def moved_bytes(site: Site, role: str, casts: tuple[Cast, ...], hardware: Hardware) -> NDArray[np.float64]:
+    """[casts, kernels] bytes an element that each kernel of a cast reads and writes; NaN where it has no more.
+
+    The same for all tensors of a dtype that enter as many products.
+    """
+    return _moved(own_operand(site, role), casts, uses(site, role), is_weight(role), hardware.inner_layout)
+
+
+def uses(site: Site, role: str) -> int:
+    """In how many products a tensor enters, as far as it matters to what its casts write: 0, 1, or 2 for more."""
+    return min(sum(role in product.operands for product in site.products), 2)
 
 
 @lru_cache(maxsize=1024)
 def _moved(own: Operand, casts: tuple[Cast, ...], uses: int, weight: bool, inner_layout: bool) -> NDArray[np.float64]:
-    """[casts, kernels] bytes an element that each kernel of a cast reads and writes; NaN where it has no more."""
     found = []
     for cast in casts:
         new = cast_operand(own, cast)
@@ -155,15 +165,35 @@ def _moved(own: Operand, casts: tuple[Cast, ...], uses: int, weight: bool, inner
 
 def site_time_s(site: Site, casts: Mapping[str, Cast], hardware: Hardware) -> float:
     """Seconds a step for all products of a site and all its casts; `casts` has every role."""
-    products = sum(
-        product_time_s(shape, *product_operands(site, shape.product, casts), hardware) for shape in product_shapes(site)
-    )
-    return products + sum(cast_time_s(site, role, casts[role], hardware) for role in site.roles)
+    return _site_time_s(site, product_shapes(site), casts, hardware)
 
 
 def time_s(sites: Iterable[Site], casts: Mapping[tuple[str, str], Cast], hardware: Hardware) -> float:
     """The same of all sites; `casts` by (site, role)."""
-    return sum(site_time_s(site, {role: casts[site.name, role] for role in site.roles}, hardware) for site in sites)
+    return times_s(sites, (casts,), hardware)[0]
+
+
+def times_s(
+    sites: Iterable[Site], plans: Sequence[Mapping[tuple[str, str], Cast]], hardware: Hardware
+) -> tuple[float, ...]:
+    """The same under several plans' casts."""
+    found = [0.0] * len(plans)
+    for site in sites:
+        shapes = product_shapes(site)
+        for number, casts in enumerate(plans):
+            found[number] += _site_time_s(site, shapes, {role: casts[site.name, role] for role in site.roles}, hardware)
+    return tuple(found)
+
+
+def _site_time_s(
+    site: Site, shapes: Sequence[ProductShape], casts: Mapping[str, Cast], hardware: Hardware
+) -> float:
+    operands = {role: operand(site, role, casts[role]) for role in site.roles}
+    products = 0.0
+    for shape in shapes:
+        left, right = (operands.get(name, UNSEEN) for name in shape.product.operands)
+        products += product_time_s(shape, left, right, hardware)
+    return products + sum(cast_time_s(site, role, casts[role], hardware) for role in site.roles)
 
 
 def step_speedup(products_speedup: float, products_share: float) -> float:
@@ -193,7 +223,6 @@ def _widening_bits(one: Operand, format_name: str, bits: int) -> int:
     return 0 if one.bits >= bits or one.format in (None, format_name) else one.bits + bits
 
 
-@lru_cache(maxsize=65536)
 def _matmul_s(batch: int, m: int, n: int, k: int, format_name: str, bits: int, hardware: Hardware) -> float:
     """One call. The result is written in 16 bits, by wider products and those of integers in 32."""
     written = 32 if bits > 16 or format_name == "int8" else 16
@@ -202,6 +231,7 @@ def _matmul_s(batch: int, m: int, n: int, k: int, format_name: str, bits: int, h
     return max(arithmetic, moved / hardware.traffic_bytes_s) + hardware.product_start_s
 
 
+@lru_cache(maxsize=65536)
 def _arithmetic_s(batch: int, m: int, n: int, k: int, rate_flops_s: float, hardware: Hardware) -> float:
     """By the best of a few tiles and splits, as libraries choose them.
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from advisor.errors import InvalidPlan
 from advisor.knapsack import Choice, Group, Knapsack, solve
-from advisor.menu import Candidate, Limits, Menu, lost_share
+from advisor.candidates import Candidate
+from advisor.menu import Limits, Menu, lost_share
 from advisor.objectives import Task
 from advisor.plan import FrontPoint
 from advisor.uniform_roles import uniform_choice

@@ -61,7 +61,11 @@ class Settling:
 
 def settling(row: Mapping[str, Any], limit: float) -> Settling | None:
     """What would settle whether this score's damage is within a limit above 0; None where it is settled, or unknown."""
-    ends = interval_of(row)
+    return settling_within(row, interval_of(row), limit)
+
+
+def settling_within(row: Mapping[str, Any], ends: tuple[float, float] | None, limit: float) -> Settling | None:
+    """The same where the score's interval is known."""
     if ends is None or not ends[0] < limit < ends[1]:
         return None
     found = _narrowed(ends, limit, centred(row), spread_of(row), _draws(row), row.get("confidence") is None)

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from advisor.castnames import parse_cast
+import numpy as np
+
+from advisor.candidates import SlotScores
 from advisor.hardware import Hardware
-from advisor.menu import SHARE_8BIT, Limits, Menu, Row, errs_alike, menus
+from advisor.menu import SHARE_8BIT, Limits, Menu, menus
 from advisor.objectives import Task
 
 NEARLY = 1e-9  # relative: FLOPs that are equal but for rounding
@@ -28,7 +30,7 @@ class ShutOut:
 
 def shut_out(
     options: Sequence[Menu],
-    rows: Sequence[Row],
+    scores: SlotScores,
     limits: Limits,
     hardware: Hardware,
     task: Task = SHARE_8BIT,
@@ -36,23 +38,26 @@ def shut_out(
     kept: Collection[str] = (),
     native_only: bool = False,
 ) -> dict[str, ShutOut]:
-    """By site name. `options`: the menus of what the limit leaves; `rows`: all scores, also those over the limit."""
+    """By site name. `options`: the menus of what the limit leaves; `scores`: all of them, also those over the limit."""
+    ratio = scores.systematic_ratio
     over: dict[str, list[float]] = {}
-    for row in rows:
-        if row["site"] not in kept and errs_alike(row, limits) and parse_cast(row["cast"]).bits <= 8:
-            over.setdefault(row["site"], []).append(row["systematic_ratio"])
+    for slot, places in scores.by_slot((ratio > limits.systematic) & (scores.bits <= 8)).items():
+        if len(places) and slot[0] not in kept:
+            over.setdefault(slot[0], []).extend(ratio[places].tolist())
     sites = {menu.site.name: menu.site for menu in options if menu.site.name in over}
-    of_them = [row for row in rows if row["site"] in sites]
 
     def opened(ratios: Mapping[str, float]) -> dict[str, Menu]:
         """The menus of these sites with the casts up to a ratio each."""
-        within = [
-            row
-            for row in of_them
-            if (most := ratios.get(row["site"])) is not None
-            and (not errs_alike(row, limits) or row["systematic_ratio"] <= most)
-        ]
-        found = menus([sites[name] for name in ratios], within, hardware, task, kept=kept, native_only=native_only)
+        most = np.array([ratios.get(site, limits.systematic) for site, _ in scores.table])[scores.slot_of]
+        found = menus(
+            scores,
+            hardware,
+            task,
+            sites=[sites[name] for name in ratios],
+            within=~(ratio > np.maximum(most, limits.systematic)),
+            kept=kept,
+            native_only=native_only,
+        )
         return {menu.site.name: menu for menu in found}
 
     before = {name: menu.most_flops_8bit for name, menu in opened(dict.fromkeys(sites, limits.systematic)).items()}

@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
+from advisor.candidates import Candidate, SlotScores
 from advisor.castnames import KEEP, parse_cast
 from advisor.knapsack import Choice, Group, solve
-from advisor.menu import Candidate, Limits, Menu, Row, candidate, errs_alike
-from probes.records import GRADIENT, Site
+from advisor.menu import Limits, Menu
+from probes.records import GRADIENT
 
 Array = NDArray[np.float64]
 Recipe = dict[str, str]  # role → canonical cast
@@ -45,21 +46,16 @@ class Uniform:
     choice: Choice
 
 
-def tried_casts(
-    sites: Sequence[Site], table: Mapping[tuple[str, str], Mapping[str, Row]], limits: Limits
-) -> dict[str, set[str]]:
+def tried_casts(scores: SlotScores, limits: Limits) -> dict[str, set[str]]:
     """The casts that are worth trying for each role: of each format the one that most sites can have, at the least
     cost in all; of many formats the narrowest."""
     scale = [limit if 0 < limit < math.inf else 1.0 for limit in (limits.tolerance, limits.noise)]
-    harm: dict[str, dict[str, list[float]]] = {}
-    for site in sites:
-        for role in site.roles:
-            of_role = harm.setdefault(role, {})
-            for text, row in table[site.name, role].items():
-                option = candidate(site, role, parse_cast(text), row)
-                if option is not None and text != KEEP and not errs_alike(row, limits):
-                    cost = option.damage / scale[0] + option.noise_ratio / scale[1]
-                    of_role.setdefault(text, []).append(cost)
+    harm: dict[str, dict[str, list[float]]] = {role: {} for site in scores.sites for role in site.roles}
+    costs = scores.damage / scale[0] + scores.noise / scale[1]
+    can_be = scores.is_candidate & ~(scores.systematic_ratio > limits.systematic)
+    for (_, role), places in scores.by_slot(can_be).items():
+        for place, cost in zip(places.tolist(), costs[places].tolist(), strict=True):
+            harm[role].setdefault(scores.texts[place], []).append(cost)
     chosen = {}
     for role, casts in harm.items():
         formats: dict[str, str] = {}
@@ -136,7 +132,7 @@ def _items(menu: Menu, recipes: Sequence[Recipe]) -> tuple[NDArray[np.intp], NDA
     whole = np.zeros(len(recipes), dtype=np.intp)
     can = np.ones(len(recipes), dtype=bool)
     for role, size in zip(menu.site.roles, menu.shape, strict=True):
-        place = {str(option.cast): at for at, option in enumerate(menu.candidates[role])}
+        place = {text: at for at, text in enumerate(menu.texts[role])}
         at = np.array([place.get(recipe[role], -1) for recipe in recipes], dtype=np.intp)
         can &= at >= 0
         whole = whole * size + at
@@ -256,5 +252,5 @@ def _texts(options: Sequence[Menu]) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for menu in options:
         for role in menu.site.roles:
-            found.setdefault(role, set()).update(str(option.cast) for option in menu.candidates[role])
+            found.setdefault(role, set()).update(menu.texts[role])
     return {role: [KEEP, *sorted(texts - {KEEP})] for role, texts in found.items()}

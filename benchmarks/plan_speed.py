@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from advisor.candidates import SlotScores
 from advisor.hardware import hardware_named
 from advisor.menu import Limits, menus
 from advisor.objectives import Budget, Task
@@ -72,7 +73,7 @@ def measure(kind: str, count: int, seed: int) -> None:
     sites, rows, tolerance = instance(kind, count, seed)
     hardware, limits = hardware_named("h100"), Limits(tolerance, LOST_BATCH)
     total = sum(site.flops for site in sites)
-    options = timed(f"{kind}: menus", lambda: menus(sites, rows, hardware))
+    options = timed(f"{kind}: menus", lambda: menus(SlotScores(sites, rows), hardware))
     left = np.mean(
         [len(timed_group.group.gains) for timed_group in timed(f"{kind}: groups", lambda: _grouped(options))]
     )

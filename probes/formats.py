@@ -52,12 +52,12 @@ class Format:
     symmetric: bool = True
     memory_bits: int = 0
 
-    @property
+    @cached_property
     def bits(self) -> int:
         """Width of a code, the sign included."""
         return int(self.signed) + self.exponent_bits + self.mantissa_bits
 
-    @property
+    @cached_property
     def stored_bits(self) -> int:
         """Width of an element in memory: tf32's 19 bits take 32."""
         return max(self.bits, self.memory_bits)

@@ -119,6 +119,35 @@ def test_help_loads_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_what_libraries_print_does_not_reach_the_json_on_stdout() -> None:
+    """HiGHS 1.12 prints in the middle of this plan; a child process prints too."""
+    code = """
+import subprocess, sys
+from advisor import cli
+from advisor.cli import output
+from advisor.hardware import hardware_named
+from advisor.objectives import Budget, Task
+from advisor.planner import plan_from_rows
+from benchmarks.plan_speed import instance
+
+def planned() -> None:
+    sites, rows, tolerance = instance("unlike", 14, seed=6)
+    limits = {"tolerance": tolerance, "max_lost_batch": 0.002, "total_flops": sum(site.flops for site in sites)}
+    task = Task("damage", Budget(share_8bit=0.4))
+    plan = plan_from_rows(sites, rows, hardware=hardware_named("h100"), mean_loss=2.0, task=task, **limits)
+    subprocess.run(["echo", "a child"], check=True)
+    output.print_json(plan.to_dict())
+
+cli.app.command(name="planned")(planned)
+sys.argv = ["advisor", "planned"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["objective"] == "damage"
+    assert "a child" in done.stderr
+    assert "transformNewIntegerFeasibleSolution" in done.stderr, "an instance in which HiGHS prints nothing"
+
+
 @pytest.mark.parametrize("command", FLAGS)
 def test_every_command_explains_itself(run: Run, command: str) -> None:
     status, out, err = run(command, "--help")

@@ -15,7 +15,7 @@ from advisor.cost import memory, shares, time_s
 from advisor.device import Hardware
 from advisor.errors import InvalidPlan
 from advisor.hardware import hardware_named
-from advisor.menu import by_slot, candidate
+from advisor.candidates import by_slot, candidate
 from advisor.objectives import Budget, Task
 from advisor.plan import Plan
 from advisor.planner import plan_from_rows

@@ -16,7 +16,8 @@ from advisor.cost import memory, shares
 from advisor.errors import InvalidPlan
 from advisor.hardware import hardware_named
 from advisor.intervals import interval_of
-from advisor.menu import Candidate, by_slot, candidate, lost_share, menus
+from advisor.candidates import Candidate, SlotScores, by_slot, candidate
+from advisor.menu import lost_share, menus
 from advisor.plan import Assignment, Plan
 from advisor.planner import plan_from_rows
 from probes.records import Site
@@ -248,6 +249,17 @@ def test_of_casts_that_bring_the_same_the_less_harmful_is_taken() -> None:
     assert "e5m2 would leave 67%" in assigned(plan, "up", "input").reason
 
 
+@pytest.mark.parametrize(
+    ("dearer", "told"),
+    [(1.0321, "3.2% more noise"), (1.0499, "5% more noise"), (1.05, "1.1× the noise"), (1.0 + 1e-9, "<0.0001% more")],
+)
+def test_a_rival_that_costs_nearly_as_much_is_not_said_to_cost_once_as_much(dearer: float, told: str) -> None:
+    rows = [score("up", role, "e4m3fn", 1e-6) for role in ("input", "weight")]
+    rows += [score("up", "grad_output", "e4m3fn", 1e-6), score("up", "grad_output", "e5m2", dearer * 1e-6)]
+    reason = assigned(planned([linear()], rows), "up", "grad_output").reason
+    assert f"e5m2 would cost {told}" in reason
+
+
 def test_fused_attention_stays_within_what_casts_reach() -> None:
     site = attention()
     plan = planned([site], [score(site.name, role, "e4m3fn", 1e-9) for role in site.roles])
@@ -341,7 +353,7 @@ def test_pruning_by_role_loses_nothing(seed: int) -> None:
     site = linear() if seed % 2 else attention()
     rows = scores([site], seed)
     rows += [score(site.name, role, "e4m3fn/none", 1.0) for role in site.roles]  # worse than with a scale, same format
-    (menu,) = menus([site], rows, H100)
+    (menu,) = menus(SlotScores([site], rows), H100)
     assert all("e4m3fn/none/nearest" not in {str(o.cast) for o in menu.candidates[role]} for role in site.roles)
     assert len(menu.group.gains) < math.prod(len(menu.candidates[role]) for role in site.roles)
     goals, costs = menu.group.gains, menu.group.costs

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import typer
 
-from advisor.cli import demo, export, history, plan, probe, serve, show, submit, train, worker
+from advisor.cli import demo, export, history, output, plan, probe, serve, show, submit, train, worker
 from advisor.errors import AdvisorError
 from probes.errors import ProbeError
 
@@ -39,6 +39,7 @@ for command, told in COMMANDS:
 
 def main() -> None:
     """Run the command line. Exit status: 0 done, 1 not done (one sentence on stderr), 2 wrongly called."""
+    output.keep_stdout_for_results()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows '?', not a traceback

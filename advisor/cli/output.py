@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import sys
@@ -14,8 +15,33 @@ from probes.numbers import plain
 if TYPE_CHECKING:
     from rich.console import Console
 
+STDOUT, STDERR = 1, 2  # descriptors
 # Ours: wide enough for the tables where the output goes to a file or a pipe, which have no width.
 WIDTH_OF_A_PIPE = 100
+
+
+def keep_stdout_for_results() -> None:
+    """From here on stdout has what this package writes, and no other: to be called once, before there are threads.
+
+    What a library prints on the descriptor by itself goes to stderr, and so does the stdout of child processes. HiGHS 1.12
+    prints a line in the middle of some plans whatever its options are (`advisor/branch_and_bound.py`), which would make
+    invalid JSON of what is piped.
+    """
+    if not isinstance(sys.stdout, io.TextIOWrapper) or not _is_descriptor(sys.stdout, STDOUT):
+        return  # a test's or an embedding program's own
+    sys.stdout.flush()
+    given = sys.stdout
+    sys.stdout = open(  # noqa: SIM115 - it stays open for as long as the process runs
+        os.dup(STDOUT), "w", encoding=given.encoding, errors=given.errors, buffering=1 if given.isatty() else -1
+    )
+    os.dup2(STDERR, STDOUT)
+
+
+def _is_descriptor(stream: io.TextIOWrapper, number: int) -> bool:
+    try:
+        return stream.fileno() == number
+    except OSError:  # it has none
+        return False
 
 
 def console(error: bool = False) -> Console:
