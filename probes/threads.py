@@ -46,8 +46,8 @@ def _available() -> int:
 def launch() -> None:
     """Start numba's threads, if they are not; before any loop that is shared is loaded, which starts them too.
 
-    numba 0.68 then sets OpenMP's number of threads, which is torch's, to all cores, for the thread that starts them: one
-    that ends at once, or the user's number would not stay, and with it the last bits of torch's sums.
+    numba 0.68 then sets OpenMP's number of threads, which is torch's, to all cores, for the thread that starts them:
+    here one that ends at once, or the user's number would not stay, and with it the last bits of torch's sums.
     """
     starting = threading.Thread(target=numba.get_num_threads)
     starting.start()
