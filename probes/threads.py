@@ -36,6 +36,19 @@ _told = threading.local()
 @cache
 def _available() -> int:
     """1 where numba has only the layer that two threads must not enter at once: autograd runs hooks on its own."""
-    safe = any(find_spec(f"numba.np.ufunc.{layer}") for layer in ("omppool", "tbbpool"))
+    if not any(find_spec(f"numba.np.ufunc.{layer}") for layer in ("omppool", "tbbpool")):
+        return 1
+    launch()
     most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    return most if safe else 1
+    return most
+
+
+def launch() -> None:
+    """Start numba's threads, if they are not; before any loop that is shared is loaded, which starts them too.
+
+    numba 0.68 then sets OpenMP's number of threads, which is torch's, to all cores, for the thread that starts them:
+    here one that ends at once, or the user's number would not stay, and with it the last bits of torch's sums.
+    """
+    starting = threading.Thread(target=numba.get_num_threads)
+    starting.start()
+    starting.join()

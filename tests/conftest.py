@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 
 def pytest_configure() -> None:
-    """Without a device Triton's kernels run on its interpreter, which it asks for once, when it is imported."""
+    """Settings that libraries read once, when they are imported.
+
+    Without a device Triton's kernels run on its interpreter. Workers of pytest-xdist share the cores, so each has one
+    thread, and so do the processes that it starts; a test about several threads asks torch for them.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
 
     if not torch.cuda.is_available():

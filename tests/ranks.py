@@ -10,10 +10,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+IMPORTED = ["pytest", "torch", "torch.distributed.fsdp", "advisor", "probes.probing"]
+"""Once for all ranks: they are forked from a process that has done this and has started no thread."""
+
 
 def on_ranks(count: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """`function(rank, *arguments)` on each of `count` ranks; a module's own function, whose result can be saved."""
-    mp.spawn(_run, (count, function, folder, arguments), nprocs=count)
+    mp.set_forkserver_preload(IMPORTED)
+    mp.start_processes(_run, (count, function, folder, arguments), nprocs=count, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 

@@ -18,14 +18,11 @@ GROUPS = 6
 def enumerated(groups: list[Group], limits: list[float]) -> tuple[float, ...] | None:
     """The slow reference: goals of the best choice, in strict order."""
     best = None
-    for items in itertools.product(*(range(len(group.gains)) for group in groups)):
-        costs = [math.fsum(group.costs[item, k] for group, item in zip(groups, items, strict=True)) for k in range(2)]
-        if any(cost > limit for cost, limit in zip(costs, limits, strict=True)):
+    rows = [list(zip(group.costs.tolist(), group.gains.tolist(), strict=True)) for group in groups]
+    for items in itertools.product(*rows):
+        if any(math.fsum(costs[k] for costs, _ in items) > limits[k] for k in range(2)):
             continue
-        goals = tuple(
-            math.fsum(group.gains[item, k] for group, item in zip(groups, items, strict=True))
-            for k in range(groups[0].gains.shape[1])
-        )
+        goals = tuple(math.fsum(gains[k] for _, gains in items) for k in range(groups[0].gains.shape[1]))
         best = goals if best is None else max(best, goals)
     return best
 

@@ -66,5 +66,5 @@ def test_ci_runs_the_very_test_command() -> None:
     told = subprocess.run(["bash", "-c", found.group(1)], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     commands = [line.strip() for line in README.splitlines() if line.startswith("    python3 -m venv")]
     assert told.strip() == commands[1]
-    assert commands[1].endswith("&& .venv/bin/pytest")
+    assert commands[1].endswith("&& .venv/bin/pytest -n 2 --dist worksteal")
     assert commands[0].endswith("&& .venv/bin/advisor demo")

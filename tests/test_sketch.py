@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from probes import kernels, sketch
+from probes import kernels, sketch, threads
 from probes.errors import UnsupportedTensor
 from probes.layout import (
     BIN_SHIFT,
@@ -42,6 +42,7 @@ SIZES = (1, 2, 31, 1023, 1024, 1025, 9 * 1024, 9 * 1024 + 1, 40_000, SAMPLE + 1,
 @pytest.fixture
 def shares(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Into how many shares the kernel divides its work; what torch and numba were started with may allow just one."""
+    threads.launch()
     return lambda number: monkeypatch.setattr(kernels, "threads_for", lambda _elements: number)
 
 
@@ -205,6 +206,20 @@ def test_a_processor_without_these_instructions_counts_the_same(tmp_path: Path) 
     """In a process of its own, as numba settles at its start what it compiles for."""
     plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", PLAIN], check=True, env={**os.environ, **plain})
+
+
+SHARED = """
+import torch
+from probes.sketch import SketchArray
+torch.set_num_threads(2)
+SketchArray(1).add(0, torch.ones(1 << 18))
+assert torch.get_num_threads() == 2, torch.get_num_threads()
+"""
+
+
+def test_torch_keeps_its_number_of_threads() -> None:
+    """In a process of its own, as numba's threads start once, and with more of them than torch has."""
+    subprocess.run([sys.executable, "-c", SHARED], check=True, env={**os.environ, "NUMBA_NUM_THREADS": "3"})
 
 
 @pytest.mark.parametrize("number", [2, 3, 7])
