@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from advisor.candidates import Row
 from advisor.castnames import KEEP, parse_cast
 from advisor.cost import APPROXIMATIONS as COST_APPROXIMATIONS
 from advisor.cost import (
@@ -22,7 +23,6 @@ from advisor.cost import (
 from advisor.hardware import Hardware
 from advisor.intervals import interval_of_sum, intervals_of
 from advisor.loss_scale_choice import LossScale, is_bare
-from advisor.candidates import Row
 from advisor.menu import lost_share
 from advisor.objectives import Objective
 from advisor.plan import Assignment, FrontPoint, LossScaling, Plan, PlannedSite, Predicted

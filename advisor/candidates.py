@@ -141,7 +141,7 @@ class SlotScores:
     @cached_property
     def costs(self) -> Array:
         """Damage and noise, [2, scores and the tensor as it is]: AS_IT_IS is the last place."""
-        return np.append([self.damage, self.noise], np.zeros((2, 1)), axis=1)
+        return np.pad(np.stack([self.damage, self.noise]), ((0, 0), (0, 1)))
 
     @cached_property
     def can_be(self) -> Mask:

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from advisor.errors import InvalidPlan
 from probes.casts import Cast
+from probes.errors import InvalidCast
 
 KEEP = "fp32/none/nearest"
 """The cast that leaves a tensor in the user's own dtype, whichever that is: float64 too."""
@@ -39,3 +40,19 @@ def require_plannable(casts: Iterable[Cast]) -> None:
 def short_cast(cast: Cast) -> str:
     """The format's name alone where the rest is its default, else the whole cast."""
     return cast.format.name if parse_cast(cast.format.name) == cast else str(cast)
+
+
+@lru_cache(maxsize=4096)
+def briefest_cast(cast: Cast) -> str:
+    """The fewest leading parts of a cast that read back as it: e4m3fn, e4m3fn/row, int8/tensor/current/stochastic."""
+    overflow = "" if cast.saturate else ":inf"
+    parts = str(cast).removesuffix(overflow).split("/")
+    texts = ["/".join(parts[:count]) + overflow for count in range(1, len(parts))]
+    return next((text for text in texts if _reads_as(text, cast)), str(cast))
+
+
+def _reads_as(text: str, cast: Cast) -> bool:
+    try:
+        return parse_cast(text) == cast
+    except InvalidCast:
+        return False

@@ -314,7 +314,7 @@ def _what_counts(site: Site) -> tuple[object, ...]:
 
 
 def _no_larger(values: Array, one: ProductShape, role: str) -> NDArray[np.bool_]:
-    """[operands, operands] of a role: whether a product's values are at most another's, whatever the other operand is."""
+    """[operands, operands] of a role: whether a product's values are at most another's, whatever the other side is."""
     left, right = one.product.operands
     of_role = np.diagonal(values)[:, None] if left == right else values if role == left else values.T
     return np.asarray((of_role[:, None, :] <= of_role[None, :, :]).all(axis=2))

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from advisor.candidates import Candidate
 from advisor.castnames import short_cast
 from advisor.cost import site_shares
 from advisor.intervals import interval_of_sum
-from advisor.candidates import Candidate
 from advisor.menu import Limits, Menu, lost_share
 from advisor.plan import FrontPoint
 from advisor.shut_out import NEARLY, ShutOut

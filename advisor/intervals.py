@@ -214,7 +214,7 @@ def centred(row: Mapping[str, Any]) -> float:
 def spread_of(row: Mapping[str, Any]) -> float:
     """The σ of a score's interval, octaves."""
     kind, confidence = _kind(row), row.get("confidence")
-    window = _window_octaves(np.float64(math.nan if confidence is None else confidence))
+    window = _window_octaves(np.array(math.nan if confidence is None else confidence))
     return float(np.sqrt(window**2 + _COMMON[kind] ** 2 + _OWN[kind] ** 2))
 
 

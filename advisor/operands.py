@@ -114,9 +114,7 @@ def product_operands(site: Site, product: Product, casts: Mapping[str, Cast]) ->
 
     A name that is no role of the site ("probabilities" inside fused attention) is out of reach of every cast.
     """
-    left, right = (
-        operand(site, name, casts[name]) if name in site.roles else UNSEEN for name in product.operands
-    )
+    left, right = (operand(site, name, casts[name]) if name in site.roles else UNSEEN for name in product.operands)
     return left, right
 
 

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from advisor.castnames import KEEP, short_cast
+from advisor.castnames import KEEP, briefest_cast
 from advisor.clauses import merged, told_once
 from advisor.plan import Assignment, Plan, PlannedSite, Predicted
 from advisor.site_names import joint_name, ranges, without_number
@@ -137,7 +137,7 @@ def _table(plan: Plan, groups: Sequence[_Group]) -> Iterator[str]:
 
 def _cells(assigned: Sequence[Assignment]) -> str:
     return " · ".join(
-        f"{one.role} {'as is' if one.cast == KEEP else short_cast(Cast.parse(one.cast))}" for one in assigned
+        f"{one.role} {'as is' if one.cast == KEEP else briefest_cast(Cast.parse(one.cast))}" for one in assigned
     )
 
 

@@ -96,7 +96,7 @@ def _kept(starts, measures):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _equals_or_beats(rows, one, other):  # type: ignore[no-untyped-def]
-    for column in range(rows.shape[1]):
+    for column in range(rows.shape[1]):  # noqa: SIM110 - numba compiles no all() of a generator
         if rows[one, column] > rows[other, column]:
             return False
     return True

@@ -160,7 +160,7 @@ def reasons(
 
 
 def _by_pressure(scores: SlotScores, limits: Limits) -> list[int]:
-    """The places of all scores: slot after slot, those first that come less close to a limit alone; unknown ones last."""
+    """The places of all scores: slot after slot, those first that come less close to a limit; unknown ones last."""
     (damage, noise), alike = scores.costs[:, :-1], scores.systematic_ratio
     alike = np.where(alike > limits.systematic, alike, 0.0)
     costs = ((damage, limits.tolerance), (noise, limits.noise), (alike, limits.systematic))

@@ -14,11 +14,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 from advisor.assemble import Draft, assemble
+from advisor.candidates import Row, by_slot
 from advisor.castnames import KEEP, parse_cast, require_plannable
 from advisor.cost import enters_gradient, shared_tensors
 from advisor.errors import InvalidPlan
 from advisor.hardware import Hardware, hardware_named
-from advisor.candidates import Row, by_slot
 from advisor.plan import LossScaling, Plan, Stored
 from advisor.product_casts import FOLLOWED
 from advisor.reasons import uniform_reason

@@ -126,7 +126,9 @@ def cast_time_s(site: Site, role: str, cast: Cast, hardware: Hardware) -> float:
 
     A weight is cast at every call of its module.
     """
-    return 0.0 if keeps(cast) else float(cast_times_s(site, role, moved_bytes(site, role, (cast,), hardware), hardware)[0])
+    return (
+        0.0 if keeps(cast) else float(cast_times_s(site, role, moved_bytes(site, role, (cast,), hardware), hardware)[0])
+    )
 
 
 def cast_times_s(site: Site, role: str, moved: NDArray[np.float64], hardware: Hardware) -> NDArray[np.float64]:
@@ -185,9 +187,7 @@ def times_s(
     return tuple(found)
 
 
-def _site_time_s(
-    site: Site, shapes: Sequence[ProductShape], casts: Mapping[str, Cast], hardware: Hardware
-) -> float:
+def _site_time_s(site: Site, shapes: Sequence[ProductShape], casts: Mapping[str, Cast], hardware: Hardware) -> float:
     operands = {role: operand(site, role, casts[role]) for role in site.roles}
     products = 0.0
     for shape in shapes:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from advisor.candidates import Candidate
 from advisor.errors import InvalidPlan
 from advisor.knapsack import Choice, Group, Knapsack, solve
-from advisor.candidates import Candidate
 from advisor.menu import Limits, Menu, lost_share
 from advisor.objectives import Task
 from advisor.plan import FrontPoint

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from advisor.castnames import KEEP, parse_cast, short_cast
+from advisor.castnames import KEEP, briefest_cast, parse_cast, short_cast
 from advisor.cli import numbers_text
 from advisor.cost import Operand, memory, operand, product_bits, role_bytes, shares, site_shares
 from advisor.hardware import HARDWARE, hardware_named
@@ -185,7 +185,11 @@ def test_the_hardware_table_is_sound() -> None:
         ("float8_e4m3fn", "e4m3fn", "e4m3fn"),
         ("e2m2", "e2m2", "e2m2"),
         ("e8m3", "e8m3", "e8m3"),
-        ("e8m3/tensor", "e8m3/tensor/current/nearest", "e8m3/tensor/current"),
+        ("e8m3/tensor", "e8m3/tensor/current/nearest", "e8m3/tensor"),
+        ("e4m3fn/row", "e4m3fn/row/current/nearest", "e4m3fn/row"),
+        ("e4m3fn/block1x128", "e4m3fn/block1x128/current/nearest", "e4m3fn/block1x128"),
+        ("e4m3fn/block32/current", "e4m3fn/block32/current/nearest", "e4m3fn/block32/current"),
+        ("bf16/none/stochastic", "bf16/none/stochastic", "bf16/none/stochastic"),
         ("e4m3fn/block32", "e4m3fn/block32/e8m0/nearest", "e4m3fn/block32/e8m0"),
         (
             "e4m3fn/tensor/delayed",
@@ -200,6 +204,24 @@ def test_short_names(text: str, short: str, in_tables: str) -> None:
     assert short_cast(Cast.parse(text)) == short
     assert numbers_text.short_cast(str(Cast.parse(text))) == in_tables
     assert Cast.parse(short) == Cast.parse(in_tables) == Cast.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "brief"),
+    [
+        ("e4m3fn/tensor/current/nearest", "e4m3fn"),
+        ("bf16/none/nearest", "bf16"),
+        ("bf16/none/stochastic", "bf16/none/stochastic"),
+        ("e4m3fn/row/current/nearest", "e4m3fn/row"),
+        ("e4m3fn/block32/e8m0/nearest", "e4m3fn/block32"),
+        ("e4m3fn/block32/current/nearest", "e4m3fn/block32/current"),
+        ("e5m2/tensor/current/nearest:inf", "e5m2:inf"),
+        ("e5m2/tensor/current:pow2/nearest", "e5m2/tensor/current:pow2"),
+    ],
+)
+def test_a_plan_s_table_has_the_briefest_names(text: str, brief: str) -> None:
+    assert briefest_cast(Cast.parse(text)) == brief
+    assert Cast.parse(brief) == Cast.parse(text)
 
 
 def test_a_format_of_a_newer_service_is_shown_whole() -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from advisor.candidates import by_slot, candidate
 from advisor.castnames import KEEP, parse_cast
 from advisor.cost import memory, shares, time_s
 from advisor.device import Hardware
 from advisor.errors import InvalidPlan
 from advisor.hardware import hardware_named
-from advisor.candidates import by_slot, candidate
 from advisor.objectives import Budget, Task
 from advisor.plan import Plan
 from advisor.planner import plan_from_rows

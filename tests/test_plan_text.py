@@ -53,6 +53,22 @@ def test_a_block_that_differs_stands_apart() -> None:
     assert "the largest value is 300× the RMS" in text
 
 
+def test_a_cast_s_defaults_are_not_in_the_table() -> None:
+    site = linear("blocks.0.mlp.up")
+    rows = [score(site.name, role, "e4m3fn/row/current/nearest", 1e-6) for role in site.roles]
+    plan = plan_from_rows(
+        [site],
+        rows,
+        hardware=hardware_named("h100"),
+        tolerance=1e-2,
+        max_lost_batch=0.05,
+        total_flops=flops([site]),
+        mean_loss=2.3,
+    )
+    table = str(plan).split("casts\n")[1].split("\n\n")[0]
+    assert " ".join(table.split()).endswith("input e4m3fn/row · weight e4m3fn/row · grad_output e4m3fn/row")
+
+
 def test_every_word_of_every_reason_is_shown() -> None:
     plan = plan_of(6, odd=2)
     flat = set(re.findall(r"[a-z]+", str(plan)))

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from advisor.candidates import Candidate, SlotScores, by_slot, candidate
 from advisor.castnames import KEEP, parse_cast
 from advisor.cost import memory, shares
 from advisor.errors import InvalidPlan
 from advisor.hardware import hardware_named
 from advisor.intervals import interval_of
-from advisor.candidates import Candidate, SlotScores, by_slot, candidate
 from advisor.menu import lost_share, menus
 from advisor.plan import Assignment, Plan
 from advisor.planner import plan_from_rows

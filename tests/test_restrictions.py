@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from advisor.candidates import by_slot, candidate
 from advisor.castnames import KEEP, parse_cast
 from advisor.cost import native_refusal, operand, product_shapes, shares
 from advisor.errors import InvalidPlan
 from advisor.hardware import hardware_named
-from advisor.candidates import by_slot, candidate
 from advisor.objectives import Budget, Task
 from advisor.plan import Plan
 from advisor.planner import plan_from_rows

@@ -23,9 +23,9 @@ WIDTH_OF_A_PIPE = 100
 def keep_stdout_for_results() -> None:
     """From here on stdout has what this package writes, and no other: to be called once, before there are threads.
 
-    What a library prints on the descriptor by itself goes to stderr, and so does the stdout of child processes. HiGHS 1.12
-    prints a line in the middle of some plans whatever its options are (`advisor/branch_and_bound.py`), which would make
-    invalid JSON of what is piped.
+    What a library prints on the descriptor by itself goes to stderr, and so does the stdout of child processes. HiGHS
+    1.12 prints a line in the middle of some plans whatever its options are (`advisor/branch_and_bound.py`), and what is
+    piped would be no JSON.
     """
     if not isinstance(sys.stdout, io.TextIOWrapper) or not _is_descriptor(sys.stdout, STDOUT):
         return  # a test's or an embedding program's own

@@ -259,7 +259,7 @@ def _backward_errors_table(errors: Sequence[ProductError], width: int) -> Table:
     by_product: dict[str, dict[str, ProductError]] = {}
     for error in errors:
         by_product.setdefault(f"{error.site} {error.product}", {})[error.cast] = error
-    table = plain_table("product", *(_narrow(cast) for cast in fit), right=len(fit))
+    table = plain_table("product", *(short_cast(cast) for cast in fit), right=len(fit))
     for product, of_product in by_product.items():
         table.add_row(product, *(_errors(of_product.get(cast)) for cast in fit))
     left_out = (
@@ -267,11 +267,6 @@ def _backward_errors_table(errors: Sequence[ProductError], width: int) -> Table:
     )
     table.caption, table.caption_justify = f"median and the error that 1% exceed{left_out}", "left"
     return table
-
-
-def _narrow(cast: str) -> str:
-    """A scaled cast in fewer letters: int8/row for int8/row/current/nearest."""
-    return short_cast(cast).replace("/current", "")
 
 
 def _errors(error: ProductError | None) -> str:
