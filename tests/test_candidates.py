@@ -1,4 +1,4 @@
-"""The columns of a plan's scores are what the functions of single rows say, and a site's table is what its casts cost."""
+"""The columns of a plan's scores are what single rows say, and a menu's measures are what its casts cost."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_columns_say_what_single_rows_do(seed: int) -> None:
     sites, rows = odd_scores(seed)
     scores, table = SlotScores(sites, rows), by_slot(sites, rows)
     outliers = scores.first_outlier
-    for site, role in ((site, role) for site in sites for role in site.roles):
+    for site, role in [(one, role) for one in sites for role in one.roles]:
         slot = (site.name, role)
         told = [(text, candidate(site, role, parse_cast(text), row)) for text, row in table[slot].items()]
         span = scores.span(slot)
