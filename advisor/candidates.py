@@ -74,8 +74,8 @@ def by_slot(sites: Sequence[Site], rows: Iterable[Row]) -> dict[Slot, dict[str, 
 class SlotScores:
     """The scores of all slots: slot after slot, each slot's casts in alphabetical order.
 
-    Columns have a number a score, NaN where it is unknown. `damage` and `noise` are a candidate's: finite and at least
-    0 where they are known.
+    Columns have a number a score, NaN where it is unknown. `damage` and `noise` are those of a candidate: finite and at
+    least 0 where they are known.
     """
 
     def __init__(self, sites: Sequence[Site], rows: Iterable[Row]) -> None:

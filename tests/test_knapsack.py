@@ -10,7 +10,7 @@ import pytest
 
 from advisor import knapsack
 from advisor.knapsack import Choice, Group, solve
-from advisor.pruning import undominated
+from advisor.pruning import undominated, undominated_of
 
 GROUPS = 6
 
@@ -73,9 +73,13 @@ def test_pruning_changes_nothing(seed: int) -> None:
     assert min(left) < 12, "an instance in which pruning has nothing to do"
 
 
-def test_undominated_is_what_the_definition_says() -> None:
-    draw = np.random.default_rng(5)
-    group = Group(draw.integers(0, 3, (60, 2)).astype(float), draw.integers(0, 3, (60, 2)).astype(float))
+@pytest.mark.parametrize("seed", range(12))
+def test_undominated_is_what_the_definition_says(seed: int) -> None:
+    """Also where measures are of very different sizes, and of items that are alike in most of them."""
+    draw = np.random.default_rng(seed)
+    sizes = 10.0 ** draw.integers(-9, 12, 4)
+    gains, costs = sizes[:2] * draw.integers(0, 3, (60, 2)), sizes[2:] * draw.integers(0, 3 + seed, (60, 2))
+    group = Group(gains, costs)
     table = np.hstack([-group.gains, group.costs])
 
     def dominated(item: int) -> bool:
@@ -83,7 +87,11 @@ def test_undominated_is_what_the_definition_says() -> None:
         alike = (table == table[item]).all(axis=1)
         return bool((no_worse & ~alike).any() or alike[:item].any())
 
-    assert undominated(measures(group)).tolist() == [item for item in range(60) if not dominated(item)]
+    left = [item for item in range(60) if not dominated(item)]
+    assert undominated(measures(group)).tolist() == left
+    twice = np.hstack([measures(group), measures(group)])
+    starts = np.array([0, 60, 60, 120])
+    assert undominated_of(starts, twice).tolist() == [*left, *(60 + item for item in left)]
 
 
 def test_a_limit_that_is_met_exactly_is_kept() -> None:

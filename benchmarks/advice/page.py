@@ -219,7 +219,7 @@ Alike is the energy of the mean error over the minibatch's noise, over the whole
 noise does, and outweighs it after the inverse of that number of steps. The small gradients of a cross-entropy's many
 wrong classes are flushed and the large one of the right class is not, so at a head it can be most of the error. By
 default a plan takes no cast that loses more than {100 * LOST:g}% of the batch or that has more than {ALIKE:.2g} alike.
-Predicted, measured, of sites with a weight (of others nothing is told), all casts of the benchmark:
+Predicted, measured, all casts of the benchmark; of a product without a weight at the one beneath that it hits hardest:
 
 {_table(("model", "decided", "Spearman", "ratio"), _alike(models))}
 

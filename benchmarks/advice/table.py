@@ -107,7 +107,7 @@ def in_intervals(compared: Mapping[Pair, Compared], predicted: Predicted, source
 
 
 def _alike(noises: Mapping[Pair, GradientTruth], predicted: Predicted) -> dict[Pair, Compared]:
-    """The mean error that casts put into weights' gradients, over the minibatch's noise; of sites with a weight.
+    """The mean error that casts put into weights' gradients, over the minibatch's noise.
 
     Not where most of the gradient is taken away: what is alike there is the mean gradient itself, which stands still at
     a checkpoint and turns in a window.
