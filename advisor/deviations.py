@@ -210,8 +210,8 @@ def _lists(goal: Goal, at: Priced, base: Indices, reach: float) -> _Lists | None
     bounds = reach, np.ascontiguousarray(moved.T), least, allowed, least.sum(axis=0)
     effort = int(MOST_TRIED * goal.effort)
     # From the end those that change little, as far as the sets are few; from the beginning the others.
-    back = slice(None, None, -1)
-    *few, seen, tried, _ = _sets(place[back], worse[back], used[back], regret[back], *bounds, FEW_SETS, effort)
+    from_the_end = (np.ascontiguousarray(part[::-1]) for part in (place, worse, used, regret))
+    *few, seen, tried, _ = _sets(*from_the_end, *bounds, FEW_SETS, effort)
     cut = len(items) - seen
     if cut > MOST_ITEMS:
         return None
@@ -269,7 +269,8 @@ def _sets(group_of, worse, used, regret, reach, moved, least, allowed, rest, mos
                 if _is_over(sum_regret[have], sum_used[have], moved, left, values):
                     continue
                 sum_worse[have] = sum_worse[place] + worse[new]
-                bits[have] = bits[place]
+                for word in range(bits.shape[1]):
+                    bits[have, word] = bits[place, word]
                 bits[have, new // 64] |= np.uint64(1) << np.uint64(new % 64)
                 have += 1
         rest = left
@@ -284,7 +285,10 @@ def _sets(group_of, worse, used, regret, reach, moved, least, allowed, rest, mos
                 continue
             if kept < place:
                 sum_worse[kept], sum_regret[kept] = sum_worse[place], sum_regret[place]
-                sum_used[kept], bits[kept] = sum_used[place], bits[place]
+                for row in range(rows):
+                    sum_used[kept, row] = sum_used[place, row]
+                for word in range(bits.shape[1]):
+                    bits[kept, word] = bits[place, word]
             kept += 1
         have = kept
     return sum_worse[:have], sum_used[:have], sum_regret[:have], bits[:have], len(group_of), tried, True
@@ -353,7 +357,7 @@ def _pairs(  # type: ignore[no-untyped-def]
     kept = 0
     for place in range(have):
         if regrets[place] <= most:
-            found[kept] = found[place]
+            found[kept, 0], found[kept, 1] = found[place, 0], found[place, 1]
             kept += 1
     if first >= 0 and kept < MOST_FOUND:
         found[kept, 0], found[kept, 1] = first, second

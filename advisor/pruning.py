@@ -85,13 +85,22 @@ def _kept(starts, measures):  # type: ignore[no-untyped-def]
             left = same
             for other in range(same, have):
                 if not _equals_or_beats(rows, have, other):
-                    rows[left], kept[left], steps_of_kept[left] = rows[other], kept[other], steps_of_kept[other]
+                    _put(rows, left, other)
+                    kept[left], steps_of_kept[left] = kept[other], steps_of_kept[other]
                     left += 1
-            rows[left], kept[left], steps_of_kept[left] = rows[have], place, step_of[place]
+            _put(rows, left, have)
+            kept[left], steps_of_kept[left] = place, step_of[place]
             have = left + 1
         for number in range(have):
             is_kept[first + kept[number]] = True
     return is_kept
+
+
+@njit(cache=True, nogil=True)
+def _put(rows, to, row):  # type: ignore[no-untyped-def]
+    """Copy a row. Numba 0.68 takes seconds to compile `rows[to] = rows[row]`, for what it would say if sizes differed."""
+    for column in range(rows.shape[1]):
+        rows[to, column] = rows[row, column]
 
 
 @njit(cache=True, nogil=True)
