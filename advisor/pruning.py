@@ -98,7 +98,7 @@ def _kept(starts, measures):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _put(rows, to, row):  # type: ignore[no-untyped-def]
-    """Copy a row. Numba 0.68 takes seconds to compile `rows[to] = rows[row]`, for what it would say if sizes differed."""
+    """Copy a row. Numba 0.68 compiles `rows[to] = rows[row]` for seconds, for what it would say if sizes differed."""
     for column in range(rows.shape[1]):
         rows[to, column] = rows[row, column]
 
