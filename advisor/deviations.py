@@ -210,8 +210,8 @@ def _lists(goal: Goal, at: Priced, base: Indices, reach: float) -> _Lists | None
     bounds = reach, np.ascontiguousarray(moved.T), least, allowed, least.sum(axis=0)
     effort = int(MOST_TRIED * goal.effort)
     # From the end those that change little, as far as the sets are few; from the beginning the others.
-    from_the_end = (np.ascontiguousarray(part[::-1]) for part in (place, worse, used, regret))
-    *few, seen, tried, _ = _sets(*from_the_end, *bounds, FEW_SETS, effort)
+    of, loss, use, cost = (np.ascontiguousarray(part[::-1]) for part in (place, worse, used, regret))
+    *few, seen, tried, _ = _sets(of, loss, use, cost, *bounds, FEW_SETS, effort)
     cut = len(items) - seen
     if cut > MOST_ITEMS:
         return None
