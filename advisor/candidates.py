@@ -6,7 +6,6 @@ out what is worse, to choose, to explain), so its numbers are worked out once fo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,20 +40,6 @@ class Candidate:
     damage: float
     noise_ratio: float
     row: Row | None
-
-
-def candidate(site: Site, role: str, cast: Cast, row: Row) -> Candidate | None:
-    """The row as a candidate, or None where its damage or its noise is unknown or not finite.
-
-    None too for scales by row or block where the products cannot be cast one by one.
-    """
-    if not cast.has_one_scale and site.op not in FOLLOWED:
-        return None
-    damage = 0.0 if role == GRADIENT else _finite(row.get("damage"))
-    noise = _finite(row.get("noise_ratio"))
-    if noise is None and row.get("noise_ratio") is None and not enters_gradient(site, role):
-        noise = 0.0
-    return None if damage is None or noise is None else Candidate(cast, damage, noise, row)
 
 
 def by_slot(sites: Sequence[Site], rows: Iterable[Row]) -> dict[Slot, dict[str, Row]]:
@@ -182,13 +167,6 @@ class SlotScores:
         return np.array(of_each, dtype=bool)[self.slot_of]
 
 
-def _finite(value: Any) -> float | None:
-    """The number where it is finite, at least 0; None otherwise. An estimate below 0 is noise around 0."""
-    if value is None or not math.isfinite(value):
-        return None
-    return max(0.0, float(value))
-
-
 def _finite_column(values: Array) -> Array:
-    """The same of many, NaN for None."""
+    """The numbers where they are finite, at least 0: an estimate below 0 is noise around 0. NaN elsewhere."""
     return np.where(np.isfinite(values), np.where(values > 0, values, 0.0), np.nan)

@@ -118,8 +118,9 @@ class NoiseFound:
             at, energies = _At(one.slot, one.cast, one.site), row / loss_scale**2
             if bool(row.isfinite().all()):
                 earlier = self._passed[one.slot].get(at)
-                alike = earlier is not None and earlier.shape == energies.shape
-                self._passed[one.slot][at] = energies + earlier if alike and earlier is not None else energies
+                if earlier is not None and earlier.shape == energies.shape:
+                    energies = earlier + energies
+                self._passed[one.slot][at] = energies
         self._settle_means(loss_scale)
 
     def _settle_means(self, loss_scale: float) -> None:

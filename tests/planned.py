@@ -7,7 +7,11 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from probes.records import Product, Site
+from advisor.candidates import Candidate, Row
+from advisor.cost import enters_gradient
+from advisor.product_casts import FOLLOWED
+from probes.casts import Cast
+from probes.records import GRADIENT, Product, Site
 
 CASTS = ("e4m3fn", "e5m2", "int8", "bf16", "fp16")
 COST = {"e4m3fn": 1.0, "e5m2": 4.1, "int8": 0.3, "bf16": 1e-3, "fp16": 1e-4}
@@ -93,3 +97,24 @@ def scores(sites: Sequence[Site], seed: int = 0, lowest: float = -7, highest: fl
 
 def flops(sites: Sequence[Site]) -> float:
     return math.fsum(site.flops for site in sites)
+
+
+def candidate(site: Site, role: str, cast: Cast, row: Row) -> Candidate | None:
+    """The plain way to what `SlotScores` has as columns; None where damage or noise is unknown or not finite.
+
+    None too for scales by row or block where the products cannot be cast one by one.
+    """
+    if not cast.has_one_scale and site.op not in FOLLOWED:
+        return None
+    damage = 0.0 if role == GRADIENT else _finite(row.get("damage"))
+    noise = _finite(row.get("noise_ratio"))
+    if noise is None and row.get("noise_ratio") is None and not enters_gradient(site, role):
+        noise = 0.0
+    return None if damage is None or noise is None else Candidate(cast, damage, noise, row)
+
+
+def _finite(value: Any) -> float | None:
+    """The number where it is finite, at least 0; None otherwise. An estimate below 0 is noise around 0."""
+    if value is None or not math.isfinite(value):
+        return None
+    return max(0.0, float(value))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from advisor.candidates import AS_IT_IS, SlotScores, by_slot, candidate
+from advisor.candidates import AS_IT_IS, SlotScores, by_slot
 from advisor.castnames import KEEP, parse_cast
 from advisor.cost import site_shares
 from advisor.errors import InvalidPlan
@@ -21,7 +21,7 @@ from advisor.menu import Limits, menus
 from advisor.objectives import Task
 from advisor.reasons import _by_pressure
 from probes.records import GRADIENT, Product, Site
-from tests.planned import attention, linear, score
+from tests.planned import attention, candidate, linear, score
 
 CASTS = ("e4m3fn", "e5m2", "int8", "bf16", "fp32", "e4m3fn/row", "e4m3fn/none")
 ODD = (None, math.nan, math.inf, -1e-6, 0.0, 1e-6, 3e-6)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from advisor.candidates import by_slot, candidate
+from advisor.candidates import by_slot
 from advisor.castnames import KEEP, parse_cast
 from advisor.cost import memory, shares, time_s
 from advisor.device import Hardware
@@ -20,7 +20,7 @@ from advisor.objectives import Budget, Task
 from advisor.plan import Plan
 from advisor.planner import plan_from_rows
 from probes.records import Site
-from tests.planned import CASTS, flops, linear, scores
+from tests.planned import CASTS, candidate, flops, linear, scores
 
 H100 = hardware_named("h100")
 LOST = 0.02

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from advisor.candidates import Candidate, SlotScores, by_slot, candidate
+from advisor.candidates import Candidate, SlotScores, by_slot
 from advisor.castnames import KEEP, parse_cast
 from advisor.cost import memory, shares
 from advisor.errors import InvalidPlan
@@ -21,7 +21,7 @@ from advisor.menu import lost_share, menus
 from advisor.plan import Assignment, Plan
 from advisor.planner import plan_from_rows
 from probes.records import Site
-from tests.planned import CASTS, attention, flops, linear, score, scores
+from tests.planned import CASTS, attention, candidate, flops, linear, score, scores
 
 H100 = hardware_named("h100")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from advisor.candidates import by_slot, candidate
+from advisor.candidates import by_slot
 from advisor.castnames import KEEP, parse_cast
 from advisor.cost import native_refusal, operand, product_shapes, shares
 from advisor.errors import InvalidPlan
@@ -20,7 +20,7 @@ from advisor.plan import Plan
 from advisor.planner import plan_from_rows
 from advisor.restrictions import Restrictions
 from probes.records import Site
-from tests.planned import attention, flops, linear, score, scores
+from tests.planned import attention, candidate, flops, linear, score, scores
 
 H100 = hardware_named("h100")
 
