@@ -1,11 +1,11 @@
 """What watching costs: `python benchmarks/overhead.py --json overhead.json`.
 
-What is measured. A model is trained with AdamW once for each way to watch (`watchers.py`), each with a copy of its own
-of the model and the optimizer, and all with the same batches. A round is one step of each, in an order that is shuffled
-anew, so that whatever slows the machine slows all of them. A step's time is that of forward, backward, optimizer step
-and zero_grad, with all that the watcher does in them and after; opening a window counts to its first step, closing it
-is told apart. Every way's losses are compared with the unwatched ones. Each has a thread of its own, and they take
-turns: a watcher that stands between the user and torch (ours) does so in its thread only.
+What is measured. A model is trained with AdamW once for each way to watch (`watchers.py`), each in a process of its
+own, and all with the same batches. They take turns: a round is one step of each, in an order that is shuffled anew, so
+that whatever slows the machine slows all of them. A step's time is that of forward, backward, optimizer step and
+zero_grad, with all that the watcher does in them and after; opening a window counts to its first step, closing it is
+told apart. Every way's losses are compared with the unwatched ones. Threads of one process would not do: each would
+have OpenMP threads of its own, together more than there are cores, and such sleep where a training's own wait awake.
 
 `ratio` is the median of a watcher's step times over that of the unwatched steps, the quartiles are those of the ratio
 within a round, and `window` is the sum of its step times over that of the unwatched steps, which is what a share of the
@@ -22,24 +22,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
-import gc
 import json
+import multiprocessing
 import platform
 import random
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from underflow import print_bounds, underflow_bounds
-from watched import MODELS, Batch, built, loss_of
+from watched import MODELS, built, loss_of
 from watchers import AGAIN, OURS, PEERS, PLAIN, Watcher
 
 ROUNDS = {False: 40, True: 6}  # whole windows, and for --quick a look
@@ -47,39 +46,24 @@ WARMUP = 2
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-class Trained:
-    """One copy of the model, watched in one way, in a thread of its own."""
+class _Copy:
+    """One copy of the model and its training, in the process that it has for itself."""
 
-    def __init__(self, watcher: Watcher, model: torch.nn.Module, clock: Callable[[], float]) -> None:
-        self.watcher, self._clock = watcher, clock
-        threads = torch.get_num_threads()
-        self._thread = ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(threads))
-        self._model = copy.deepcopy(model)
+    def __init__(self, name: str, watcher: Watcher, threads: int, clock: str) -> None:
+        torch.set_num_threads(threads)
+        self._watcher, self._clock = watcher, CLOCKS[clock]
+        self._model, self._next_batch = built(name)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4)
         self._open = contextlib.ExitStack()
         self._at = 0
-        self.seconds: list[float] = []
         self.closing: list[float] = []
-        self.losses: list[Tensor] = []
 
-    def step(self, batch: Batch, counts: bool) -> None:
-        """Train one step; `counts` is False while warming up, unwatched."""
-        self._thread.submit(self._step, batch, counts).result()
-
-    def close(self) -> None:
-        """End the window, and the thread."""
-        self._thread.submit(self._close).result()
-        self._thread.shutdown()
-
-    @property
-    def counted(self) -> slice:
-        """Which of the steps count."""
-        return slice(None) if self.watcher.at is None else slice(self.watcher.at, None, self.watcher.steps)
-
-    def _step(self, batch: Batch, counts: bool) -> None:
+    def step(self, counts: bool) -> tuple[float, float]:
+        """Train one step, and give its seconds and its loss; `counts` is False while warming up, unwatched."""
+        batch = self._next_batch()
         start = self._clock()
         if counts and self._at == 0:
-            self._watched, self._after = self._open.enter_context(self.watcher.watch(self._model, self._optimizer))
+            self._watched, self._after = self._open.enter_context(self._watcher.watch(self._model, self._optimizer))
         elif not counts:
             self._watched, self._after = self._model, lambda: None
         loss = loss_of(self._watched(**batch))
@@ -88,63 +72,123 @@ class Trained:
         self._optimizer.zero_grad()
         self._after()
         spent = self._clock() - start
-        self.losses.append(loss.detach())
         if counts:
-            self.seconds.append(spent)
             self._at += 1
-            if self._at == self.watcher.steps:
-                self._close()
+            if self._at == self._watcher.steps:
+                self.close()
+        return spent, loss.item()
 
-    def _close(self) -> None:
+    def close(self) -> list[float]:
+        """End the window; gives the seconds that this took, for each window of all."""
         start = self._clock()
         self._open.close()
         if self._at:
             self.closing.append(self._clock() - start)
         self._at = 0
+        return self.closing
+
+
+def _serve(connection: Connection, *arguments: Any) -> None:
+    """Do what is asked of a copy until it has been closed or has failed."""
+    warnings.simplefilter("ignore")  # peers' deprecations
+    try:
+        trained = _Copy(*arguments)
+        connection.send(None)
+        while True:
+            asked, *given = connection.recv()
+            connection.send(getattr(trained, asked)(*given))
+            if asked == "close":
+                return
+    except Exception as error:
+        connection.send(error if isinstance(error, Failed) else Failed(f"{type(error).__name__}: {error}"))
+
+
+class Failed(Exception):
+    """What a copy's process has raised, in words."""
+
+
+class Trained:
+    """A copy of the model, watched in one way, and what its steps took. Its process does something only when asked."""
+
+    def __init__(self, watcher: Watcher, name: str, clock: str) -> None:
+        self.watcher = watcher
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        forked = multiprocessing.get_context("fork")  # as this process computes nothing, it has no threads to lose
+        self._connection, theirs = forked.Pipe()
+        arguments = (theirs, name, watcher, torch.get_num_threads(), clock)
+        forked.Process(target=_serve, args=arguments, daemon=True).start()
+        self._answer()
+
+    def step(self, counts: bool) -> None:
+        """Train one step. Raises Failed."""
+        seconds, loss = self._ask("step", counts)
+        self.losses.append(loss)
+        if counts:
+            self.seconds.append(seconds)
+
+    def close(self) -> list[float]:
+        """End the window and the process; gives the seconds that closing took, for each window. Raises Failed."""
+        closing: list[float] = self._ask("close")
+        return closing
+
+    @property
+    def counted(self) -> slice:
+        """Which of the steps count."""
+        return slice(None) if self.watcher.at is None else slice(self.watcher.at, None, self.watcher.steps)
+
+    def _ask(self, *what: Any) -> Any:
+        self._connection.send(what)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        answer = self._connection.recv()
+        if isinstance(answer, Failed):
+            raise answer
+        return answer
 
 
 def measured(name: str, watchers: Sequence[Watcher], rounds: int, clock: str) -> list[dict[str, Any]]:
     """A row for each watcher on one model."""
-    model, next_batch = built(name)
-    rows, copies = [], {watcher.name: Trained(watcher, model, CLOCKS[clock]) for watcher in (PLAIN, *watchers)}
-    shuffler, order = random.Random(0), list(copies.values())
+    plain, *others = copies = [Trained(watcher, name, clock) for watcher in (PLAIN, *watchers)]
+    shuffler, failed, closing = random.Random(0), {}, {}
+
+    def tried(one: Trained, what: Callable[[], Any]) -> Any:
+        try:
+            return what()
+        except Failed as error:  # a peer's: it is told, and the others go on
+            if one.watcher not in PEERS:
+                raise
+            failed[one.watcher.name] = str(error)
+
     for round_ in range(-WARMUP, rounds):
-        batch = next_batch()
-        shuffler.shuffle(order)
-        gc.collect()
         print(f"\r{name}: round {round_ + 1} of {rounds} ", end="", file=sys.stderr, flush=True)
-        for one in list(order):
-            try:
-                one.step(batch, round_ >= 0)
-            except Exception as error:  # a peer's: it is told, and the others go on
-                if not any(one.watcher is peer for peer in PEERS):
-                    raise
-                rows.append({"model": name, "watcher": one.watcher.name, "failed": f"{type(error).__name__}: {error}"})
-                with contextlib.suppress(Exception):
-                    one.close()
-                order.remove(one)
-    plain = copies.pop(PLAIN.name)
-    plain.close()
+        for one in shuffler.sample(copies, len(copies)):
+            if one.watcher.name not in failed:
+                tried(one, partial(one.step, round_ >= 0))
+    for one in copies:
+        if one.watcher.name not in failed:
+            closing[one.watcher.name] = tried(one, one.close)
     unwatched = np.array(plain.seconds)
-    again = copies.get(AGAIN.name)
-    both = (unwatched + np.array(again.seconds)) / 2 if again in order else unwatched
-    for one in copies.values():
-        if one not in order:
+    again = next((np.array(one.seconds) for one in others if one.watcher is AGAIN), unwatched)
+    rows: list[dict[str, Any]] = []
+    for one in others:
+        row = {"model": name, "watcher": one.watcher.name}
+        if one.watcher.name in failed:
+            rows.append({**row, "failed": failed[one.watcher.name]})
             continue
-        one.close()
-        base = unwatched if one is again else both
-        seconds, beside = np.array(one.seconds)[one.counted], base[one.counted]
+        base = (unwatched if one.watcher is AGAIN else (unwatched + again) / 2)[one.counted]
+        seconds = np.array(one.seconds)[one.counted]
         rows.append(
             {
-                "model": name,
-                "watcher": one.watcher.name,
+                **row,
                 "ratio": float(np.median(seconds) / np.median(base)),
-                "quartiles": np.quantile(seconds / beside, (0.25, 0.75)).tolist(),
-                "window": float(seconds.sum() / beside.sum()),
-                "closing_steps": float(np.median(one.closing) / np.median(base)),
+                "quartiles": np.quantile(seconds / base, (0.25, 0.75)).tolist(),
+                "window": float(seconds.sum() / base.sum()),
+                "closing_steps": float(np.median(closing[one.watcher.name]) / np.median(base)),
                 "step_ms": float(np.median(seconds)) * 1e3,
                 "steps": len(seconds),
-                "same_losses": bool(torch.equal(torch.stack(one.losses), torch.stack(plain.losses))),
+                "same_losses": one.losses == plain.losses,
                 "gives": one.watcher.gives,
             }
         )

@@ -10,6 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 Batch = dict[str, Tensor]
 Built = tuple[nn.Module, Callable[[torch.Generator], Batch]]
@@ -20,8 +30,6 @@ CLASSES, IMAGES, PIXELS = 100, 16, 64
 
 def gpt2() -> Built:
     """4 layers, width 256, batch 8 of 128 tokens, vocabulary 8,192, no dropout."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     sizes = {"vocab_size": VOCABULARY, "n_positions": LENGTH, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, use_cache=False, bos_token_id=1, eos_token_id=1)), _tokens
@@ -29,8 +37,6 @@ def gpt2() -> Built:
 
 def llama() -> Built:
     """4 layers, width 256, grouped-query attention, the same batch and vocabulary."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
@@ -46,8 +52,6 @@ def llama() -> Built:
 
 def vit() -> Built:
     """4 layers, width 256, 16 images of 64 × 64 in patches of 8."""
-    from transformers import ViTConfig, ViTForImageClassification
-
     config = ViTConfig(
         image_size=PIXELS,
         patch_size=8,
@@ -62,8 +66,6 @@ def vit() -> Built:
 
 def resnet() -> Built:
     """ResNet-18's four stages of basic blocks, with BatchNorm, 16 images of 64 × 64."""
-    from transformers import ResNetConfig, ResNetForImageClassification
-
     config = ResNetConfig(
         embedding_size=64,
         hidden_sizes=[64, 128, 256, 512],

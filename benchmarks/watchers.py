@@ -232,11 +232,9 @@ OURS = (
     Watcher("ours: the mode alone", "nothing, but for a first recorded step", _window(every=2 * WINDOW)),
     Watcher("ours: every slot, every step", "a log2 sketch of each tensor of each product", _window()),
     Watcher("ours: overhead=0.05", "the same, of fewer steps", _window(overhead=0.05)),
+    Watcher("ours: a window's first step", "the same, and coverage", _window(steps=3), steps=3, at=0),
     Watcher(
-        "ours: a window's first step", "the same, and coverage", _window(steps=3, curvature_steps=1), steps=3, at=0
-    ),
-    Watcher(
-        "ours: one scored step", "curvature and damage of casts", _window(steps=3, curvature_steps=1), steps=3, at=1
+        "ours: one scored step", "curvature and damage of casts", _window(steps=6, curvature_steps=1), steps=6, at=3
     ),
 )
 

@@ -108,6 +108,21 @@ def test_what_is_known_to_a_tenth_gets_no_more_batches(tmp_path: Path) -> None:
         assert exact or found.batches == forward_truth.MOST_BATCHES
 
 
+def test_a_later_run_goes_on_with_what_is_unsure_though_all_that_had_fewer_batches_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ledger = fresh(LINE, 0).model, ledger_in(tmp_path)
+    monkeypatch.setattr(forward_truth, "_is_exact", lambda truth: truth.batches == 24)
+    forward_truth.measure_forward(LINE, model, [WEIGHT, INPUT], [E2M1], ledger, math.inf, str)
+    lines = ledger.path.read_text().splitlines(keepends=True)
+    ledger.path.write_text("".join(lines[:5] + lines[6:]))  # without the weight's last
+    again = ledger_in(tmp_path)
+    monkeypatch.setattr(forward_truth, "_is_exact", lambda truth: truth.batches in (16, 40))
+    forward_truth.measure_forward(LINE, model, [WEIGHT, INPUT], [E2M1], again, math.inf, str)
+    found = forward_truth.forward_truths(again.of("forward"))
+    assert {slot: truth.batches for (slot, _), truth in found.items()} == {WEIGHT: 16, INPUT: 40}
+
+
 def test_a_ledger_of_other_weights_is_refused(tmp_path: Path) -> None:
     ledger_in(tmp_path)
     with pytest.raises(OtherLedger, match="remove it to start anew"):

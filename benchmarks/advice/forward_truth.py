@@ -76,13 +76,14 @@ def measure_forward(
     number = 0
     with torch.no_grad(), Moved(model) as hook:
         while number < MOST_BATCHES:
-            in_time = ledger.seconds("forward") < seconds
             done = _by_pair(ledger.of("forward"))
-            left = [pair for pair in pairs if len(done.get(pair, ())) * ROUND <= number]
+            wanted = pairs
             if number >= 2 * ROUND:
-                left = [pair for pair in left if not _is_exact(_truth(done[pair]))] if in_time else []
-            if number >= 2 * ROUND and not left:
-                break
+                in_time = ledger.seconds("forward") < seconds
+                wanted = [pair for pair in pairs if in_time and not _is_exact(_truth(done[pair]))]
+                if not wanted:
+                    break
+            left = [pair for pair in wanted if len(done.get(pair, ())) * ROUND <= number]
             batches = [trainable.batch(UNSEEN + number + index, 0) for index in range(ROUND)]
             base = _losses(trainable, model, batches)
             for count, (slot, cast) in enumerate(left):
