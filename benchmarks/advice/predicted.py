@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import advisor
 from benchmarks.advice.models import MODELS, Start, fresh, train
@@ -28,6 +28,8 @@ from probes.window import Window
 
 STEPS = 16  # of the window
 SCORED = 8  # of them, each with two draws of the curvature, eight where samples mix (BatchNorm)
+MIXED = 48  # steps of the window of a model whose samples mix, all of them scored: what its own curvature adds to
+# Gauss-Newton's damage varies there from batch to batch by 1 to 7 times that damage, and eight tell little of its mean
 COST_STEPS = 3  # of each kind, for the cost of a scored step
 TYPICAL = 0.5  # quantile of a product's backward errors that stands for it
 
@@ -58,8 +60,9 @@ def predict(start: Start, candidates: Sequence[str | Cast] = CASTS) -> Predicted
     """
     trainable, (model, optimizer, step) = start.trainable, start.load()
     errors = _sampled_errors(start)
-    with advisor.probe(model, optimizer, steps=STEPS, curvature_steps=SCORED, casts=candidates) as window:
-        train(model, optimizer, trainable, start.seed, step, STEPS)
+    steps, scored = window_of(model)
+    with advisor.probe(model, optimizer, steps=steps, curvature_steps=scored, casts=candidates) as window:
+        train(model, optimizer, trainable, start.seed, step, steps)
     rows = advisor.score(window, CASTS, slots=window.product_slots).rows
     return Predicted(
         window,
@@ -67,6 +70,12 @@ def predict(start: Start, candidates: Sequence[str | Cast] = CASTS) -> Predicted
         {(Slot(row["site"], row["role"]), row["cast"]): _error_of(errors, row) for row in rows},
         statistics.fmean(window.losses),
     )
+
+
+def window_of(model: nn.Module) -> tuple[int, int]:
+    """How many steps the model's window has, and how many of them are scored."""
+    mixes = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    return (MIXED, MIXED) if mixes else (STEPS, SCORED)
 
 
 def cost_of_a_scored_step(name: str) -> float:

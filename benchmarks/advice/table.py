@@ -25,7 +25,16 @@ from benchmarks.advice.ledger import Ledger
 from benchmarks.advice.models import MODELS, Start
 from benchmarks.advice.moved import slots_of
 from benchmarks.advice.page import page
-from benchmarks.advice.predicted import SCORED, STEPS, Pair, Predicted, cost_of_a_scored_step, predict
+from benchmarks.advice.predicted import (
+    MIXED,
+    SCORED,
+    STEPS,
+    Pair,
+    Predicted,
+    cost_of_a_scored_step,
+    predict,
+    window_of,
+)
 from benchmarks.advice.training_truth import gaps, interval
 from benchmarks.advice.truth import CASTS, add_common_arguments, begin, is_adaptive, open_ledger, progress_on_terminal
 from probes.casts import Cast
@@ -53,6 +62,7 @@ def result_of(start: Start, quick: bool) -> dict[str, Any]:
     return {
         "loss": predicted.loss,
         "notes": list(predicted.window.notes),
+        "scored_steps": window_of(model)[1],
         "scored_step_in_plain_steps": cost_of_a_scored_step(start.name),
         "roles": {role: _role(role, compared, predicted) for role in _groups(compared)},
         "from_sketches": {
@@ -218,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "torch": torch.__version__.split("+")[0],
         "window_steps": STEPS,
         "scored_steps": SCORED,
+        "mixed_steps": MIXED,
         "casts": list(map(str, CASTS)),
         "models": {},
     }
