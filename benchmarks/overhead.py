@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import multiprocessing
 import platform
@@ -61,6 +62,7 @@ class _Copy:
     def step(self, counts: bool) -> tuple[float, float]:
         """Train one step, and give its seconds and its loss; `counts` is False while warming up, unwatched."""
         batch = self._next_batch()
+        gc.collect()
         start = self._clock()
         if counts and self._at == 0:
             self._watched, self._after = self._open.enter_context(self._watcher.watch(self._model, self._optimizer))
