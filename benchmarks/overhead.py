@@ -27,6 +27,7 @@ import json
 import multiprocessing
 import platform
 import random
+import signal
 import sys
 import time
 import warnings
@@ -45,6 +46,10 @@ from watchers import AGAIN, OURS, PEERS, PLAIN, Watcher
 ROUNDS = {False: 40, True: 6}  # whole windows, and for --quick a look
 WARMUP = 2
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class Failed(Exception):
+    """A copy's process has raised this, or has died."""
 
 
 class _Copy:
@@ -92,6 +97,7 @@ class _Copy:
 
 def _serve(connection: Connection, *arguments: Any) -> None:
     """Do what is asked of a copy until it has been closed or has failed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the parent's, which takes its children along
     warnings.simplefilter("ignore")  # peers' deprecations
     try:
         trained = _Copy(*arguments)
@@ -102,11 +108,7 @@ def _serve(connection: Connection, *arguments: Any) -> None:
             if asked == "close":
                 return
     except Exception as error:
-        connection.send(error if isinstance(error, Failed) else Failed(f"{type(error).__name__}: {error}"))
-
-
-class Failed(Exception):
-    """What a copy's process has raised, in words."""
+        connection.send(Failed(f"{type(error).__name__}: {error}"))
 
 
 class Trained:
@@ -120,6 +122,7 @@ class Trained:
         self._connection, theirs = forked.Pipe()
         arguments = (theirs, name, watcher, torch.get_num_threads(), clock)
         forked.Process(target=_serve, args=arguments, daemon=True).start()
+        theirs.close()
         self._answer()
 
     def step(self, counts: bool) -> None:
@@ -144,7 +147,10 @@ class Trained:
         return self._answer()
 
     def _answer(self) -> Any:
-        answer = self._connection.recv()
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            raise Failed("its process died") from None
         if isinstance(answer, Failed):
             raise answer
         return answer
