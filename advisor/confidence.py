@@ -16,8 +16,8 @@ and confidence = erf(1/(σ·√2)): were the change to the next window of the sa
 scores would stay within a factor of two. floor, trend and doubt are the table below.
 
 Measured (`benchmarks/drift.py`, `drift.json`; windows of 10 and 20 steps that follow each other, after 0, 30 and 120
-steps of trainings of a GPT and a ConvNet on which nothing was chosen): damage told with a confidence of 0.30, 0.65,
-0.86 and 0.92 in the mean stayed within a factor of two in 0.47, 0.58, 0.97 and 0.96 of 1,140 cases. It is less sure
+steps of trainings of a GPT and a ConvNet on which nothing was chosen): damage told with a confidence of 0.29, 0.65,
+0.86 and 0.92 in the mean stayed within a factor of two in 0.46, 0.57, 0.98 and 0.98 of 1,140 cases. It is less sure
 than its error energy, which stayed in 0.95 and 1.00: its curvature comes from two scored steps. A window says nothing
 of what has not happened in it: the confidence is for the next window, not for the end of the training.
 """
