@@ -62,7 +62,7 @@ class _Copy:
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4)
         self._open = contextlib.ExitStack()
         self._at = 0
-        self.closing: list[float] = []
+        self._closing: list[float] = []
 
     def step(self, counts: bool) -> tuple[float, float]:
         """Train one step, and give its seconds and its loss; `counts` is False while warming up, unwatched."""
@@ -90,9 +90,9 @@ class _Copy:
         start = self._clock()
         self._open.close()
         if self._at:
-            self.closing.append(self._clock() - start)
+            self._closing.append(self._clock() - start)
         self._at = 0
-        return self.closing
+        return self._closing
 
 
 def _serve(connection: Connection, *arguments: Any) -> None:
@@ -100,13 +100,12 @@ def _serve(connection: Connection, *arguments: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the parent's, which takes its children along
     warnings.simplefilter("ignore")  # peers' deprecations
     try:
-        trained = _Copy(*arguments)
-        connection.send(None)
-        while True:
-            asked, *given = connection.recv()
-            connection.send(getattr(trained, asked)(*given))
-            if asked == "close":
-                return
+        with contextlib.closing(_Copy(*arguments)) as trained:
+            connection.send(None)
+            asked = None
+            while asked != "close":
+                asked, *given = connection.recv()
+                connection.send(getattr(trained, asked)(*given))
     except Exception as error:
         connection.send(Failed(f"{type(error).__name__}: {error}"))
 
@@ -118,7 +117,7 @@ class Trained:
         self.watcher = watcher
         self.seconds: list[float] = []
         self.losses: list[float] = []
-        forked = multiprocessing.get_context("fork")  # as this process computes nothing, it has no threads to lose
+        forked = multiprocessing.get_context("fork")  # this process computes nothing, so torch has no threads in it
         self._connection, theirs = forked.Pipe()
         arguments = (theirs, name, watcher, torch.get_num_threads(), clock)
         forked.Process(target=_serve, args=arguments, daemon=True).start()

@@ -28,8 +28,7 @@ from probes.window import Window
 
 STEPS = 16  # of the window
 SCORED = 8  # of them, each with two draws of the curvature, eight where samples mix (BatchNorm)
-MIXED = 48  # steps of the window of a model whose samples mix, all of them scored: what its own curvature adds to
-# Gauss-Newton's damage varies there from batch to batch by 1 to 7 times that damage, and eight tell little of its mean
+MIXED = 48  # steps of the window where samples mix, all of them scored
 COST_STEPS = 3  # of each kind, for the cost of a scored step
 TYPICAL = 0.5  # quantile of a product's backward errors that stands for it
 
@@ -42,6 +41,7 @@ class Predicted:
     forward pass and in its weight gradient, None where they could not be followed."""
 
     window: Window
+    scored_steps: int
     rows: dict[Pair, dict[str, Any]]
     backward_error: dict[Pair, float | None]
     loss: float
@@ -60,20 +60,25 @@ def predict(start: Start, candidates: Sequence[str | Cast] = CASTS) -> Predicted
     """
     trainable, (model, optimizer, step) = start.trainable, start.load()
     errors = _sampled_errors(start)
-    steps, scored = window_of(model)
+    steps, scored = _steps_and_scored(model)
     with advisor.probe(model, optimizer, steps=steps, curvature_steps=scored, casts=candidates) as window:
         train(model, optimizer, trainable, start.seed, step, steps)
     rows = advisor.score(window, CASTS, slots=window.product_slots).rows
     return Predicted(
         window,
+        scored,
         {(Slot(row["site"], row["role"]), row["cast"]): row for row in rows},
         {(Slot(row["site"], row["role"]), row["cast"]): _error_of(errors, row) for row in rows},
         statistics.fmean(window.losses),
     )
 
 
-def window_of(model: nn.Module) -> tuple[int, int]:
-    """How many steps the model's window has, and how many of them are scored."""
+def _steps_and_scored(model: nn.Module) -> tuple[int, int]:
+    """Steps of the model's window, and how many of them are scored.
+
+    Where samples mix, what the network's own curvature adds to Gauss-Newton's damage varies from batch to batch by 1 to
+    7 times that damage: eight steps tell little of its mean.
+    """
     mixes = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     return (MIXED, MIXED) if mixes else (STEPS, SCORED)
 

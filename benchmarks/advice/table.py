@@ -25,16 +25,7 @@ from benchmarks.advice.ledger import Ledger
 from benchmarks.advice.models import MODELS, Start
 from benchmarks.advice.moved import slots_of
 from benchmarks.advice.page import page
-from benchmarks.advice.predicted import (
-    MIXED,
-    SCORED,
-    STEPS,
-    Pair,
-    Predicted,
-    cost_of_a_scored_step,
-    predict,
-    window_of,
-)
+from benchmarks.advice.predicted import MIXED, SCORED, STEPS, Pair, Predicted, cost_of_a_scored_step, predict
 from benchmarks.advice.training_truth import gaps, interval
 from benchmarks.advice.truth import CASTS, add_common_arguments, begin, is_adaptive, open_ledger, progress_on_terminal
 from probes.casts import Cast
@@ -62,7 +53,7 @@ def result_of(start: Start, quick: bool) -> dict[str, Any]:
     return {
         "loss": predicted.loss,
         "notes": list(predicted.window.notes),
-        "scored_steps": window_of(model)[1],
+        "scored_steps": predicted.scored_steps,
         "scored_step_in_plain_steps": cost_of_a_scored_step(start.name),
         "roles": {role: _role(role, compared, predicted) for role in _groups(compared)},
         "from_sketches": {

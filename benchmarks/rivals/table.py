@@ -32,7 +32,7 @@ Row = Mapping[str, Any]
 
 # Written after the table was run.
 READING = (
-    "No pairing is worse. Beside `te-hybrid` on the LSTM the plan was, as long as nothing predicted what recurrent",
+    "Beside `te-hybrid` on the LSTM the plan was, as long as nothing predicted what recurrent",
     "inputs and weights do to gradients and no plan narrowed them; it now has the same share and the same loss.",
     "H100s multiply no two e5m2 operands, so `mellempudi` has no share there, and `torchao-auto` converts nothing at",
     "these sizes. Trainings of the ConvNet and the ViT differ so much by chance that only large differences show.",
@@ -126,6 +126,7 @@ def _page(tables: Mapping[str, Any]) -> Iterable[str]:
     for model, table in tables.items():
         yield f"| {model} | " + " | ".join(_pair(table["at_equal_share"].get(rival)) for rival in rivals) + " |"
     yield ""
+    yield _worse(tables)
     yield from READING
     yield ""
     yield "## Each model"
@@ -145,6 +146,16 @@ def _page(tables: Mapping[str, Any]) -> Iterable[str]:
                 f"| {name} | {100 * one['share_8bit']:.1f}% | {one['gap']:+.4f} | {one['half_width']:.4f} | "
                 f"{one['seeds']} | {'yes' if one['keeps_the_loss'] else 'no'} |"
             )
+
+
+def _worse(tables: Mapping[str, Any]) -> str:
+    found = [
+        f"{model} beside {rival}"
+        for model, table in tables.items()
+        for rival, one in table["at_equal_share"].items()
+        if one["ours"] not in ("better", "tied")
+    ]
+    return f"Worse or undecided: {', '.join(found)}." if found else "No pairing is worse."
 
 
 def _pair(one: Row | None) -> str:
