@@ -93,7 +93,7 @@ def measure_step(
     if len(bins):
         n = lay_out(bins, counts, amax, amin, bits, finest, edges, scratch)
     base = int(bins[0]) if len(bins) else 0
-    step = np.zeros(SUMS)
+    step, per_gain = np.zeros(SUMS), 1 / gain**2
     for k in range(len(scales)):
         if not wanted[k]:
             continue
@@ -114,9 +114,9 @@ def measure_step(
         step[BIAS] = (step[BIAS] + top[5]) * square
         step[VARIANCE] = (step[VARIANCE] + variance_of_square(top[3], top[4])) * square * square
         step[ENERGY_SHIFT] = np.sqrt(step[ENERGY_SHIFT]) * square
-        step[GAINED_ERROR] = step[ERROR] / gain**2
-        step[GAINED_BIAS] = step[BIAS] / gain**2
-        step[GAINED_VARIANCE] = step[VARIANCE] / gain**4
+        step[GAINED_ERROR] = step[ERROR] * per_gain
+        step[GAINED_BIAS] = step[BIAS] * per_gain
+        step[GAINED_VARIANCE] = step[VARIANCE] * per_gain * per_gain
         errors[k] = step[GAINED_ERROR]
         for i in range(SUMS):
             sums[k, i] += step[i]
@@ -231,8 +231,9 @@ def _add_bins(
     add_each(even, octaves, scratch, base, bits, finest, scale, target, edges, step)
     last = max(min(end, n - 1), octaves)  # and so may the last
     add_octaves(octaves, last, n, scratch, base, bits, finest, scale, target, edges, step)
-    if last < end and bits > LATTICE_BITS and not is_power_of_two(scale):
-        add_last(last, scratch, scale, target, step)
+    if last < end and bits > LATTICE_BITS:
+        if not is_power_of_two(scale) or two_to(-bits) < target.mantissa_step:
+            add_last(last, scratch, scale, target, step)
         last = end
     add_each(last, n, scratch, base, bits, finest, scale, target, edges, step)
 

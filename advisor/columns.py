@@ -1,16 +1,20 @@
 """Metrics as columns: those of every slot and cast of a window at once, arrays [slots, casts].
 
-The sketches of all slots are laid one after another and go through the compiled kernel once (`column_kernels.py`).
-Casts with scales by row, column or block are measured slot by slot (`tile_metrics.py`) and put into the same arrays.
+The sketches of some hundred slots at a time are laid one after another and go through the compiled kernel once
+(`column_kernels.py`), on as many threads as torch has. Casts with scales by row, column or block are measured slot by
+slot (`tile_metrics.py`) and put into the same arrays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from advisor import column_kernels as kernels
@@ -22,7 +26,7 @@ from advisor.grid import Array
 from advisor.metrics import Metrics, has_tiles, measure
 from advisor.moments import Moments
 from advisor.outcome_kernels import Target
-from advisor.tensor_scales import scales
+from advisor.tensor_scales import scales_of
 from probes.casts import Cast
 from probes.history import SlotHistory
 from probes.records import Slot
@@ -81,11 +85,13 @@ def measure_columns(
     histories = [window.history(*slot) for slot in slots]
     dtypes = [window.dtype(slot) for slot in slots]
     tiled = np.array([has_tiles(cast) for cast in casts], dtype=np.bool_)
-    parts = [
-        _measure_whole(histories[some], dtypes[some], casts, wanted[some] & ~tiled, in_loss_units[some])
-        for some in (slice(at, at + AT_ONCE) for at in range(0, max(len(slots), 1), AT_ONCE))
-    ]
-    found = MetricColumns.joined(parts)
+
+    def measured(some: slice) -> MetricColumns:
+        return _measure_whole(histories[some], dtypes[some], casts, wanted[some] & ~tiled, in_loss_units[some])
+
+    groups = [slice(at, at + AT_ONCE) for at in range(0, max(len(slots), 1), AT_ONCE)]
+    with ThreadPoolExecutor(min(torch.get_num_threads(), len(groups))) as pool:  # the kernel lets go of the GIL
+        found = MetricColumns.joined(list(pool.map(measured, groups)))
     for p, k in np.argwhere(wanted & tiled).tolist():
         along = _measure_along(window, slots[p], histories[p], casts[k], dtypes[p])
         found.along[p, k] = along
@@ -126,16 +132,35 @@ POOLED = (
 """What `MetricColumns` has of `PooledMetrics`, each an array [slots, casts] of that name."""
 
 
+_ARRAYS: dict[str, Any] = {
+    "offsets": np.int64,
+    "bins": np.uint16,
+    "counts": np.int64,
+    "zeros": np.int64,
+    "nans": np.int64,
+    "positive_infs": np.int64,
+    "negative_infs": np.int64,
+    "sum_of_squares": np.float64,
+    "amax": np.float64,
+    "amin": np.float64,
+    "gain": np.float64,
+    "significant_bits": np.int64,
+    "distinct": np.float64,
+}
+"""What is taken of a `SlotHistory`, and as what the kernels take it."""
+_ARRAYS_OF = attrgetter(*_ARRAYS)
+
+
 @dataclass(frozen=True, eq=False)
 class _Steps:
-    """The steps of all slots one after another: [T] arrays; `starts` int64 [P + 1], `place` of each in its slot."""
+    """The steps of all slots one after another: [T] arrays; `starts` int64 [P + 1], each one's slot and place in it."""
 
     starts: NDArray[np.int64]
+    slot: NDArray[np.int64]
     place: NDArray[np.int64]
     offsets: NDArray[np.int64]
     bins: NDArray[np.uint16]
     counts: NDArray[np.int64]
-    zeros: NDArray[np.int64]
     nonfinite: Array
     nonzero: Array
     elements: Array
@@ -144,36 +169,40 @@ class _Steps:
     amin: Array
     gain: Array
     bits: NDArray[np.int64]
+    distinct: Array
 
     @classmethod
     def of(cls, histories: Sequence[SlotHistory]) -> _Steps:
-        def joined(name: str, dtype: Any) -> Any:
-            parts = [np.zeros(0, dtype), *(getattr(history, name) for history in histories)]
-            return np.concatenate(parts).astype(dtype, copy=False)
-
-        lengths = np.array([len(history.steps) for history in histories], dtype=np.int64)
+        held = list(zip(*map(_ARRAYS_OF, histories), strict=True)) or [()] * len(_ARRAYS)
+        joined: dict[str, Any] = {
+            name: np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
+            for (name, dtype), arrays in zip(_ARRAYS.items(), held, strict=True)
+        }
+        lengths = np.fromiter(map(len, held[0]), np.int64, len(held[0])) - 1
         starts = np.append(0, np.cumsum(lengths))
-        per_step = np.concatenate([np.zeros(0, np.int64), *(np.diff(history.offsets) for history in histories)])
-        offsets, counts = np.append(0, np.cumsum(per_step)), joined("counts", np.int64)
-        nonzero = np.zeros(len(per_step), np.int64)
+        # Each history's offsets begin anew, one more than it has steps.
+        a_step = np.delete(np.diff(joined["offsets"]), (starts[1:-1] + np.arange(len(lengths))[1:]) - 1)
+        offsets, counts = np.append(0, np.cumsum(a_step)), joined["counts"]
+        nonzero = np.zeros(len(a_step), np.int64)
         kernels.count_steps(offsets, counts, nonzero)
-        nonfinite = joined("nans", np.int64) + joined("positive_infs", np.int64) + joined("negative_infs", np.int64)
-        zeros = joined("zeros", np.int64)
+        nonfinite = joined["nans"] + joined["positive_infs"] + joined["negative_infs"]
+        slot = np.repeat(np.arange(len(lengths)), lengths)
         return cls(
             starts=starts,
-            place=np.arange(starts[-1]) - np.repeat(starts[:-1], lengths),
+            slot=slot,
+            place=np.arange(starts[-1]) - starts[slot],
             offsets=offsets,
-            bins=joined("bins", np.uint16),
+            bins=joined["bins"],
             counts=counts,
-            zeros=zeros,
             nonfinite=nonfinite.astype(np.float64),
             nonzero=nonzero.astype(np.float64),
-            elements=(nonzero + zeros + nonfinite).astype(np.float64),
-            squares=joined("sum_of_squares", np.float64),
-            amax=joined("amax", np.float64),
-            amin=joined("amin", np.float64),
-            gain=joined("gain", np.float64),
-            bits=joined("significant_bits", np.int64),
+            elements=(nonzero + joined["zeros"] + nonfinite).astype(np.float64),
+            squares=joined["sum_of_squares"],
+            amax=joined["amax"],
+            amin=joined["amin"],
+            gain=joined["gain"],
+            bits=joined["significant_bits"],
+            distinct=joined["distinct"],
         )
 
     def over_slots(self, each: Array, by: Any = np.add, empty: float = 0.0) -> Array:
@@ -196,9 +225,6 @@ def _measure_whole(
     steps = _Steps.of(histories)
     shape = len(histories), len(casts)
     sums, errors = np.zeros((*shape, regions.SUMS)), np.zeros((len(steps.amax), len(casts)))
-    scale = np.ones((len(steps.amax), len(casts)))
-    for k in np.flatnonzero(wanted.any(axis=0)).tolist():
-        scale[:, k] = scales(steps.amax / steps.gain, casts[k], steps.place) * steps.gain
     kernels.measure_slots(
         steps.starts,
         steps.offsets,
@@ -209,7 +235,7 @@ def _measure_whole(
         steps.bits,
         np.array([SMALLEST_OF_DTYPE.get(dtype or "", SMALLEST) for dtype in dtypes], dtype=np.float64),
         steps.gain,
-        scale,
+        _scales(steps, casts, wanted),
         np.array([Target.of(cast) for cast in casts], dtype=np.float64).reshape(-1, len(Target._fields)),
         wanted,
         BIN_EDGES,
@@ -224,10 +250,10 @@ def _measure_whole(
         return np.where(wanted, sums[..., which], np.nan)
 
     nonzero = everywhere(steps.over_slots(steps.nonzero))
-    few = _few_values(histories)
+    few = _few_values(steps)
     smallest = np.where(steps.amin > 0, steps.amin / steps.gain, np.inf)
     amin = steps.over_slots(smallest, np.minimum, np.inf)
-    finite = np.repeat(in_loss_units, np.diff(steps.starts))
+    finite = in_loss_units[steps.slot]
     whole = np.where(finite, steps.elements - steps.nonfinite, steps.squares / steps.gain**2)
     return MetricColumns(
         nonzero=nonzero,
@@ -246,11 +272,19 @@ def _measure_whole(
     )
 
 
-def _few_values(histories: Sequence[SlotHistory]) -> Mask:
-    """`flags.rounds_few_values` of each, [P]."""
-    table = np.full((len(histories), max((len(history.steps) for history in histories), default=0)), np.nan)
-    for row, history in zip(table, histories, strict=True):
-        row[: len(history.steps)] = np.where(uncertain_of(history), history.distinct, np.nan)
+def _scales(steps: _Steps, casts: Sequence[Cast], wanted: Mask) -> Array:
+    """The scale of every step under every cast that any slot wants, for the recorded values: [T, K]."""
+    asked = np.flatnonzero(wanted.any(axis=0)).tolist()
+    found = np.ones((len(steps.amax), len(casts)))
+    found[:, asked] = scales_of(steps.amax / steps.gain, [casts[k] for k in asked], steps.place).T * steps.gain[:, None]
+    return found
+
+
+def _few_values(steps: _Steps) -> Mask:
+    """`flags.rounds_few_values` of each slot, [P]."""
+    table = np.full((len(steps.starts) - 1, int(steps.place.max(initial=-1)) + 1), np.nan)
+    uncertain = uncertain_of(steps.amin, steps.amax, steps.bits)
+    table[steps.slot, steps.place] = np.where(uncertain, steps.distinct, np.nan)
     return np.asarray(row_medians(table) < THRESHOLDS.distinct)
 
 
@@ -263,7 +297,8 @@ def _flags(sums: Array, nonzero: Array, few: Mask, casts: Sequence[Cast]) -> NDA
         | (sums[..., regions.RATE_SHIFT] > THRESHOLDS.rate_shift * nonzero)
         | (sums[..., regions.ENERGY_SHIFT] > THRESHOLDS.error_spread * error)
     )
-    rates = sums[..., regions.SPREAD_UNDER : regions.SPREAD_OVER + 1].max(axis=-1)
+    under, sub, over = (sums[..., which] for which in (regions.SPREAD_UNDER, regions.SPREAD_SUB, regions.SPREAD_OVER))
+    rates = np.maximum(np.maximum(under, sub), over)
     few_elements = (spread > THRESHOLDS.error_spread * error) | (np.sqrt(rates) > THRESHOLDS.rate_spread * nonzero)
     asymmetric = np.array([not cast.format.symmetric for cast in casts], dtype=np.bool_)
     no_signs = asymmetric & (sums[..., regions.OVER] > 0)

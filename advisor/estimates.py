@@ -231,10 +231,14 @@ def _share(logit: Array) -> Array:
 def table_of(values: Sequence[Mapping[str, float]], places: Mapping[str, int]) -> Array:
     """[slots, casts] from each slot's cast → value; NaN where there is none, and casts without a place left out."""
     found = np.full((len(values), len(places)), np.nan)
+    alike: dict[tuple[str, ...], list[int]] = {}  # slots that have the same casts, which most have
     for p, by_cast in enumerate(values):
-        for cast, value in by_cast.items():
-            if cast in places:
-                found[p, places[cast]] = value
+        alike.setdefault(tuple(by_cast), []).append(p)
+    for casts, slots in alike.items():
+        kept = [i for i, cast in enumerate(casts) if cast in places]
+        if kept:
+            table = np.array([list(values[p].values()) for p in slots], dtype=np.float64)
+            found[np.ix_(slots, [places[casts[i]] for i in kept])] = table[:, kept]
     return found
 
 

@@ -104,13 +104,13 @@ def rounds_few_values(history: SlotHistory, at: Any = slice(None)) -> bool:
 
     They are certain where all magnitudes are one, and where a bin has a single lattice point. `at`: which steps.
     """
-    uncertain = uncertain_of(history)[at]
+    uncertain = uncertain_of(history.amin, history.amax, history.significant_bits)[at]
     return bool(uncertain.any() and np.median(history.distinct[at][uncertain]) < THRESHOLDS.distinct)
 
 
-def uncertain_of(history: SlotHistory) -> NDArray[np.bool_]:
+def uncertain_of(amin: NDArray[Any], amax: NDArray[Any], significant_bits: NDArray[Any]) -> NDArray[np.bool_]:
     """At which steps [S] it is uncertain where in their bins the elements lie."""
-    return np.asarray((history.amin < history.amax) & (history.significant_bits > BIN_BITS))
+    return np.asarray((amin < amax) & (significant_bits > BIN_BITS))
 
 
 def variance_of(expected: Expected) -> Array:

@@ -4,6 +4,7 @@ Rows of the scratch, one column a bin from the lowest occupied one on, empty bin
 
     EDGE, COUNT, UNEVEN, PER_WIDTH   where it begins (the next column: where it ends), how many elements without the
                                      step's largest, `Bins.unevenness` squared, one over its width
+    DENSITY, SECOND, SPREAD          elements a width; means of x² and, of its square, what is beyond the mean's square
     BEFORE, FLUSHED, FLUSHED_VARIANCE, FLUSHED_SHIFT   sums over the bins below: count, Σx², and of the variance of x²
                                      within bins, counted once by count and once by unevenness squared
     ENERGY, FOURTH, SHIFT            sums over every eighth bin from this one up, without the last: count·4^octave,
@@ -23,8 +24,9 @@ from probes.layout import BINS
 OCTAVE = 1 << BIN_BITS
 PLACES = BINS + 2 * OCTAVE
 
-EDGE, COUNT, UNEVEN, PER_WIDTH, BEFORE, FLUSHED, FLUSHED_VARIANCE, FLUSHED_SHIFT, ENERGY, FOURTH, SHIFT = range(11)
-ROWS = 11
+EDGE, COUNT, UNEVEN, PER_WIDTH, DENSITY, SECOND, SPREAD = range(7)
+BEFORE, FLUSHED, FLUSHED_VARIANCE, FLUSHED_SHIFT, ENERGY, FOURTH, SHIFT = range(7, 14)
+ROWS = 14
 
 
 @inlined
@@ -33,8 +35,7 @@ def lay_out(
 ) -> int:
     """A step's bins without its largest element, side by side with those that are empty; gives how many there are."""
     base, n = int(bins[0]), int(bins[-1]) - int(bins[0]) + 1
-    for i in range(n + OCTAVE):
-        scratch[COUNT, i] = scratch[UNEVEN, i] = 0.0
+    scratch[COUNT, : n + OCTAVE] = 0.0
     for i in range(n + 1):
         scratch[EDGE, i] = edges[base + i]
     for i in range(len(bins)):
@@ -52,53 +53,80 @@ def lay_out(
 
 @inlined
 def _spread_unevenly(n: int, scratch: Any) -> None:
-    """`Bins.unevenness`, squared."""
-    for i in range(n):
-        width = scratch[EDGE, i + 1] - scratch[EDGE, i]
-        scratch[PER_WIDTH, i] = 1 / width if width > 0 else 0.0
-    scratch[PER_WIDTH, n] = 0.0
-    before = 0.0
-    for i in range(n):
-        here, width = scratch[COUNT, i], scratch[EDGE, i + 1] - scratch[EDGE, i]
-        after = scratch[COUNT, i + 1] * scratch[PER_WIDTH, i + 1]
-        if here > 0 and width > 0:
-            unexplained = max(here - max(before, after) * width - 3 * np.sqrt(here), 0.0)
-            found = unexplained + abs(after - before) * width / 16
-            scratch[UNEVEN, i] = found * found
-        before = here * scratch[PER_WIDTH, i]
+    """`Bins.unevenness`, squared. Loops over unsigned places become vector instructions."""
+    one, end = np.uint64(1), np.uint64(n)
+    for i in range(np.uint64(0), end):
+        width = scratch[EDGE, i + one] - scratch[EDGE, i]
+        per = 1 / width if width > 0 else 0.0
+        scratch[PER_WIDTH, i], scratch[DENSITY, i] = per, scratch[COUNT, i] * per
+    scratch[PER_WIDTH, n] = scratch[DENSITY, n] = 0.0
+    scratch[UNEVEN, : n + OCTAVE] = 0.0
+    if n:
+        width = scratch[EDGE, 1] - scratch[EDGE, 0]
+        scratch[UNEVEN, 0] = _uneven_of(0.0, scratch[COUNT, 0], scratch[DENSITY, 1], width)
+    for i in range(one, end):
+        width = scratch[EDGE, i + one] - scratch[EDGE, i]
+        scratch[UNEVEN, i] = _uneven_of(scratch[DENSITY, i - one], scratch[COUNT, i], scratch[DENSITY, i + one], width)
+
+
+@inlined
+def _uneven_of(before: float, count: float, after: float, width: float) -> float:
+    """Of one bin, from the densities of its neighbours."""
+    unexplained = count - max(before, after) * width - 3 * np.sqrt(count)
+    unexplained = unexplained if unexplained > 0 else 0.0
+    found = unexplained + abs(after - before) * width / 16
+    return found * found if count > 0 and width > 0 else 0.0
 
 
 @inlined
 def _add_up(base: int, n: int, bits: int, finest: float, edges: Any, scratch: Any) -> None:
     """Sums over bins from the lowest up, in the tensor's own units, and over octaves from the highest bin down, in
     those of each bin's octave; the last bin is in none of the latter."""
+    one, end = np.uint64(1), np.uint64(n)
+    if bits > ALWAYS_BITS:
+        for i in range(np.uint64(0), end):
+            second, fourth = _powers(scratch[EDGE, i], scratch[EDGE, i + one])
+            spread = fourth - second * second
+            scratch[SECOND, i], scratch[SPREAD, i] = second, spread if spread > 0 else 0.0
+    else:
+        for i in range(n):
+            second, fourth = 0.0, 0.0
+            if scratch[COUNT, i] > 0:
+                low, high = scratch[EDGE, i], scratch[EDGE, i + 1]
+                second, fourth = _powers_of_points(base + i, low, high, bits, finest, edges)
+            scratch[SECOND, i], scratch[SPREAD, i] = second, max(fourth - second * second, 0.0)
     before, flushed, variance, shift = 0.0, 0.0, 0.0, 0.0
-    for i in range(n + 1):
+    for i in range(np.uint64(0), end):
         scratch[BEFORE, i], scratch[FLUSHED, i] = before, flushed
         scratch[FLUSHED_VARIANCE, i], scratch[FLUSHED_SHIFT, i] = variance, shift
-        if i < n and scratch[COUNT, i] > 0:
-            low, high = scratch[EDGE, i], scratch[EDGE, i + 1]
-            second, fourth = _powers(base + i, low, high, bits, finest, edges)
-            of_square = max(fourth - second * second, 0.0)
-            before += scratch[COUNT, i]
-            flushed += scratch[COUNT, i] * second
-            variance += scratch[COUNT, i] * of_square
-            shift += scratch[UNEVEN, i] * of_square
-    for i in range(n - 1, n + OCTAVE):
-        scratch[ENERGY, i] = scratch[FOURTH, i] = scratch[SHIFT, i] = 0.0
-    for i in range(n - 2, -1, -1):
-        scratch[ENERGY, i] = scratch[COUNT, i] + 4 * scratch[ENERGY, i + OCTAVE]
-        scratch[FOURTH, i] = scratch[COUNT, i] + 16 * scratch[FOURTH, i + OCTAVE]
-        scratch[SHIFT, i] = scratch[UNEVEN, i] + 16 * scratch[SHIFT, i + OCTAVE]
+        before += scratch[COUNT, i]
+        flushed += scratch[COUNT, i] * scratch[SECOND, i]
+        variance += scratch[COUNT, i] * scratch[SPREAD, i]
+        shift += scratch[UNEVEN, i] * scratch[SPREAD, i]
+    scratch[BEFORE, n], scratch[FLUSHED, n] = before, flushed
+    scratch[FLUSHED_VARIANCE, n], scratch[FLUSHED_SHIFT, n] = variance, shift
+    top = max(n - 1, 0)
+    for row in (ENERGY, FOURTH, SHIFT):
+        scratch[row, top : n + OCTAVE] = 0.0
+    for begin in range(top - OCTAVE, -OCTAVE, -OCTAVE):
+        for i in range(np.uint64(max(begin, 0)), np.uint64(begin + OCTAVE)):
+            above = i + np.uint64(OCTAVE)
+            scratch[ENERGY, i] = scratch[COUNT, i] + 4 * scratch[ENERGY, above]
+            scratch[FOURTH, i] = scratch[COUNT, i] + 16 * scratch[FOURTH, above]
+            scratch[SHIFT, i] = scratch[UNEVEN, i] + 16 * scratch[SHIFT, above]
 
 
 @inlined
-def _powers(place: int, low: float, high: float, bits: int, finest: float, edges: Any) -> tuple[float, float]:
-    """Means of x² and x⁴ over a bin's elements."""
-    if bits > ALWAYS_BITS:
-        product, ends = low * high, low * low + high * high
-        squares = ends + product
-        return squares / 3, (ends * squares - product * product) / 5
+def _powers(low: float, high: float) -> tuple[float, float]:
+    """Means of x² and x⁴ over an interval."""
+    product, ends = low * high, low * low + high * high
+    squares = ends + product
+    return squares * (1 / 3), (ends * squares - product * product) * (1 / 5)
+
+
+@inlined
+def _powers_of_points(place: int, low: float, high: float, bits: int, finest: float, edges: Any) -> tuple[float, float]:
+    """The same over the few lattice points of a bin."""
     points = 1 << max(bits - BIN_BITS, 0)
     found, second, fourth = 0, 0.0, 0.0
     for j in range(points):

@@ -34,6 +34,7 @@ _OPTIONS: dict[str, Any] = {
     "_nrt": False,
 }
 inlined: Callable[..., Any] = njit(**_OPTIONS)
+called: Callable[..., Any] = njit(**{**_OPTIONS, "forceinline": False})  # large, and rarely the longest part of a loop
 summing: Callable[..., Any] = njit(**_OPTIONS, fastmath={"reassoc"})  # for sums whose terms may come in any order
 
 

@@ -25,6 +25,7 @@ from advisor.outcome_kernels import (
     Target,
     antiderivatives,
     bin_of,
+    called,
     in_bin,
     in_cells,
     inlined,
@@ -67,8 +68,9 @@ def add_even(
         end -= 1
     if start >= end:
         return
-    to_cells = 1 / (scale * target.step)
-    error, bias, spread, shift = _sums_of_cells(start, end, to_cells, target.rounding, scratch)
+    per_cell = scale * target.step
+    to_cells = 1 / per_cell
+    error, bias, spread, shift = _sums_of_cells(start, end, to_cells, per_cell, target.rounding, scratch)
     _add_moments(step, error, bias, spread, shift, target.step)
     if target.rounding == STOCHASTIC:
         _add_ramp(start, end, to_cells, target.normal / target.step, scratch, step)
@@ -86,12 +88,12 @@ def add_even(
 
 @summing
 def _sums_of_cells(
-    start: int, end: int, to_cells: float, rounding: int, scratch: Any
+    start: int, end: int, to_cells: float, per_cell: float, rounding: int, scratch: Any
 ) -> tuple[float, float, float, float]:
-    """Sums over bins of the even grid of spacing 1: of δ², of v·δ, of the variance of δ², and of that where elements
-    lie unevenly."""
+    """Sums over bins of the even grid of spacing 1, which is `per_cell` in the tensor's units: of δ², of v·δ, of the
+    variance of δ², and of that where elements lie unevenly."""
     error, bias, spread, shift = 0.0, 0.0, 0.0, 0.0
-    one, down, per_cell = np.uint64(1), in_cells(scratch[EDGE, start] * to_cells, rounding), 1 / to_cells
+    one, down = np.uint64(1), in_cells(scratch[EDGE, start] * to_cells, rounding)
     for i in range(np.uint64(start), np.uint64(end)):
         up = in_cells(scratch[EDGE, i + one] * to_cells, rounding)
         per = scratch[PER_WIDTH, i] * per_cell
@@ -124,9 +126,9 @@ def _add_cut(start: int, end: int, scratch: Any, first: float, second: float, st
     for i in range(start, end):
         if scratch[COUNT, i] == 0:
             continue
-        width = scratch[EDGE, i + 1] - scratch[EDGE, i]
-        nonzero = min(max((scratch[EDGE, i + 1] - max(scratch[EDGE, i], first)) / width, 0.0), 1.0)
-        normal = min(max((scratch[EDGE, i + 1] - max(scratch[EDGE, i], second)) / width, 0.0), 1.0)
+        per = scratch[PER_WIDTH, i]
+        nonzero = min(max((scratch[EDGE, i + 1] - max(scratch[EDGE, i], first)) * per, 0.0), 1.0)
+        normal = min(max((scratch[EDGE, i + 1] - max(scratch[EDGE, i], second)) * per, 0.0), 1.0)
         under, sub = 1 - nonzero, max(nonzero - normal, 0.0)
         _add_rates(step, scratch[COUNT, i], under, sub, 0.0)
         if 0 < under < 1 or 0 < sub < 1:
@@ -183,7 +185,9 @@ def add_octaves(
     may_show = bits <= ALWAYS_BITS or (bits <= LATTICE_BITS and two_to(-bits) * finer > target.mantissa_step / 2)
     if target.rounding == NEAREST and not may_show and end >= n - 1:
         unit = octave_of(scratch[EDGE, start] / scale, target)
-        error, bias, spread, shift = _sums_of_octaves(start, last, scale * unit, target.mantissa_step, scratch)
+        width = scale * unit
+        m = target.mantissa_step
+        error, bias, spread, shift = _sums_of_octaves(start, last, 1 / width, width, m, 1 / m, scratch)
         _add_moments(step, error, bias, spread, shift, unit)
         return
     for i in range(start, last):
@@ -191,14 +195,16 @@ def add_octaves(
 
 
 @summing
-def _sums_of_octaves(start: int, end: int, unit: float, m: float, scratch: Any) -> tuple[float, float, float, float]:
+def _sums_of_octaves(
+    start: int, end: int, to_units: float, unit: float, m: float, cells: float, scratch: Any
+) -> tuple[float, float, float, float]:
     """The same sums over normal values under rounding to nearest, in units of the octave of the first edge: the bins
-    from `start` to `end`, at most eight, with those of all higher octaves. `m`: the spacing at 1."""
+    from `start` to `end`, at most eight, with those of all higher octaves. `m`: the spacing at 1. Reciprocals are given
+    beside what they are of, lest a loop divide."""
     error, bias, spread, shift = 0.0, 0.0, 0.0, 0.0
-    one, inverse, cells = np.uint64(1), 1 / unit, 1 / m
-    down = _in_octaves(scratch[EDGE, start] * inverse, m, cells)
+    one, down = np.uint64(1), _in_octaves(scratch[EDGE, start] * to_units, m, cells)
     for i in range(np.uint64(start), np.uint64(end)):
-        up = _in_octaves(scratch[EDGE, i + one] * inverse, m, cells)
+        up = _in_octaves(scratch[EDGE, i + one] * to_units, m, cells)
         per = scratch[PER_WIDTH, i] * unit
         squared = (up[0] - down[0]) * per
         variance = (up[1] - down[1]) * per - squared * squared
@@ -293,7 +299,7 @@ def add_last(i: int, scratch: Any, scale: float, target: Target, step: Any) -> N
     step[ENERGY_SHIFT] += scratch[UNEVEN, i] * variance
 
 
-@inlined
+@called
 def add_each(
     start: int,
     end: int,

@@ -125,7 +125,8 @@ Rows = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 def _measured_casts(evidence: Sequence[Evidence]) -> list[Cast]:
     """The casts that scored steps have measured anything of, in the order met; those that cannot be are left aside."""
-    names = dict.fromkeys(name for one in evidence for name in (*one.directional, *one.relative_noise))
+    alike = dict.fromkeys((*one.directional, *one.relative_noise) for one in evidence)  # most slots have the same
+    names = dict.fromkeys(name for names in alike for name in names)
     return [cast for cast in map(Cast.parse, names) if why_not_measurable(cast) is None]
 
 
@@ -195,14 +196,20 @@ def _shrinking(metrics: MetricColumns) -> Array:
     return np.where(metrics.error_energy > 0, np.minimum(np.nan_to_num(share), 1.0), 0.0)
 
 
+_KIND_OF = np.array(
+    [[[kind_of(*key, whole) for whole in (False, True)] for key in ((role, "sketch"), (role, "directional"))]
+     for role in ("input", "weight")]
+)  # fmt: skip
+
+
 def _of_intervals(columns: Mapping[str, Column]) -> dict[str, Column]:
     """The ends of the damages' intervals, and of lost batch shares, NaN where these are unknown."""
-    names = ("role", "damage_from", "whole_batch")
-    kinds = {key: kind_of(*key) for key in set(zip(*(columns[name].to_list() for name in names), strict=True))}
-    of_rows = [kinds[key] for key in zip(*(columns[name].to_list() for name in names), strict=True)]
+    role, source, whole = (columns[name].array for name in ("role", "damage_from", "whole_batch"))
+    weight, directional = role == "weight", source == "directional"
+    kinds = _KIND_OF[weight.astype(np.intp), directional.astype(np.intp), whole.astype(np.intp)]
     damage, error, confidence = (columns[name].array for name in ("damage", "damage_se", "confidence"))
-    ends = damage_intervals(damage, error, confidence, of_rows)
-    gradient = columns["role"].array == GRADIENT
+    ends = damage_intervals(damage, error, confidence, kinds)
+    gradient = role == GRADIENT
     noise = np.where(gradient, columns["noise_ratio"].read_only(), np.nan)
     lost = lost_shares(noise_intervals(noise, confidence, columns["noise_from"].array == "measured"))
     found = {"damage_lower": ends[:, 0], "damage_upper": ends[:, 1]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,14 +20,26 @@ def scales(amax: Array, cast: Cast, place: NDArray[np.int64] | None = None) -> A
 
     The history of a delayed scale is the steps before. With a scale for more than one value a tensor there is none.
     """
-    if cast.scale is None or cast.format.largest >= scaling.FLOAT32_LARGEST:
-        return np.ones_like(amax)
-    taken = amax
-    if cast.scale.rule == "delayed":
-        before = _largest_before(amax, cast.scale.length, np.arange(len(amax)) if place is None else place)
-        taken = np.where(before > 0, before, amax) * 2.0**cast.scale.margin
-        taken = np.minimum(taken, scaling.FLOAT32_LARGEST)
-    return scaling.scale_of(torch.from_numpy(taken), cast.scale, cast.format).numpy()
+    return scales_of(amax, [cast], np.arange(len(amax)) if place is None else place)[0]
+
+
+def scales_of(amax: Array, casts: Sequence[Cast], place: NDArray[np.int64]) -> Array:
+    """`scales` under each of some casts, [K, S]."""
+    found, taken = np.ones((len(casts), len(amax))), dict[tuple[int, int] | None, torch.Tensor]()
+    for row, cast in zip(found, casts, strict=True):
+        if cast.scale is None or cast.format.largest >= scaling.FLOAT32_LARGEST:
+            continue
+        window = (cast.scale.length, cast.scale.margin) if cast.scale.rule == "delayed" else None
+        if window not in taken:
+            taken[window] = torch.from_numpy(amax if window is None else _delayed(amax, *window, place))
+        row[:] = scaling.scale_of(taken[window], cast.scale, cast.format).numpy()
+    return found
+
+
+def _delayed(amax: Array, length: int, margin: int, place: NDArray[np.int64]) -> Array:
+    """What delayed scaling takes for the largest magnitude of each step, [S]."""
+    before = _largest_before(amax, length, place)
+    return np.minimum(np.where(before > 0, before, amax) * 2.0**margin, scaling.FLOAT32_LARGEST)
 
 
 def _largest_before(amax: Array, length: int, place: NDArray[np.int64]) -> Array:

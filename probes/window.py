@@ -159,7 +159,8 @@ class Window:
 
     def is_product(self, slot: Slot) -> bool:
         """Whether a slot is a tensor of a matrix product, and not one of a parameter alone."""
-        return slot.site in self._held_sites and slot.role in self._sites[slot.site].roles
+        site = self._held_sites.get(slot.site)
+        return site is not None and slot.role in site.roles
 
     @property
     def coverage(self) -> Coverage:
@@ -198,16 +199,22 @@ class Window:
 
     def history(self, site: str, role: str) -> SlotHistory:
         """The sketches of one slot, step by step. Raises WindowError with near matches."""
-        return self._held.histories[self._slot(site, role)]
+        found = self._held.histories.get(Slot(site, role))
+        return self._held.histories[self._slot(site, role)] if found is None else found
 
     def evidence(self, site: str, role: str) -> Evidence:
         """What the scored steps measured of one slot."""
-        return self._held.evidence.get(self._slot(site, role), Evidence())
+        found = self._held.evidence.get(Slot(site, role))
+        if found is None:
+            self._slot(site, role)
+            return Evidence()
+        return found
 
     def dtype(self, slot: Slot) -> str | None:
         """The recorded tensor's own dtype ("float32"), where known."""
-        if slot.site in self._sites and slot.role in self._sites[slot.site].dtypes:
-            return self._sites[slot.site].dtypes[slot.role]
+        site = self._sites.get(slot.site)
+        if site is not None and slot.role in site.dtypes:
+            return site.dtypes[slot.role]
         return self._records[slot.site].dtype if slot.site in self._records else None
 
     def _slot(self, site: str, role: str) -> Slot:
