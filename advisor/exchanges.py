@@ -25,12 +25,14 @@ Array = NDArray[np.float64]
 Half = list[tuple[int, list[int]]]
 
 # All ours. Combinations of half a window; how many of its items are next to no worse, the next number when no window
-# with the one before betters the choice; all of its items; windows that are looked at in all; room that is kept for
-# rounding, as a share of a row's; raises of the prices, and how close the last two are.
+# with the one before betters the choice; all of its items; windows that are looked at in all, and once the choice is as
+# good as any that matters; room that is kept for rounding, as a share of a row's; raises of the prices, and how close
+# the last two are.
 COMBINATIONS = 4096
 NEXT_TO_NO_WORSE = (12, 18, 6)
 ITEMS = 24
 MOST_WINDOWS = 200
+FEW_WINDOWS = 40
 MARGIN = 1e-12
 MOST_RAISES = 40
 RAISES_APART = 1e-9
@@ -52,12 +54,13 @@ def near_best(goal: Goal, at: Priced, enough: float, known: Indices | None = Non
     order = order[: int(np.isfinite(at.reduced).sum())]
     table = at.table[np.argsort(-at.prices, kind="stable")]
     others = _others(order, at.reduced, picked, above)
-    windows, mix, place = 0, 0, NEXT_TO_NO_WORSE[0]
-    while windows < MOST_WINDOWS and above > enough:
+    apart, left_to_try = goal.apart * goal.span, MOST_WINDOWS
+    mix, place = 0, NEXT_TO_NO_WORSE[0]
+    while left_to_try > 0 and above > enough:
         near = NEXT_TO_NO_WORSE[mix]
         window = [*others[:near], *others[place : place + ITEMS - near]]
         found = _exchanged(goal, table, picked, window) if window else None
-        windows, place = windows + 1, place + ITEMS - near
+        left_to_try, place = min(left_to_try, MOST_WINDOWS if above > apart else FEW_WINDOWS) - 1, place + ITEMS - near
         left = above if found is None else goal.of(found) - at.bound
         if found is not None and left < above - at.slack and goal.is_kept_by(found):
             picked, above, mix = found, left, 0

@@ -212,7 +212,8 @@ def _least(goal: Goal, fallback: Indices | None, is_large: bool) -> _Found:
 
     reached = 0.0
     if fallback is None or rest(fallback) >= 0:
-        found = near_best(goal, at, max(NEAR * at.bound, goal.step - 2 * at.slack), fallback)
+        enough = max(NEAR * at.bound, goal.step - 2 * at.slack)
+        found = near_best(goal, at, enough, fallback)
         fallback = fallback if found is None else found
     # Listed, a goal that is no whole number is known exactly, and not only within what is near enough.
     is_exact = not goal.step and not goal.apart

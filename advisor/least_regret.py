@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,12 +85,12 @@ class Goal:
         """How much less than this regret is no matter."""
         return max(self.near * regret, self.apart * self.span)
 
-    @property
+    @cached_property
     def span(self) -> float:
         """The largest regret that a choice can have."""
         return float(np.maximum.reduceat(self.regret, self.starts).sum())
 
-    @property
+    @cached_property
     def step(self) -> float:
         """The least by which two sums of regret differ, as far as is known: the number that all are multiples of.
 

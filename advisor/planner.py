@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from advisor.assemble import Draft, assemble
 from advisor.candidates import Row, SlotScores
 from advisor.castnames import KEEP, parse_cast
+from advisor.collecting import nothing_collected
 from advisor.cost import memory, own_operand, role_bytes
 from advisor.errors import InvalidPlan
 from advisor.hardware import Hardware
@@ -74,6 +75,7 @@ class Extras:
 NO_EXTRAS = Extras()
 
 
+@nothing_collected()
 def plan_from_rows(
     sites: Sequence[Site],
     rows: Iterable[Row],

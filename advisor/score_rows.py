@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
+from advisor.collecting import nothing_collected
 from advisor.flags import FLAGS
 from advisor.measured import PooledMetrics
 from advisor.score_columns import ScoreColumns
@@ -54,19 +52,7 @@ _ORDER = (
 )
 
 
-@contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """Without the search for cycles, which is half of the time that it takes to make many dicts, and finds none."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@_nothing_collected()
+@nothing_collected()
 def rows_of(scored: ScoreColumns) -> list[dict[str, Any]]:
     """One dict a row."""
     lists = {name: column.to_list() for name, column in scored.columns.items()}
