@@ -23,7 +23,6 @@ from numba import njit
 from advisor.bins import ALWAYS_BITS, BIN_BITS, FINER_TOWARD_ZERO, LATTICE_BITS, LATTICE_FINER
 from advisor.layout_kernels import (
     BEFORE,
-    COUNT,
     EDGE,
     FLUSHED,
     FLUSHED_SHIFT,
@@ -186,9 +185,10 @@ def _add_bins(
         and target.mantissa_step <= two_to(-bits)
         and target.step * scale <= finest
     ):  # all is on the grid, and nothing happens
-        for i in range(n):
-            if scratch[EDGE, i] < target.normal * scale:
-                step[SUB] += scratch[COUNT, i]
+        place = place_of(target.normal * scale, base, n)
+        if place < n and scratch[EDGE, place] < target.normal * scale:
+            place += 1
+        step[SUB] += scratch[BEFORE, place]
         return
     finer = FINER_TOWARD_ZERO if target.rounding == TOWARD_ZERO else LATTICE_FINER
     if finest * finer > target.step * scale or target.mantissa_step < 2.0**-45:
