@@ -212,23 +212,29 @@ def in_cells(w: float, rounding: int) -> tuple[float, float, float]:
 def antiderivatives(u: float, target: Target) -> tuple[float, float, float]:
     """`Grid._antiderivatives` of one magnitude."""
     octave = octave_of(u, target)
-    m = target.mantissa_step
-    spacing = octave * m
+    spacing = octave * target.mantissa_step
     first, second, third = in_cells(u / spacing, target.rounding)
     cube, octave_square, bottom_square = spacing * spacing * spacing, octave * octave, target.bottom * target.bottom
     cubes = octave_square * octave - bottom_square * target.bottom
     fifths = octave_square * octave_square * octave - bottom_square * bottom_square * target.bottom
-    if target.rounding == NEAREST:
-        a, b, c = 1 / 12, 1 / 80, m * m / 24 * 6 / 7
-    elif target.rounding == STOCHASTIC:
-        a, b, c = 1 / 6, 1 / 15, 0.0
-    else:
-        a, b, c = 1 / 3, 1 / 5, -(m / 8 + m * m / 16) * 8 / 7
+    whole = of_octaves(target.mantissa_step, target.rounding)
     return (
-        first * cube - a * m * m * 6 / 7 * cubes,
-        second * cube * spacing * spacing - b * m * m * m * m * 30 / 31 * fifths,
-        third * cube - c * cubes,
+        first * cube - whole[0] * cubes,
+        second * cube * spacing * spacing - whole[1] * fifths,
+        third * cube - whole[2] * cubes,
     )
+
+
+@inlined
+def of_octaves(m: float, rounding: int) -> tuple[float, float, float]:
+    """What the antiderivatives of the even grid have too much below 1, there being octaves: for ∫ δ² and ∫ v·δ in
+    cubes of the octave, for ∫ δ⁴ in fifth powers. `m`: the spacing at 1."""
+    square = m * m
+    if rounding == NEAREST:
+        return 1 / 12 * 6 / 7 * square, 1 / 80 * 30 / 31 * square * square, square / 24 * 6 / 7
+    if rounding == STOCHASTIC:
+        return 1 / 6 * 6 / 7 * square, 1 / 15 * 30 / 31 * square * square, 0.0
+    return 1 / 3 * 6 / 7 * square, 1 / 5 * 30 / 31 * square * square, -(m / 8 + square / 16) * 8 / 7
 
 
 @inlined

@@ -19,7 +19,6 @@ from advisor.layout_kernels import (
     UNEVEN,
 )
 from advisor.outcome_kernels import (
-    NEAREST,
     STOCHASTIC,
     TOWARD_ZERO,
     Target,
@@ -32,6 +31,7 @@ from advisor.outcome_kernels import (
     is_power_of_two,
     lattice_of,
     octave_of,
+    of_octaves,
     summing,
     two_to,
 )
@@ -138,18 +138,34 @@ def _add_cut(start: int, end: int, scratch: Any, first: float, second: float, st
 @inlined
 def _add_ramp(start: int, end: int, to_cells: float, normal_at: float, scratch: Any, step: Any) -> None:
     """Rates of stochastic rounding, which rise and fall in ramps up to the smallest normal value, given in cells."""
-    for i in range(start, end):
-        w, v = scratch[EDGE, i] * to_cells, scratch[EDGE, i + 1] * to_cells
-        if w >= normal_at:
-            return
-        if scratch[COUNT, i] == 0:
-            continue
+    under, sub, spread_under, spread_sub, shift = _sums_of_ramps(start, end, to_cells, normal_at, scratch)
+    step[UNDER] += under
+    step[SUB] += sub
+    step[SPREAD_UNDER] += spread_under
+    step[SPREAD_SUB] += spread_sub
+    step[RATE_SHIFT] += shift
+
+
+@summing
+def _sums_of_ramps(
+    start: int, end: int, to_cells: float, normal_at: float, scratch: Any
+) -> tuple[float, float, float, float, float]:
+    """Sums of counts times the two rates, of these times what is left to one, and of what uneven bins may move."""
+    under, sub, spread_under, spread_sub, shift = 0.0, 0.0, 0.0, 0.0, 0.0
+    one = np.uint64(1)
+    for i in range(np.uint64(start), np.uint64(end)):
+        w, v = scratch[EDGE, i] * to_cells, scratch[EDGE, i + one] * to_cells
+        count = scratch[COUNT, i] if w < normal_at else 0.0
         nonzero = min((_ramp_up_to(v, 1.0) - _ramp_up_to(w, 1.0)) / (v - w), 1.0)
         normal = min((_ramp_up_to(v, normal_at) - _ramp_up_to(w, normal_at)) / (v - w), 1.0)
-        under, sub = 1 - nonzero, max(nonzero - normal, 0.0)
-        _add_rates(step, scratch[COUNT, i], under, sub, 0.0)
-        if 0 < under < 1 or 0 < sub < 1:
-            step[RATE_SHIFT] += np.sqrt(scratch[UNEVEN, i]) * min(v - w, 1.0)
+        rate, other = 1 - nonzero, max(nonzero - normal, 0.0)
+        under += count * rate
+        sub += count * other
+        spread_under += count * (rate * (1 - rate))
+        spread_sub += count * (other * max(1 - other, 0.0))
+        cut = np.sqrt(scratch[UNEVEN, i]) * min(v - w, 1.0)
+        shift += cut if count > 0 and ((rate > 0 and rate < 1) or (other > 0 and other < 1)) else 0.0
+    return under, sub, spread_under, spread_sub, shift
 
 
 @inlined
@@ -183,11 +199,10 @@ def add_octaves(
         return  # on the grid
     last = min(start + OCTAVE, end)
     may_show = bits <= ALWAYS_BITS or (bits <= LATTICE_BITS and two_to(-bits) * finer > target.mantissa_step / 2)
-    if target.rounding == NEAREST and not may_show and end >= n - 1:
-        unit = octave_of(scratch[EDGE, start] / scale, target)
+    if not may_show and end >= n - 1:
+        unit, m = octave_of(scratch[EDGE, start] / scale, target), target.mantissa_step
         width = scale * unit
-        m = target.mantissa_step
-        error, bias, spread, shift = _sums_of_octaves(start, last, 1 / width, width, m, 1 / m, scratch)
+        error, bias, spread, shift = _sums_of_octaves(start, last, 1 / width, width, m, 1 / m, target.rounding, scratch)
         _add_moments(step, error, bias, spread, shift, unit)
         return
     for i in range(start, last):
@@ -196,15 +211,17 @@ def add_octaves(
 
 @summing
 def _sums_of_octaves(
-    start: int, end: int, to_units: float, unit: float, m: float, cells: float, scratch: Any
+    start: int, end: int, to_units: float, unit: float, m: float, cells: float, rounding: int, scratch: Any
 ) -> tuple[float, float, float, float]:
-    """The same sums over normal values under rounding to nearest, in units of the octave of the first edge: the bins
-    from `start` to `end`, at most eight, with those of all higher octaves. `m`: the spacing at 1. Reciprocals are given
-    beside what they are of, lest a loop divide."""
+    """The same sums over normal values, in units of the octave of the first edge: the bins from `start` to `end`, at
+    most eight, with those of all higher octaves. `m`: the spacing at 1. Reciprocals are given beside what they are of,
+    lest a loop divide."""
     error, bias, spread, shift = 0.0, 0.0, 0.0, 0.0
-    one, down = np.uint64(1), _in_octaves(scratch[EDGE, start] * to_units, m, cells)
+    one, whole = np.uint64(1), of_octaves(m, rounding)
+    down = _in_octaves(scratch[EDGE, start] * to_units, m, cells, rounding, whole)
     for i in range(np.uint64(start), np.uint64(end)):
-        up = _in_octaves(scratch[EDGE, i + one] * to_units, m, cells)
+        low, high = scratch[EDGE, i] * to_units, scratch[EDGE, i + one] * to_units
+        up = _in_octaves(high, m, cells, rounding, whole)
         per = scratch[PER_WIDTH, i] * unit
         squared = (up[0] - down[0]) * per
         variance = (up[1] - down[1]) * per - squared * squared
@@ -212,23 +229,28 @@ def _sums_of_octaves(
         error += scratch[ENERGY, i] * squared
         bias += scratch[ENERGY, i] * ((up[2] - down[2]) * per)
         spread += scratch[FOURTH, i] * variance
+        if rounding == STOCHASTIC:
+            wide = 1.0 if low < 2 else 2.0
+            variance = min(variance, _by_place((high - low) * cells / wide, wide * m))
         shift += scratch[SHIFT, i] * variance
         down = up
     return error, bias, spread, shift
 
 
 @inlined
-def _in_octaves(u: float, m: float, cells: float) -> tuple[float, float, float]:
-    """`antiderivatives` of a magnitude from 1 to 8, all of it normal, under rounding to nearest, without branches."""
+def _in_octaves(
+    u: float, m: float, cells: float, rounding: int, whole: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    """`antiderivatives` of a magnitude from 1 to 8, all of it normal, without branches."""
     octave = 1.0 if u < 2 else 2.0 if u < 4 else 4.0
     per_octave = 1.0 if u < 2 else 0.5 if u < 4 else 0.25
-    first, second, third = in_cells(u * per_octave * cells, NEAREST)
+    first, second, third = in_cells(u * per_octave * cells, rounding)
     square, spacing = octave * octave, octave * m
     cubes, volume = square * octave, spacing * spacing * spacing
     return (
-        first * volume - 1 / 12 * 6 / 7 * m * m * cubes,
-        second * volume * spacing * spacing - 1 / 80 * 30 / 31 * m * m * m * m * cubes * square,
-        third * volume - m * m / 24 * 6 / 7 * cubes,
+        first * volume - whole[0] * cubes,
+        second * volume * spacing * spacing - whole[1] * cubes * square,
+        third * volume - whole[2] * cubes,
     )
 
 
