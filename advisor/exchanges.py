@@ -60,7 +60,8 @@ def near_best(goal: Goal, at: Priced, enough: float, known: Indices | None = Non
         near = NEXT_TO_NO_WORSE[mix]
         window = [*others[:near], *others[place : place + ITEMS - near]]
         found = _exchanged(goal, table, picked, window) if window else None
-        left_to_try, place = min(left_to_try, MOST_WINDOWS if above > apart else FEW_WINDOWS) - 1, place + ITEMS - near
+        left_to_try = min(left_to_try, MOST_WINDOWS if above > apart else FEW_WINDOWS) - 1
+        place += ITEMS - near
         left = above if found is None else goal.of(found) - at.bound
         if found is not None and left < above - at.slack and goal.is_kept_by(found):
             picked, above, mix = found, left, 0

@@ -212,8 +212,7 @@ def _least(goal: Goal, fallback: Indices | None, is_large: bool) -> _Found:
 
     reached = 0.0
     if fallback is None or rest(fallback) >= 0:
-        enough = max(NEAR * at.bound, goal.step - 2 * at.slack)
-        found = near_best(goal, at, enough, fallback)
+        found = near_best(goal, at, max(NEAR * at.bound, goal.step - 2 * at.slack), fallback)
         fallback = fallback if found is None else found
     # Listed, a goal that is no whole number is known exactly, and not only within what is near enough.
     is_exact = not goal.step and not goal.apart

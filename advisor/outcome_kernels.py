@@ -37,7 +37,7 @@ _OPTIONS: dict[str, Any] = {
     "_nrt": False,
 }
 inlined: Callable[..., Any] = njit(**_OPTIONS)
-called: Callable[..., Any] = njit(**{**_OPTIONS, "forceinline": False})  # large, and rarely the longest part of a loop
+not_inlined: Callable[..., Any] = njit(**{**_OPTIONS, "forceinline": False})
 summing: Callable[..., Any] = njit(**_OPTIONS, fastmath={"reassoc", "contract"})  # for sums in any order
 
 

@@ -24,12 +24,12 @@ from advisor.outcome_kernels import (
     Target,
     antiderivatives,
     bin_of,
-    called,
     in_bin,
     in_cells,
     inlined,
     is_power_of_two,
     lattice_of,
+    not_inlined,
     octave_of,
     of_octaves,
     summing,
@@ -321,7 +321,7 @@ def add_last(i: int, scratch: Any, scale: float, target: Target, step: Any) -> N
     step[ENERGY_SHIFT] += scratch[UNEVEN, i] * variance
 
 
-@called
+@not_inlined
 def add_each(
     start: int,
     end: int,
