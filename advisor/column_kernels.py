@@ -42,6 +42,7 @@ from advisor.outcome_kernels import (
     in_units,
     inlined,
     is_power_of_two,
+    target_from,
     two_to,
 )
 from advisor.region_kernels import (
@@ -56,9 +57,10 @@ from advisor.region_kernels import (
     SUMS,
     UNDER,
     VARIANCE,
+    add_beyond,
     add_each,
     add_even,
-    add_last,
+    add_normal,
     add_octaves,
     place_of,
     variance_of_square,
@@ -96,8 +98,7 @@ def measure_step(
     for k in range(len(scales)):
         if not wanted[k]:
             continue
-        scale, p = scales[k], targets[k]
-        target = Target(p[0], p[1], p[2], p[3], p[4], p[5], int(p[6]), p[7] > 0, p[8] > 0)
+        scale, target = scales[k], target_from(targets[k])
         step[:] = 0.0
         if n:
             _add_bins(scratch, n, base, bits, finest, scale, target, edges, step)
@@ -227,15 +228,22 @@ def _add_bins(
     else:
         add_even(flushed, coarse, scratch, base, bits, finest, scale, target, edges, first, second, step)
     add_each(coarse, even, scratch, base, bits, finest, scale, target, edges, step)
-    octaves = min(max(even, 1), end)  # the first bin may be cut off
-    add_each(even, octaves, scratch, base, bits, finest, scale, target, edges, step)
-    last = max(min(end, n - 1), octaves)  # and so may the last
+    # The first bin may be cut off, and so may the last.
+    octaves = min(max(even, 1), end)
+    last = max(min(end, n - 1), octaves)
     add_octaves(octaves, last, n, scratch, base, bits, finest, scale, target, edges, step)
-    if last < end and bits > LATTICE_BITS:
-        if not is_power_of_two(scale) or two_to(-bits) < target.mantissa_step:
-            add_last(last, scratch, scale, target, step)
-        last = end
-    add_each(last, n, scratch, base, bits, finest, scale, target, edges, step)
+    if bits <= LATTICE_BITS:
+        add_each(even, octaves, scratch, base, bits, finest, scale, target, edges, step)
+        add_each(last, n, scratch, base, bits, finest, scale, target, edges, step)
+        return
+    if not is_power_of_two(scale) or two_to(-bits) < target.mantissa_step:  # else they are on the grid
+        add_normal(even, octaves, scratch, base, bits, finest, scale, target, edges, step)
+        add_normal(last, end, scratch, base, bits, finest, scale, target, edges, step)
+    beyond = n
+    if target.saturates:
+        beyond = min(max(place_of(largest + target.top * scale, base, n) + 1, end), n)
+        add_beyond(beyond, n, scratch, scale, target, step)
+    add_each(end, beyond, scratch, base, bits, finest, scale, target, edges, step)
 
 
 @inlined

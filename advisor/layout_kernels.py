@@ -85,7 +85,7 @@ def _add_up(base: int, n: int, bits: int, finest: float, edges: Any, scratch: An
     one, end = np.uint64(1), np.uint64(n)
     if bits > ALWAYS_BITS:
         for i in range(np.uint64(0), end):
-            second, fourth = _powers(scratch[EDGE, i], scratch[EDGE, i + one])
+            second, fourth = powers(scratch[EDGE, i], scratch[EDGE, i + one])
             spread = fourth - second * second
             scratch[SECOND, i], scratch[SPREAD, i] = second, spread if spread > 0 else 0.0
     else:
@@ -117,7 +117,7 @@ def _add_up(base: int, n: int, bits: int, finest: float, edges: Any, scratch: An
 
 
 @inlined
-def _powers(low: float, high: float) -> tuple[float, float]:
+def powers(low: float, high: float) -> tuple[float, float]:
     """Means of x² and x⁴ over an interval."""
     product, ends = low * high, low * low + high * high
     squares = ends + product

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from advisor.outcome_kernels import Target, inlined, octave_of
+from advisor.outcome_kernels import Target, inlined, octave_of, target_from
 
 POINTS = 16  # magnitudes taken in a class of weights
 
@@ -30,9 +30,7 @@ def lost_elements(
     cells, counts  of an `UpdateSketch`; figures: a `Target` as float64, rounding to nearest
     least, most    smallest and largest magnitude of the updates
     """
-    target = Target(
-        figures[0], figures[1], figures[2], figures[3], figures[4], figures[5], 0, figures[7] > 0, figures[8] > 0
-    )
+    target = target_from(figures)
     down, up = np.empty(POINTS), np.empty(POINTS)
     known, lost = -1, 0.0
     for i in range(len(cells)):

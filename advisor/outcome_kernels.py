@@ -10,6 +10,7 @@ in `region_kernels.py` or in `layout_kernels.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ class Target(NamedTuple):
     """A cast as its kernels see it: the format's figures, and how it rounds.
 
     `bottom` is 2^emin, `step` the spacing below it, `normal` the smallest normal value, `top` the spacing at `largest`.
+    From `to_step`, `to_normal` and `to_beyond` on magnitudes round to `step`, to `normal` and beyond the largest value,
+    where rounding is not stochastic.
     """
 
     mantissa_step: float
@@ -56,22 +59,42 @@ class Target(NamedTuple):
     rounding: int
     saturates: bool
     scaled: bool
+    to_step: float
+    to_normal: float
+    to_beyond: float
 
     @classmethod
     def of(cls, cast: Cast) -> Target:
         """That of a cast."""
-        target = cast.format
+        target, step, top = cast.format, cast.format.smallest_subnormal, cast.format.largest_spacing
+        thresholds = ((step, step), (target.smallest_normal, step), (target.largest + top, top))
         return cls(
             2.0**-target.mantissa_bits,
             2.0**target.emin,
-            target.smallest_subnormal,
+            step,
             target.smallest_normal,
             target.largest,
-            target.largest_spacing,
+            top,
             _ROUNDINGS[cast.rounding],
             cast.saturate or cast.rounding == "zero",
             cast.scale is not None,
+            *(_reached_from(value, below, cast.rounding) for value, below in thresholds),
         )
+
+
+def _reached_from(value: float, below: float, rounding: str) -> float:
+    """From where on magnitudes round to `value` or more, `below` being the spacing under it."""
+    if rounding == "zero":
+        return value
+    step, to_even = value - below / 2, value / below / 2 % 1 == 0
+    return step if to_even else math.nextafter(step, math.inf)
+
+
+@inlined
+def target_from(figures: Any) -> Target:
+    """That whose fields are float64 [12]."""
+    p = figures
+    return Target(p[0], p[1], p[2], p[3], p[4], p[5], int(p[6]), p[7] > 0, p[8] > 0, p[9], p[10], p[11])
 
 
 def _bits_of(_: Any, x: Any) -> Any:
@@ -141,17 +164,11 @@ def in_units(x: float, scale: float, target: Target) -> float:
 
 
 @inlined
-def reaches(u: float, value: float, below: float, target: Target) -> float:
+def reaches(u: float, value: float, below: float, reached_from: float, target: Target) -> float:
     """Probability that u rounds to `value` or more, `below` being the spacing under it."""
     if target.rounding == STOCHASTIC:
         return min(max(u - (value - below), 0.0), below) / below
-    if target.rounding == TOWARD_ZERO:
-        return 1.0 if u >= value else 0.0
-    step = value - below / 2
-    half = value / below / 2
-    if half == np.floor(half):  # a tie goes to the even value
-        return 1.0 if u >= step else 0.0
-    return 1.0 if u > step else 0.0
+    return 1.0 if u >= reached_from else 0.0
 
 
 @inlined
@@ -182,9 +199,9 @@ def at_point(u: float, target: Target) -> tuple[float, float, float, float, floa
         squared = error**2
         fourth, product = squared**2, within * error
     return outcome(
-        reaches(u, target.step, target.step, target),
-        reaches(u, target.normal, target.step, target),
-        reaches(u, target.largest + target.top, target.top, target),
+        reaches(u, target.step, target.step, target.to_step, target),
+        reaches(u, target.normal, target.step, target.to_normal, target),
+        reaches(u, target.largest + target.top, target.top, target.to_beyond, target),
         squared + beyond**2,
         fourth + (beyond**2) ** 2,
         product - u * beyond,
@@ -324,8 +341,6 @@ def _nearest_over_points(
     edge: float, apart: float, points: int, low: float, high: float, finest: float, scale: float, target: Target
 ) -> tuple[float, tuple[float, float, float, float, float, float]]:
     """The same under rounding to nearest, without branches, so that the loop becomes vector instructions."""
-    first, second = _reached_from(target.step, target.step), _reached_from(target.normal, target.step)
-    third = _reached_from(target.largest + target.top, target.top)
     largest, same = target.largest, SAME * target.largest if target.scaled else -1.0
     lost = 1.0 if target.saturates else np.inf
     under = sub = over = squared = fourth = product = found = 0.0
@@ -340,7 +355,8 @@ def _nearest_over_points(
         w = within / spacing
         error = (np.rint(w) - w) * spacing
         square, square_beyond = error * error, beyond * beyond
-        nonzero, normal, too_large = 1.0 if u >= first else 0.0, 1.0 if u >= second else 0.0, u >= third
+        nonzero, normal = 1.0 if u >= target.to_step else 0.0, 1.0 if u >= target.to_normal else 0.0
+        too_large = u >= target.to_beyond
         under += weight * (1 - nonzero)
         sub += weight * max(nonzero - normal, 0.0)
         over += weight if too_large else 0.0
@@ -358,13 +374,6 @@ def _is_there(value: float, low: float, high: float, finest: float) -> bool:
     """Whether an element can have this value of the lattice."""
     finer = value / finest
     return low <= value and value <= high and (finest <= SMALLEST or np.floor(finer) == finer)
-
-
-@inlined
-def _reached_from(value: float, below: float) -> float:
-    """From where on magnitudes round to `value` or more, to the nearest: a tie goes to the even value."""
-    step, half = value - below / 2, value / below / 2
-    return step if half == np.floor(half) else from_bits(bits_of(step) + 1)
 
 
 @inlined

@@ -17,8 +17,10 @@ from advisor.layout_kernels import (
     PER_WIDTH,
     SHIFT,
     UNEVEN,
+    powers,
 )
 from advisor.outcome_kernels import (
+    NEAREST,
     STOCHASTIC,
     TOWARD_ZERO,
     Target,
@@ -70,8 +72,7 @@ def add_even(
         return
     per_cell = scale * target.step
     to_cells = 1 / per_cell
-    error, bias, spread, shift = _sums_of_cells(start, end, to_cells, per_cell, target.rounding, scratch)
-    _add_moments(step, error, bias, spread, shift, target.step)
+    _add_moments(step, _sums_of_cells(start, end, to_cells, per_cell, target.rounding, scratch), target.step)
     if target.rounding == STOCHASTIC:
         _add_ramp(start, end, to_cells, target.normal / target.step, scratch, step)
         return
@@ -111,9 +112,9 @@ def _sums_of_cells(
 
 
 @inlined
-def _add_moments(step: Any, error: float, bias: float, spread: float, shift: float, unit: float) -> None:
+def _add_moments(step: Any, sums: tuple[float, float, float, float], unit: float) -> None:
     """Add such sums, errors in a unit that is given in units of the scale."""
-    square = unit * unit
+    (error, bias, spread, shift), square = sums, unit * unit
     step[ERROR] += error * square
     step[BIAS] += bias * square
     step[VARIANCE] += spread * square * square
@@ -202,8 +203,14 @@ def add_octaves(
     if not may_show and end >= n - 1:
         unit, m = octave_of(scratch[EDGE, start] / scale, target), target.mantissa_step
         width = scale * unit
-        error, bias, spread, shift = _sums_of_octaves(start, last, 1 / width, width, m, 1 / m, target.rounding, scratch)
-        _add_moments(step, error, bias, spread, shift, unit)
+        # A rounding that the compiler knows keeps the loop without branches.
+        if target.rounding == NEAREST:
+            sums = _sums_of_octaves(start, last, 1 / width, width, m, 1 / m, NEAREST, scratch)
+        elif target.rounding == STOCHASTIC:
+            sums = _sums_of_octaves(start, last, 1 / width, width, m, 1 / m, STOCHASTIC, scratch)
+        else:
+            sums = _sums_of_octaves(start, last, 1 / width, width, m, 1 / m, TOWARD_ZERO, scratch)
+        _add_moments(step, sums, unit)
         return
     for i in range(start, last):
         _add_eighth(i, end, n, scratch, base, bits, finest, scale, target, edges, float(finer), aligned, step)
@@ -302,26 +309,6 @@ def _add_eighth(
 
 
 @inlined
-def add_last(i: int, scratch: Any, scale: float, target: Target, step: Any) -> None:
-    """A step's last bin where it is of normal values, none beyond the largest, and taken as continuous."""
-    count = scratch[COUNT, i]
-    u, v = scratch[EDGE, i] / scale, scratch[EDGE, i + 1] / scale
-    if count == 0 or v <= u:
-        return
-    a_unit = 1 / (v - u)
-    down, up = antiderivatives(u, target), antiderivatives(min(v, target.largest), target)
-    squared, fourth = (up[0] - down[0]) * a_unit, (up[1] - down[1]) * a_unit
-    variance = variance_of_square(squared, fourth)
-    step[ERROR] += count * squared
-    step[BIAS] += count * (up[2] - down[2]) * a_unit
-    step[VARIANCE] += count * variance
-    if target.rounding == STOCHASTIC:
-        spacing = octave_of(u, target) * target.mantissa_step
-        variance = min(variance, _by_place((v - u) / spacing, spacing))
-    step[ENERGY_SHIFT] += scratch[UNEVEN, i] * variance
-
-
-@not_inlined
 def add_each(
     start: int,
     end: int,
@@ -334,7 +321,96 @@ def add_each(
     edges: Any,
     step: Any,
 ) -> None:
-    """Bin by bin."""
+    """Bin by bin. A call costs as much as several bins, and most ranges are empty."""
+    if start < end:
+        _add_each(start, end, scratch, base, bits, finest, scale, target, edges, step)
+
+
+@inlined
+def add_normal(
+    start: int,
+    end: int,
+    scratch: Any,
+    base: int,
+    bits: int,
+    finest: float,
+    scale: float,
+    target: Target,
+    edges: Any,
+    step: Any,
+) -> None:
+    """Bins of normal values, none beyond the largest, taken as continuous."""
+    m = target.mantissa_step
+    cells, whole = 1 / m, of_octaves(m, target.rounding)
+    for i in range(start, end):
+        count, per_width = scratch[COUNT, i], scratch[PER_WIDTH, i]
+        if per_width == 0:  # all elements are alike
+            add_each(i, i + 1, scratch, base, bits, finest, scale, target, edges, step)
+            continue
+        unit = octave_of(scratch[EDGE, i] / scale, target)
+        width = scale * unit
+        to_units, per = 1 / width, per_width * width
+        low, high = scratch[EDGE, i] * to_units, min(scratch[EDGE, i + 1], target.largest * scale) * to_units
+        down = _in_octaves(low, m, cells, target.rounding, whole)
+        up = _in_octaves(high, m, cells, target.rounding, whole)
+        squared = (up[0] - down[0]) * per
+        variance, by_place = max((up[1] - down[1]) * per - squared * squared, 0.0), np.inf
+        if target.rounding == STOCHASTIC:
+            by_place = _by_place((high - low) * cells, m)
+        square = unit * unit
+        step[ERROR] += count * squared * square
+        step[BIAS] += count * ((up[2] - down[2]) * per) * square
+        step[VARIANCE] += count * variance * square * square
+        step[ENERGY_SHIFT] += scratch[UNEVEN, i] * min(variance, by_place) * square * square
+
+
+@inlined
+def add_beyond(start: int, end: int, scratch: Any, scale: float, target: Target, step: Any) -> None:
+    """Bins all of whose elements overflow and become the largest value."""
+    if start >= end:
+        return
+    over, error, bias, spread, shift = _sums_beyond(start, end, 1 / scale, target.largest, scratch)
+    step[OVER] += over
+    step[ERROR] += error
+    step[BIAS] += bias
+    step[VARIANCE] += spread
+    step[ENERGY_SHIFT] += shift
+
+
+@summing
+def _sums_beyond(
+    start: int, end: int, per_scale: float, largest: float, scratch: Any
+) -> tuple[float, float, float, float, float]:
+    """Sums over bins beyond the largest value: of elements, of δ², of v·δ, of the variance of δ², and of that where
+    elements lie unevenly."""
+    over, error, bias, spread, shift = 0.0, 0.0, 0.0, 0.0, 0.0
+    one = np.uint64(1)
+    for i in range(np.uint64(start), np.uint64(end)):
+        low, high = scratch[EDGE, i] * per_scale - largest, scratch[EDGE, i + one] * per_scale - largest
+        squared, fourth = powers(low, high)
+        variance = fourth - squared * squared
+        variance = variance if variance > 0 else 0.0
+        over += scratch[COUNT, i]
+        error += scratch[COUNT, i] * squared
+        bias -= scratch[COUNT, i] * (squared + largest * (low + high) * 0.5)
+        spread += scratch[COUNT, i] * variance
+        shift += scratch[UNEVEN, i] * variance
+    return over, error, bias, spread, shift
+
+
+@not_inlined
+def _add_each(
+    start: int,
+    end: int,
+    scratch: Any,
+    base: int,
+    bits: int,
+    finest: float,
+    scale: float,
+    target: Target,
+    edges: Any,
+    step: Any,
+) -> None:
     for i in range(start, end):
         count, uneven = scratch[COUNT, i], scratch[UNEVEN, i]
         if count == 0:

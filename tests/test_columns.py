@@ -60,6 +60,7 @@ def slots_of() -> dict[str, tuple[str, SlotHistory]]:
         "integers": [torch.randint(-100, 100, (5000,), generator=g).float()],
         "sparse": [torch.where(x() > 1, x(), 0.0)],
         "wide": [torch.exp(10 * x())],
+        "clipped": [x().clamp(-1, 1), x().clamp(-1.5, 1.5)],
     }
     found = {}
     for name, tensors in steps.items():
