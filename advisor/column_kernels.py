@@ -142,7 +142,7 @@ def measure_slots(
 ) -> None:
     """`measure_step` over slots: slot p has the steps from starts[p] on, step t the bins from offsets[t] on.
 
-    scales and errors [steps, casts]; wanted [slots, casts]; sums [slots, casts, SUMS]
+    scales [casts, steps]; errors [steps, casts]; wanted [slots, casts]; sums [slots, casts, SUMS]
     """
     scratch = np.empty((ROWS, PLACES))
     for p in range(len(starts) - 1):
@@ -156,7 +156,7 @@ def measure_slots(
                 bits[t],
                 finest[p],
                 gain[t],
-                scales[t],
+                scales[:, t],
                 targets,
                 wanted[p],
                 edges,

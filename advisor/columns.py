@@ -273,10 +273,10 @@ def _measure_whole(
 
 
 def _scales(steps: _Steps, casts: Sequence[Cast], wanted: Mask) -> Array:
-    """The scale of every step under every cast that any slot wants, for the recorded values: [T, K]."""
+    """The scale of every step under every cast that any slot wants, for the recorded values: [K, T]."""
     asked = np.flatnonzero(wanted.any(axis=0)).tolist()
-    found = np.ones((len(steps.amax), len(casts)))
-    found[:, asked] = scales_of(steps.amax / steps.gain, [casts[k] for k in asked], steps.place).T * steps.gain[:, None]
+    found = np.ones((len(casts), len(steps.amax)))
+    found[asked] = scales_of(steps.amax / steps.gain, [casts[k] for k in asked], steps.place) * steps.gain
     return found
 
 

@@ -88,7 +88,8 @@ class ScoreColumns:
 
         tiled = np.array([has_tiles(cast) for cast in every], dtype=np.bool_)
         has_row = is_product[:, None] | ~tiled
-        asked = np.array([cast in set(casts) for cast in every], dtype=np.bool_)
+        chosen = set(casts)
+        asked = np.array([cast in chosen for cast in every], dtype=np.bool_)
         directional, noise = (table_of([getattr(e, name) for e in evidence], places) for name in _EVIDENCE)
         wanted = has_row & (asked | ~np.isnan(directional) | ~np.isnan(noise))
         metrics = measure_columns(window, slots, every, wanted, forward)
