@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from advisor import bins, layout_kernels, outcome_kernels, region_kernels
 from advisor.bins import ALWAYS_BITS, BIN_BITS, FINER_TOWARD_ZERO, LATTICE_BITS, LATTICE_FINER
 from advisor.layout_kernels import (
     BEFORE,
@@ -65,6 +66,8 @@ from advisor.region_kernels import (
     place_of,
     variance_of_square,
 )
+from probes import formats, layout
+from probes.kernel_cache import keep_to_sources
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -262,3 +265,6 @@ def _first_coarse(base: int, n: int, bits: int, scale: float, target: Target, fi
         return 0
     place = bin_of(lattice)
     return min(max((place >> BIN_BITS) * OCTAVE + OCTAVE - base, 0), n)
+
+
+keep_to_sources(measure_slots, bins, layout_kernels, outcome_kernels, region_kernels, layout, formats)

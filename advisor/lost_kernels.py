@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from advisor import bins, outcome_kernels
 from advisor.outcome_kernels import Target, inlined, octave_of, target_from
+from probes import formats
+from probes.kernel_cache import keep_to_sources
 
 POINTS = 16  # magnitudes taken in a class of weights
 
@@ -65,3 +68,6 @@ def _room(magnitude: float, target: Target) -> tuple[float, float]:
     above = octave * target.mantissa_step
     below = above / 2 if held == octave and held > target.bottom else above
     return below / 2, np.inf if held >= target.largest and target.saturates else above / 2
+
+
+keep_to_sources(lost_elements, outcome_kernels, bins, formats)

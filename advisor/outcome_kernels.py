@@ -3,9 +3,6 @@
 Every function here gives the six numbers of `grid.Expected` in its order, in units of the scale. They are what the
 kernel over whole windows (`column_kernels.py`) takes for the bins that it cannot sum in closed form. The format's
 figures come as one tuple, `Target`; `tests/test_columns.py` holds these functions equal to the plain ones.
-
-numba's cache of a kernel looks at the date of the kernel's own file: delete `advisor/__pycache__` after a change here,
-in `region_kernels.py` or in `layout_kernels.py`.
 """
 
 from __future__ import annotations

@@ -13,8 +13,6 @@ shuffles of turning bytes into planes; `element_of` says which.
 
 All this needs AVX-512 with VPOPCNTDQ and GFNI, as Intel's server processors have them from Ice Lake on and AMD's from
 Zen 4 on. On others `kernels.py` counts in pairs (`pairs.py`).
-
-numba's cache looks at the date of `kernels.py` only: touch that after a change here.
 """
 
 from __future__ import annotations

@@ -25,7 +25,9 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from probes import formats, scaling
 from probes.formats import Format
+from probes.kernel_cache import keep_to_sources
 from probes.scaling import E4M3, E8M0_EXPONENTS, SMALLEST_EXPONENT, Scale, largest_exponent, largest_scale
 from probes.threads import threads_for
 
@@ -459,3 +461,6 @@ def _hash(z):  # type: ignore[no-untyped-def]
     z = np.uint32(np.uint32(z ^ (z >> np.uint32(16))) * np.uint32(0x21F0AAAD))
     z = np.uint32(np.uint32(z ^ (z >> np.uint32(15))) * np.uint32(0xD35A2D97))
     return np.uint32(z ^ (z >> np.uint32(15)))
+
+
+keep_to_sources(_round_row, scaling, formats)

@@ -13,6 +13,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from probes import layout
+from probes.kernel_cache import keep_to_sources
 from probes.layout import BINS, EXTREMES
 
 TAIL = 5  # zeros, NaNs, +Infs, -Infs, sum of squares: the columns after the bins
@@ -88,3 +90,6 @@ def _compact(sums, extremes, rows, clears, emptied, bins, counts, ends, tails, f
             sums[row, BINS:] = 0.0
             extremes[row] = emptied[0]
     return occupied
+
+
+keep_to_sources(_compact, layout)

@@ -34,10 +34,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from probes import bit_planes, pairs
+from probes import bit_planes, layout, pairs, threads, vectors
 from probes.bit_planes import BLOCK, CODES, GROUP, OCTAVE, PLANES, WORDS, codes, count
 from probes.errors import UnsupportedTensor
 from probes.in_memory import as_matrix, in_memory_order, plain, without_repeats
+from probes.kernel_cache import keep_to_sources
 from probes.layout import (
     AMAX,
     BIN_SHIFT,
@@ -792,3 +793,6 @@ def _merge(sums, extremes, scratch, shares, times):  # type: ignore[no-untyped-d
     if hit > 0:
         distinct = round(HASH_CELLS * np.log(HASH_CELLS / max(HASH_CELLS - hit, 1)))
         best[DISTINCT] = max(best[DISTINCT], np.float32(min(distinct, HASH_CELLS)))
+
+
+keep_to_sources(_add, bit_planes, pairs, vectors, layout, threads)

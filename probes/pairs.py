@@ -9,8 +9,6 @@ vector units do meanwhile, the codes and the sum of squares, runs beside the inc
 Which two elements make a pair does not matter, so they are taken as they come out of the vectors with the fewest
 shuffles; `element_of` says which one a bit of a mask stands for. The vectors have 256 bits, which AVX2 and its
 successors do at once; other processors take several steps.
-
-numba's cache looks at the date of `kernels.py` only: touch that after a change here.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from probes import layout, relative_layout
+from probes.kernel_cache import keep_to_sources
 from probes.layout import BIN_SHIFT
 from probes.memory import memory_of
 from probes.relative_layout import (
@@ -258,3 +260,6 @@ def _count_tiles(tail, largest, amax, square, held, tiles):  # type: ignore[no-u
         tail[TILES] += 1
         if amax[tile] < np.float32(VERY_SMALL) or amax[tile] > np.float32(VERY_LARGE):
             tail[EXTREME] += held[tile]
+
+
+keep_to_sources(_add, layout, relative_layout)

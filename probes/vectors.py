@@ -1,7 +1,5 @@
 """Words for code in the compiler's own vectors that llvmlite has none for: `bit_planes.py` and `pairs.py` are written
 in them.
-
-numba's cache looks at the date of `kernels.py` only: touch that after a change here.
 """
 
 from __future__ import annotations
