@@ -21,6 +21,7 @@ MODULES = [column_kernels, deviations, exchanges, lost_kernels, moments, pruning
 MODULES += [lost_updates, relative_kernels]
 """Those that call compiled functions from Python."""
 CALLED_BY_KERNELS = {"layout_kernels", "outcome_kernels", "region_kernels"}
+CALLED_BY_KERNELS |= {"chunk_counting", "chunk_loops", "chunk_pairs", "chunk_planes"}
 
 HELPER = """
 from numba import njit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 import warnings
@@ -206,6 +207,25 @@ def test_a_processor_without_these_instructions_counts_the_same(tmp_path: Path) 
     """In a process of its own, as numba settles at its start what it compiles for."""
     plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", PLAIN], check=True, env={**os.environ, **plain})
+
+
+WITH_PLANES = """
+from numba import float64, int64, uint16, uint32
+from probes import bit_planes
+from probes.chunk_planes import take_planes
+assert bit_planes.AVAILABLE
+take_planes.compile((int64, uint32[::1], int64, uint32[::1], uint16[::1], float64[::1], uint32[::1], uint32))
+assert "zmm" in take_planes.inspect_asm(take_planes.signatures[0])
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="its instructions are those of x86-64")
+def test_the_kernel_for_avx512_compiles_where_it_cannot_run(tmp_path: Path) -> None:
+    features = "avx avx2 fma bmi bmi2 popcnt f16c lzcnt avx512f avx512bw avx512vl avx512dq avx512cd avx512vbmi gfni"
+    features += " avx512vbmi2 avx512bitalg avx512vpopcntdq"
+    named = ",".join(f"+{feature}" for feature in features.split())
+    other = {"NUMBA_CPU_NAME": "znver4", "NUMBA_CPU_FEATURES": named, "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", WITH_PLANES], check=True, env={**os.environ, **other})
 
 
 SHARED = """
