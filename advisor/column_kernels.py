@@ -219,17 +219,19 @@ def _add_bins(
     step[ENERGY_SHIFT] += scratch[FLUSHED_SHIFT, flushed] * inverse * inverse
 
     coarse = max(min(_first_coarse(base, n, bits, scale, target, float(finer)), even), flushed)
-    if ALWAYS_BITS < bits <= LATTICE_BITS and target.rounding != STOCHASTIC:
-        at = flushed
-        for cut, here in ((place_of(first, base, n), first), (place_of(second, base, n), second)):
-            begin = cut - 1 if 0 < cut <= n and scratch[EDGE, min(cut, n)] == here else cut
+    # Where the tensor's lattice shows, the bins in which zero and the subnormals end are taken by themselves.
+    pieces = 3 if ALWAYS_BITS < bits <= LATTICE_BITS and target.rounding != STOCHASTIC else 1
+    at = flushed
+    for piece in range(pieces):
+        begin = stop = coarse
+        if piece < pieces - 1:
+            here = first if piece == 0 else second
+            cut = place_of(here, base, n)
+            begin = cut - 1 if cut > 0 and scratch[EDGE, cut] == here else cut
             begin, stop = min(max(begin, at), coarse), min(max(cut + 1, at), coarse)
-            add_even(at, begin, scratch, base, bits, finest, scale, target, edges, first, second, step)
-            add_each(begin, stop, scratch, base, bits, finest, scale, target, edges, step)
-            at = stop
-        add_even(at, coarse, scratch, base, bits, finest, scale, target, edges, first, second, step)
-    else:
-        add_even(flushed, coarse, scratch, base, bits, finest, scale, target, edges, first, second, step)
+        add_even(at, begin, scratch, base, bits, finest, scale, target, edges, first, second, step)
+        add_each(begin, stop, scratch, base, bits, finest, scale, target, edges, step)
+        at = stop
     add_each(coarse, even, scratch, base, bits, finest, scale, target, edges, step)
     # The first bin may be cut off, and so may the last.
     octaves = min(max(even, 1), end)
