@@ -8,6 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from probes import kernel_folder
+
+kernel_folder.provide()  # before the first kernel is defined
+
 _HOME = {
     "BINS": "layout",
     "BIN_EDGES": "sketch",

@@ -14,7 +14,7 @@ import pytest
 from numba.core.dispatcher import Dispatcher
 
 from advisor import column_kernels, deviations, exchanges, lost_kernels, moments, pruning
-from probes import cast_kernels, compacting, kernels, lost_updates, relative_kernels
+from probes import cast_kernels, compacting, kernel_folder, kernels, lost_updates, relative_kernels
 
 PACKAGES = Path(column_kernels.__file__).parent, Path(kernels.__file__).parent
 MODULES = [column_kernels, deviations, exchanges, lost_kernels, moments, pruning, cast_kernels, compacting, kernels]
@@ -79,6 +79,39 @@ def test_a_folder_that_cannot_be_written_to_is_left_alone(tmp_path: Path) -> Non
         assert run(tmp_path, 1, keeps=True)[0] == 101
     finally:
         (tmp_path / "__pycache__").chmod(0o700)
+
+
+NOWHERE = """
+import os, tempfile, warnings
+made = tempfile.TemporaryFile
+def refusing(*given, dir=None, **named):
+    if "numerics-advisor-kernels-" not in str(dir):
+        raise PermissionError(dir)
+    return made(*given, dir=dir, **named)
+tempfile.TemporaryFile = refusing  # numba tries its folders with it, too
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    from probes import compacting
+assert any("NUMBA_CACHE_DIR" in str(warning.message) for warning in told)
+print(compacting._compact.stats.cache_path)
+print(os.environ["NUMBA_CACHE_DIR"])
+"""
+
+
+def test_a_read_only_installation_without_a_home_gets_a_folder_for_its_time() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_CACHE")}
+    environment |= {"PYTHONPATH": str(PACKAGES[1].parent)}
+    made = subprocess.run([sys.executable, "-c", NOWHERE], env=environment, check=True, capture_output=True, text=True)
+    used, given = map(Path, made.stdout.split())
+    assert given in used.parents
+    assert not given.exists()
+
+
+def test_who_names_a_folder_keeps_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(kernel_folder, "_may_write", lambda _: False)
+    kernel_folder.provide()
+    assert os.environ["NUMBA_CACHE_DIR"] == str(tmp_path)
 
 
 def test_every_module_with_kernels_is_known_here() -> None:
