@@ -21,13 +21,13 @@ def keep_to_sources(kernel: Any, *others: ModuleType) -> None:
     kernel  a function compiled with `cache=True`, not called yet
     others  the modules that its own has compiled functions, or constants for them, from
 
-    Where the cache cannot be written to nothing is done: then numba has not written to it either.
+    Where sources cannot be read, or the cache not be written to, nothing is done: numba does not write to it either.
     """
     folder, own = Path(kernel.stats.cache_path), Path(kernel.py_func.__code__.co_filename)
     files = [own, *(Path(str(module.__file__)) for module in others)]
-    digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
     stamp = folder / f"{own.stem}.sources"
     with suppress(OSError):
+        digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
         if stamp.is_file() and stamp.read_text() == digest:
             return
         folder.mkdir(parents=True, exist_ok=True)
