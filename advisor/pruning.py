@@ -30,70 +30,81 @@ def undominated_of(starts: NDArray[np.intp], measures: Array) -> NDArray[np.intp
 
 @njit(cache=True, nogil=True)
 def _kept(starts, measures):  # type: ignore[no-untyped-def]
-    """Which items are undominated.
-
-    A group's items are looked at by the rising sum of what they are above the group's least, measure by measure, in so
-    many steps that a step has few items. All that is done to get there rounds monotonically, so one that dominates
-    another is in no later step.
-    """
+    """Which items are undominated."""
     columns, count = measures.shape
     is_kept = np.zeros(count, dtype=np.bool_)
     step_of, order = np.empty(count, dtype=np.intp), np.empty(count, dtype=np.intp)
+    kept = np.empty(count, dtype=np.intp)
     sums, rows = np.empty(count), np.empty((count, columns))
-    kept, steps_of_kept = np.empty(count, dtype=np.intp), np.empty(count, dtype=np.intp)
     for group in range(len(starts) - 1):
-        first, end = starts[group], starts[group + 1]
-        size = end - first
-        if not size:
-            continue
-        sums[:size] = 0.0
-        for column in range(columns):
-            least = most = measures[column, first]
-            for item in range(first, end):
-                least, most = min(least, measures[column, item]), max(most, measures[column, item])
-            if most > least:
-                for item in range(first, end):
-                    sums[item - first] += (measures[column, item] - least) / (most - least)
-        largest = 0.0
-        for place in range(size):
-            largest = max(largest, sums[place])
-        begins = np.zeros(size + 1, dtype=np.intp)
-        for place in range(size):
-            step_of[place] = 0 if largest == 0.0 else int(sums[place] / largest * (size - 1))
-            begins[step_of[place] + 1] += 1
-        for step in range(size):
-            begins[step + 1] += begins[step]
-        for place in range(size):
-            order[begins[step_of[place]]] = place
-            begins[step_of[place]] += 1
-        have = 0
-        for number in range(size):
-            place = order[number]
-            for column in range(columns):
-                rows[have, column] = measures[column, first + place]
-            beaten = False
-            for other in range(have):
-                if _equals_or_beats(rows, other, have):
-                    beaten = True
-                    break
-            if beaten:
-                continue
-            # One of the same step may be dominated by one that comes later in it.
-            same = have
-            while same > 0 and steps_of_kept[same - 1] == step_of[place]:
-                same -= 1
-            left = same
-            for other in range(same, have):
-                if not _equals_or_beats(rows, have, other):
-                    _put(rows, left, other)
-                    kept[left], steps_of_kept[left] = kept[other], steps_of_kept[other]
-                    left += 1
-            _put(rows, left, have)
-            kept[left], steps_of_kept[left] = place, step_of[place]
-            have = left + 1
-        for number in range(have):
-            is_kept[first + kept[number]] = True
+        of_group = measures[:, starts[group] : starts[group + 1]]
+        _by_steps(of_group, sums, step_of, order)
+        for number in range(_sweep(of_group, step_of, order, rows, kept)):
+            is_kept[starts[group] + kept[number]] = True
     return is_kept
+
+
+@njit(cache=True, nogil=True)
+def _by_steps(measures, sums, step_of, order):  # type: ignore[no-untyped-def]
+    """Put a group's items in order, into `order`, and say which step each is in.
+
+    They go by the rising sum of what they are above the group's least, measure by measure, in so many steps that a step
+    has few items. All that is done to get there rounds monotonically, so one that dominates another is in no later
+    step.
+    """
+    columns, size = measures.shape
+    sums[:size] = 0.0
+    for column in range(columns if size else 0):
+        least = most = measures[column, 0]
+        for item in range(size):
+            least, most = min(least, measures[column, item]), max(most, measures[column, item])
+        if most > least:
+            for item in range(size):
+                sums[item] += (measures[column, item] - least) / (most - least)
+    largest = 0.0
+    for item in range(size):
+        largest = max(largest, sums[item])
+    begins = np.zeros(size + 1, dtype=np.intp)
+    for item in range(size):
+        step_of[item] = 0 if largest == 0.0 else int(sums[item] / largest * (size - 1))
+        begins[step_of[item] + 1] += 1
+    for step in range(size):
+        begins[step + 1] += begins[step]
+    for item in range(size):
+        order[begins[step_of[item]]] = item
+        begins[step_of[item]] += 1
+
+
+@njit(cache=True, nogil=True)
+def _sweep(measures, step_of, order, rows, kept):  # type: ignore[no-untyped-def]
+    """Write a group's undominated items into `kept`, their measures into `rows`, and return how many there are."""
+    columns, size = measures.shape
+    have = 0
+    for number in range(size):
+        item = order[number]
+        for column in range(columns):
+            rows[have, column] = measures[column, item]
+        beaten = False
+        for other in range(have):
+            if _equals_or_beats(rows, other, have):
+                beaten = True
+                break
+        if beaten:
+            continue
+        # One of the same step may be dominated by one that comes later in it.
+        same = have
+        while same > 0 and step_of[kept[same - 1]] == step_of[item]:
+            same -= 1
+        left = same
+        for other in range(same, have):
+            if not _equals_or_beats(rows, have, other):
+                _put(rows, left, other)
+                kept[left] = kept[other]
+                left += 1
+        _put(rows, left, have)
+        kept[left] = item
+        have = left + 1
+    return have
 
 
 @njit(cache=True, nogil=True)
