@@ -357,11 +357,8 @@ def add_normal(
         variance, by_place = max((up[1] - down[1]) * per - squared * squared, 0.0), np.inf
         if target.rounding == STOCHASTIC:
             by_place = _by_place((high - low) * cells, m)
-        square = unit * unit
-        step[ERROR] += count * squared * square
-        step[BIAS] += count * ((up[2] - down[2]) * per) * square
-        step[VARIANCE] += count * variance * square * square
-        step[ENERGY_SHIFT] += scratch[UNEVEN, i] * min(variance, by_place) * square * square
+        shift = scratch[UNEVEN, i] * min(variance, by_place)
+        _add_moments(step, (count * squared, count * ((up[2] - down[2]) * per), count * variance, shift), unit)
 
 
 @inlined
@@ -371,10 +368,7 @@ def add_beyond(start: int, end: int, scratch: Any, scale: float, target: Target,
         return
     over, error, bias, spread, shift = _sums_beyond(start, end, 1 / scale, target.largest, scratch)
     step[OVER] += over
-    step[ERROR] += error
-    step[BIAS] += bias
-    step[VARIANCE] += spread
-    step[ENERGY_SHIFT] += shift
+    _add_moments(step, (error, bias, spread, shift), 1.0)
 
 
 @summing

@@ -47,6 +47,7 @@ def squares_of(values):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def index(words, indices):  # type: ignore[no-untyped-def]
+    """Where each element's bin begins in the table of bins, which is there eight times."""
     for i in range(words.size):
         indices[i] = np.uint16(np.uint32(np.uint32(words[i] & MAGNITUDE) >> SHIFT) << np.uint32(3))
 
