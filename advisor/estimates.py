@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -233,11 +234,13 @@ def table_of(values: Sequence[Mapping[str, float]], places: Mapping[str, int]) -
     found = np.full((len(values), len(places)), np.nan)
     alike: dict[tuple[str, ...], list[int]] = {}  # slots that have the same casts, which most have
     for p, by_cast in enumerate(values):
-        alike.setdefault(tuple(by_cast), []).append(p)
+        if by_cast:
+            alike.setdefault(tuple(by_cast), []).append(p)
     for casts, slots in alike.items():
         kept = [i for i, cast in enumerate(casts) if cast in places]
         if kept:
-            table = np.array([list(values[p].values()) for p in slots], dtype=np.float64)
+            held = chain.from_iterable(values[p].values() for p in slots)
+            table = np.fromiter(held, np.float64, len(slots) * len(casts)).reshape(len(slots), -1)
             found[np.ix_(slots, [places[casts[i]] for i in kept])] = table[:, kept]
     return found
 

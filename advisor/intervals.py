@@ -107,13 +107,14 @@ def damage_intervals(damage: ArrayLike, damage_se: ArrayLike, confidence: ArrayL
     kind = np.asarray(kinds, dtype=np.int64)
     least = np.maximum(value, 0.0)
     told = value > 2 * np.nan_to_num(error)
-    window = np.where(told, _window_octaves(sure), _without_draws(_window_octaves(sure), value, error))
-    reach = DEVIATIONS * np.sqrt(window**2 + _COMMON[kind] ** 2 + _OWN[kind] ** 2)
+    window = _window_octaves(sure)
+    window = np.where(told, window, _without_draws(window, value, error))
+    reach = DEVIATIONS * np.sqrt(window**2 + (_COMMON**2 + _OWN**2)[kind])
     with np.errstate(over="ignore", invalid="ignore"):
-        lower = np.where(told, least * 2.0 ** (_CENTRE[kind] - reach), 0.0)
+        lower = np.where(told, least * np.exp2(_CENTRE[kind] - reach), 0.0)
         highest = np.where(told, least, least + DEVIATIONS * DAMAGE.doubt * np.nan_to_num(error))
-        upper = np.where(highest > 0, highest * 2.0 ** (_CENTRE[kind] + reach), 0.0)
-    return np.stack([np.where(np.isnan(value), np.nan, lower), np.where(np.isnan(value), np.nan, upper)], axis=-1)
+        upper = np.where(highest > 0, highest * np.exp2(_CENTRE[kind] + reach), 0.0)
+    return np.where(np.isnan(value)[..., None], np.nan, np.stack([lower, upper], axis=-1))
 
 
 def total_interval(
@@ -174,7 +175,7 @@ def noise_intervals(noise_ratio: ArrayLike, confidence: ArrayLike, is_measured: 
     )
     reach = DEVIATIONS * np.sqrt(_window_octaves(sure) ** 2 + common**2 + own**2)
     with np.errstate(over="ignore", invalid="ignore"):
-        ends = [np.where(ratio > 0, ratio * centre * 2.0**side, ratio) for side in (-reach, reach)]
+        ends = [np.where(ratio > 0, ratio * centre * np.exp2(side), ratio) for side in (-reach, reach)]
     return np.stack(ends, axis=-1)
 
 

@@ -114,7 +114,7 @@ class ScoreColumns:
         relative_se[rows] = known_se
         confidence = metrics.moments.confidence(forward, relative_se, loss_octaves(window.losses))[rows]
         columns["confidence"] = Column(confidence, np.isnan(confidence))
-        columns |= _of_intervals(columns)
+        columns |= _of_intervals(columns, slots, slot_of)
         return cls(window, slots, casts, slot_of, cast_of, cast_at[cast_of], metrics, columns)
 
 
@@ -172,12 +172,11 @@ def _of_damage(
     with np.errstate(invalid="ignore", divide="ignore"):
         relative = row_medians(np.where(directional > 0, spread / directional, np.nan))[:, None]
         spread = np.where(is_measured, estimates.of_measured(spread), damage * relative)
-    source = np.where(is_measured, "directional", "sketch").astype(object)
     coherence, shrink = estimates.coherence[rows[0]], estimates.shrink_coherence[rows[0]]
     return {
         "damage": _nullable(damage[rows], ~np.isnan(sketched[rows]) | is_measured[rows], forward[rows[0]]),
         "damage_se": _nullable(spread[rows], ~np.isnan(spread[rows]), forward[rows[0]], estimates.is_told[rows]),
-        "damage_from": Column(source[rows], np.isnan(damage[rows])),
+        "damage_from": _either("sketch", "directional", is_measured[rows], np.isnan(damage[rows])),
         "coherence": Column(coherence, np.isnan(coherence)),
         "shrink_coherence": Column(shrink, np.isnan(shrink)),
         "shrinking": Column(shrinking[rows]),
@@ -203,16 +202,18 @@ _KIND_OF = np.array(
 )  # fmt: skip
 
 
-def _of_intervals(columns: Mapping[str, Column]) -> dict[str, Column]:
+def _of_intervals(
+    columns: Mapping[str, Column], slots: Sequence[Slot], slot_of: NDArray[np.int64]
+) -> dict[str, Column]:
     """The ends of the damages' intervals, and of lost batch shares, NaN where these are unknown."""
-    role, source, whole = (columns[name].array for name in ("role", "damage_from", "whole_batch"))
-    weight, directional = role == "weight", source == "directional"
+    weight, gradient = (np.array([slot.role == role for slot in slots])[slot_of] for role in ("weight", GRADIENT))
+    directional, whole = columns["damage_from"].array == "directional", columns["whole_batch"].array
     kinds = _KIND_OF[weight.astype(np.intp), directional.astype(np.intp), whole.astype(np.intp)]
     damage, error, confidence = (columns[name].array for name in ("damage", "damage_se", "confidence"))
     ends = damage_intervals(damage, error, confidence, kinds)
-    gradient = role == GRADIENT
-    noise = np.where(gradient, columns["noise_ratio"].read_only(), np.nan)
-    lost = lost_shares(noise_intervals(noise, confidence, columns["noise_from"].array == "measured"))
+    noise, source = (columns[name].read_only()[gradient] for name in ("noise_ratio", "noise_from"))
+    lost = np.full(ends.shape, np.nan)
+    lost[gradient] = lost_shares(noise_intervals(noise, confidence[gradient], source == "measured"))
     found = {"damage_lower": ends[:, 0], "damage_upper": ends[:, 1]}
     found |= {"lost_batch_lower": lost[:, 0], "lost_batch_upper": lost[:, 1]}
     return {name: Column(values, np.isnan(values)) for name, values in found.items()}
@@ -266,7 +267,7 @@ def _of_noise(
     return {
         "noise_ratio": Column(ratio, missing),
         "lost_batch_share": Column(share, missing),
-        "noise_from": Column(np.where(estimates.is_measured[rows], "measured", "sketch").astype(object), missing),
+        "noise_from": _either("sketch", "measured", estimates.is_measured[rows], missing),
         "systematic_ratio": Column(systematic_ratio, missing | unknown),
         "systematic_ratio_se": Column(systematic_se, missing | unknown | np.isnan(systematic_se)),
     }
@@ -296,6 +297,11 @@ def _of_parameters(
         "lost_updates": Column(told, np.isnan(told)),
         "epsilon_vanishes": Column(vanishes[slot_of, cast_of]),
     }
+
+
+def _either(first: str, second: str, is_second: Mask, missing: Mask) -> Column:
+    """A column of two texts."""
+    return Column(np.array([first, second], dtype=object)[is_second.astype(np.intp)], missing)
 
 
 def _nullable(values: Array, *known: Mask) -> Column:
