@@ -52,10 +52,11 @@ from advisor.region_kernels import (
     ERROR,
     GAINED_BIAS,
     GAINED_ERROR,
-    GAINED_VARIANCE,
     OVER,
     SUB,
-    SUMS,
+    TOTAL_ERROR,
+    TOTAL_SHIFT,
+    TOTAL_VARIANCE,
     UNDER,
     VARIANCE,
     add_beyond,
@@ -70,7 +71,7 @@ from probes import formats, layout
 from probes.kernel_cache import keep_to_sources
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@inlined
 def measure_step(
     bins: Any,
     counts: Any,
@@ -97,32 +98,29 @@ def measure_step(
     if len(bins):
         n = lay_out(bins, counts, amax, amin, bits, finest, edges, scratch)
     base = int(bins[0]) if len(bins) else 0
-    step, per_gain = np.zeros(SUMS), 1 / gain**2
+    per_gain = 1 / gain**2
     for k in range(len(scales)):
         if not wanted[k]:
             continue
-        scale, target = scales[k], target_from(targets[k])
-        step[:] = 0.0
+        scale, target, row = scales[k], target_from(targets[k]), sums[k]
+        row[ERROR] = row[BIAS] = row[VARIANCE] = row[ENERGY_SHIFT] = 0.0
         if n:
-            _add_bins(scratch, n, base, bits, finest, scale, target, edges, step)
-        square = scale * scale
+            _add_bins(scratch, n, base, bits, finest, scale, target, edges, row)
         u = in_units(amax, scale, target)
         top = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
         if amax > 0 and u != target.largest:  # which is written without error
             top = at_point(u, target)
-        step[UNDER] += top[0]
-        step[SUB] += top[1]
-        step[OVER] += top[2]
-        step[ERROR] = (step[ERROR] + top[3]) * square
-        step[BIAS] = (step[BIAS] + top[5]) * square
-        step[VARIANCE] = (step[VARIANCE] + variance_of_square(top[3], top[4])) * square * square
-        step[ENERGY_SHIFT] = np.sqrt(step[ENERGY_SHIFT]) * square
-        step[GAINED_ERROR] = step[ERROR] * per_gain
-        step[GAINED_BIAS] = step[BIAS] * per_gain
-        step[GAINED_VARIANCE] = step[VARIANCE] * per_gain * per_gain
-        errors[k] = step[GAINED_ERROR]
-        for i in range(SUMS):
-            sums[k, i] += step[i]
+        row[UNDER] += top[0]
+        row[SUB] += top[1]
+        row[OVER] += top[2]
+        square = scale * scale
+        error, bias = (row[ERROR] + top[3]) * square, (row[BIAS] + top[5]) * square
+        row[TOTAL_ERROR] += error
+        row[TOTAL_VARIANCE] += (row[VARIANCE] + variance_of_square(top[3], top[4])) * square * square
+        row[TOTAL_SHIFT] += np.sqrt(row[ENERGY_SHIFT]) * square
+        row[GAINED_ERROR] += error * per_gain
+        row[GAINED_BIAS] += bias * per_gain
+        errors[k] = error * per_gain
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -145,7 +143,7 @@ def measure_slots(
 ) -> None:
     """`measure_step` over slots: slot p has the steps from starts[p] on, step t the bins from offsets[t] on.
 
-    scales [casts, steps]; errors [steps, casts]; wanted [slots, casts]; sums [slots, casts, SUMS]
+    scales [steps, casts]; errors [steps, casts]; wanted [slots, casts]; sums [slots, casts, SUMS]
     """
     scratch = np.empty((ROWS, PLACES))
     for p in range(len(starts) - 1):
@@ -159,7 +157,7 @@ def measure_slots(
                 bits[t],
                 finest[p],
                 gain[t],
-                scales[:, t],
+                scales[t],
                 targets,
                 wanted[p],
                 edges,
@@ -179,7 +177,7 @@ def count_steps(offsets: Any, counts: Any, nonzero: Any) -> None:
 
 @inlined
 def _add_bins(
-    scratch: Any, n: int, base: int, bits: int, finest: float, scale: float, target: Target, edges: Any, step: Any
+    scratch: Any, n: int, base: int, bits: int, finest: float, scale: float, target: Target, edges: Any, row: Any
 ) -> None:
     """Add what a cast does to all bins, errors in units of the scale."""
     largest = target.largest * scale
@@ -192,18 +190,18 @@ def _add_bins(
         place = place_of(target.normal * scale, base, n)
         if place < n and scratch[EDGE, place] < target.normal * scale:
             place += 1
-        step[SUB] += scratch[BEFORE, place]
+        row[SUB] += scratch[BEFORE, place]
         return
     finer = FINER_TOWARD_ZERO if target.rounding == TOWARD_ZERO else LATTICE_FINER
     if finest * finer > target.step * scale or target.mantissa_step < 2.0**-45:
         # The smallest float of all shows, or float64's own precision does.
-        add_each(0, n, scratch, base, bits, finest, scale, target, edges, step)
+        add_each(0, n, scratch, base, bits, finest, scale, target, edges, row)
         return
     half = 0.5 if target.rounding == NEAREST else 0.0
     first, second = (target.step - half * target.step) * scale, (target.normal - half * target.step) * scale
     flushed = 0 if target.rounding == STOCHASTIC else place_of(first, base, n)
     if flushed < min(OCTAVE - base, n):  # bins of float32's subnormals are no eighths of octaves
-        add_each(0, n, scratch, base, bits, finest, scale, target, edges, step)
+        add_each(0, n, scratch, base, bits, finest, scale, target, edges, row)
         return
     closed = scratch[EDGE, n] <= largest * (1 + 2.0**-40)
     end = n if closed else max(min(place_of(largest, base, n), n - 1), flushed)
@@ -211,12 +209,13 @@ def _add_bins(
     if 0 < flushed < n and ALWAYS_BITS < bits <= LATTICE_BITS and scratch[EDGE, flushed] == first:
         flushed -= 1  # the bin below ends at the step, perhaps on a lattice point
 
-    inverse = 1 / (scale * scale)
-    step[UNDER] += scratch[BEFORE, flushed]
-    step[ERROR] += scratch[FLUSHED, flushed] * inverse
-    step[BIAS] -= scratch[FLUSHED, flushed] * inverse
-    step[VARIANCE] += scratch[FLUSHED_VARIANCE, flushed] * inverse * inverse
-    step[ENERGY_SHIFT] += scratch[FLUSHED_SHIFT, flushed] * inverse * inverse
+    per_scale = 1 / scale
+    inverse = per_scale * per_scale
+    row[UNDER] += scratch[BEFORE, flushed]
+    row[ERROR] += scratch[FLUSHED, flushed] * inverse
+    row[BIAS] -= scratch[FLUSHED, flushed] * inverse
+    row[VARIANCE] += scratch[FLUSHED_VARIANCE, flushed] * inverse * inverse
+    row[ENERGY_SHIFT] += scratch[FLUSHED_SHIFT, flushed] * inverse * inverse
 
     coarse = max(min(_first_coarse(base, n, bits, scale, target, float(finer)), even), flushed)
     # Where the tensor's lattice shows, the bins in which zero and the subnormals end are taken by themselves.
@@ -229,26 +228,26 @@ def _add_bins(
             cut = place_of(here, base, n)
             begin = cut - 1 if cut > 0 and scratch[EDGE, cut] == here else cut
             begin, stop = min(max(begin, at), coarse), min(max(cut + 1, at), coarse)
-        add_even(at, begin, scratch, base, bits, finest, scale, target, edges, first, second, step)
-        add_each(begin, stop, scratch, base, bits, finest, scale, target, edges, step)
+        add_even(at, begin, scratch, base, bits, finest, scale, per_scale, target, edges, first, second, row)
+        add_each(begin, stop, scratch, base, bits, finest, scale, target, edges, row)
         at = stop
-    add_each(coarse, even, scratch, base, bits, finest, scale, target, edges, step)
+    add_each(coarse, even, scratch, base, bits, finest, scale, target, edges, row)
     # The first bin may be cut off, and so may the last.
     octaves = min(max(even, 1), end)
     last = max(min(end, n - 1), octaves)
-    add_octaves(octaves, last, n, scratch, base, bits, finest, scale, target, edges, step)
+    add_octaves(octaves, last, n, scratch, base, bits, finest, scale, per_scale, target, edges, row)
     if bits <= LATTICE_BITS:
-        add_each(even, octaves, scratch, base, bits, finest, scale, target, edges, step)
-        add_each(last, n, scratch, base, bits, finest, scale, target, edges, step)
+        add_each(even, octaves, scratch, base, bits, finest, scale, target, edges, row)
+        add_each(last, n, scratch, base, bits, finest, scale, target, edges, row)
         return
     if not is_power_of_two(scale) or two_to(-bits) < target.mantissa_step:  # else they are on the grid
-        add_normal(even, octaves, scratch, base, bits, finest, scale, target, edges, step)
-        add_normal(last, end, scratch, base, bits, finest, scale, target, edges, step)
+        add_normal(even, octaves, scratch, base, bits, finest, scale, per_scale, target, edges, row)
+        add_normal(last, end, scratch, base, bits, finest, scale, per_scale, target, edges, row)
     beyond = n
     if target.saturates:
         beyond = min(max(place_of(largest + target.top * scale, base, n) + 1, end), n)
-        add_beyond(beyond, n, scratch, scale, target, step)
-    add_each(end, beyond, scratch, base, bits, finest, scale, target, edges, step)
+        add_beyond(beyond, n, scratch, per_scale, target, row)
+    add_each(end, beyond, scratch, base, bits, finest, scale, target, edges, row)
 
 
 @inlined

@@ -273,10 +273,11 @@ def _measure_whole(
 
 
 def _scales(steps: _Steps, casts: Sequence[Cast], wanted: Mask) -> Array:
-    """The scale of every step under every cast that any slot wants, for the recorded values: [K, T]."""
+    """The scale of every step under every cast that any slot wants, for the recorded values: [T, K]."""
     asked = np.flatnonzero(wanted.any(axis=0)).tolist()
-    found = np.ones((len(casts), len(steps.amax)))
-    found[asked] = scales_of(steps.amax / steps.gain, [casts[k] for k in asked], steps.place) * steps.gain
+    found = np.ones((len(steps.amax), len(casts)))
+    scales = scales_of(steps.amax / steps.gain, [casts[k] for k in asked], steps.place)
+    found[:, asked] = (scales * steps.gain).T
     return found
 
 
@@ -290,12 +291,12 @@ def _few_values(steps: _Steps) -> Mask:
 
 def _flags(sums: Array, nonzero: Array, few: Mask, casts: Sequence[Cast]) -> NDArray[np.int64]:
     """`flags.flags_of`, for all slots and casts."""
-    error = sums[..., regions.ERROR]
-    spread = np.sqrt(sums[..., regions.VARIANCE])
+    error = sums[..., regions.TOTAL_ERROR]
+    spread = np.sqrt(sums[..., regions.TOTAL_VARIANCE])
     few_values = (
         (few[:, None] & (error != 0))
         | (sums[..., regions.RATE_SHIFT] > THRESHOLDS.rate_shift * nonzero)
-        | (sums[..., regions.ENERGY_SHIFT] > THRESHOLDS.error_spread * error)
+        | (sums[..., regions.TOTAL_SHIFT] > THRESHOLDS.error_spread * error)
     )
     under, sub, over = (sums[..., which] for which in (regions.SPREAD_UNDER, regions.SPREAD_SUB, regions.SPREAD_OVER))
     rates = np.maximum(np.maximum(under, sub), over)

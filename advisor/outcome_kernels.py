@@ -123,6 +123,12 @@ def two_to(exponent: int) -> float:
 
 
 @inlined
+def one_over(power: float) -> float:
+    """1 / power, of a power of two, without dividing."""
+    return from_bits((2046 << 52) - bits_of(power))
+
+
+@inlined
 def bin_of(magnitude: float) -> int:
     """The sketch's bin of a magnitude, -1 below all and a large number above all of float32's."""
     found = (bits_of(magnitude) >> 49) - ((1023 - _OCTAVE_BIAS) << BIN_BITS)
@@ -184,7 +190,7 @@ def at_point(u: float, target: Target) -> tuple[float, float, float, float, floa
     within = min(u, target.largest)
     beyond = u - within
     spacing = octave_of(within, target) * target.mantissa_step
-    w = within / spacing
+    w = within * one_over(spacing)
     if target.rounding == STOCHASTIC:
         f = w - np.floor(w)
         both_ways = f * (1 - f)
@@ -230,7 +236,7 @@ def antiderivatives(u: float, target: Target) -> tuple[float, float, float]:
     """`Grid._antiderivatives` of one magnitude."""
     octave = octave_of(u, target)
     spacing = octave * target.mantissa_step
-    first, second, third = in_cells(u / spacing, target.rounding)
+    first, second, third = in_cells(u * one_over(spacing), target.rounding)
     cube, octave_square, bottom_square = spacing * spacing * spacing, octave * octave, target.bottom * target.bottom
     cubes = octave_square * octave - bottom_square * target.bottom
     fifths = octave_square * octave_square * octave - bottom_square * bottom_square * target.bottom
@@ -349,7 +355,7 @@ def _nearest_over_points(
         within = min(u, largest)
         beyond = u - within
         spacing = octave_of(within, target) * target.mantissa_step
-        w = within / spacing
+        w = within * one_over(spacing)
         error = (np.rint(w) - w) * spacing
         square, square_beyond = error * error, beyond * beyond
         nonzero, normal = 1.0 if u >= target.to_step else 0.0, 1.0 if u >= target.to_normal else 0.0

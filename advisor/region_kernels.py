@@ -34,15 +34,17 @@ from advisor.outcome_kernels import (
     not_inlined,
     octave_of,
     of_octaves,
+    one_over,
     summing,
     two_to,
 )
 
-# What is summed up for a slot and cast. Energies are in recorded units; `GAINED_*` are without the loss scale.
-UNDER, SUB, OVER, ERROR, BIAS, VARIANCE = range(6)
-SPREAD_UNDER, SPREAD_SUB, SPREAD_OVER, RATE_SHIFT, ENERGY_SHIFT = range(6, 11)
-GAINED_ERROR, GAINED_BIAS, GAINED_VARIANCE = range(11, 14)
-SUMS = 14
+# What is summed up for a slot and cast: rates over all steps; errors of the step at hand, in units of its scale; and
+# errors over all steps, energies in recorded units, `GAINED_*` without the loss scale.
+UNDER, SUB, OVER, SPREAD_UNDER, SPREAD_SUB, SPREAD_OVER, RATE_SHIFT = range(7)
+ERROR, BIAS, VARIANCE, ENERGY_SHIFT = range(7, 11)
+TOTAL_ERROR, TOTAL_VARIANCE, TOTAL_SHIFT, GAINED_ERROR, GAINED_BIAS = range(11, 16)
+SUMS = 16
 
 
 @inlined
@@ -54,27 +56,28 @@ def add_even(
     bits: int,
     finest: float,
     scale: float,
+    per_scale: float,
     target: Target,
     edges: Any,
     first: float,
     second: float,
-    step: Any,
+    row: Any,
 ) -> None:
     """Bins of the even part of the grid, taken as continuous. `first`, `second`: from where on magnitudes are not
-    zero, and not subnormal."""
+    zero, and not subnormal; `per_scale`: 1 / scale."""
     if start < end and scratch[PER_WIDTH, start] == 0:
-        add_each(start, start + 1, scratch, base, bits, finest, scale, target, edges, step)
+        add_each(start, start + 1, scratch, base, bits, finest, scale, target, edges, row)
         start += 1
     if start < end and scratch[PER_WIDTH, end - 1] == 0:
-        add_each(end - 1, end, scratch, base, bits, finest, scale, target, edges, step)
+        add_each(end - 1, end, scratch, base, bits, finest, scale, target, edges, row)
         end -= 1
     if start >= end:
         return
     per_cell = scale * target.step
-    to_cells = 1 / per_cell
-    _add_moments(step, _sums_of_cells(start, end, to_cells, per_cell, target.rounding, scratch), target.step)
+    to_cells = per_scale * one_over(target.step)
+    _add_moments(row, _sums_of_cells(start, end, to_cells, per_cell, target.rounding, scratch), target.step)
     if target.rounding == STOCHASTIC:
-        _add_ramp(start, end, to_cells, target.normal / target.step, scratch, step)
+        _add_ramp(start, end, to_cells, target.normal / target.step, scratch, row)
         return
     whole = start  # from here on bins are subnormal as a whole
     while whole < end and scratch[EDGE, whole] < first:
@@ -82,9 +85,9 @@ def add_even(
     stop = whole
     if second > first:
         stop = min(max(place_of(second, base, end), whole), end)
-        step[SUB] += scratch[BEFORE, stop] - scratch[BEFORE, whole]
-    _add_cut(start, whole, scratch, first, second, step)
-    _add_cut(max(stop, whole), min(stop + 1, end), scratch, first, second, step)
+        row[SUB] += scratch[BEFORE, stop] - scratch[BEFORE, whole]
+    _add_cut(start, whole, scratch, first, second, row)
+    _add_cut(max(stop, whole), min(stop + 1, end), scratch, first, second, row)
 
 
 @summing
@@ -112,17 +115,17 @@ def _sums_of_cells(
 
 
 @inlined
-def _add_moments(step: Any, sums: tuple[float, float, float, float], unit: float) -> None:
+def _add_moments(row: Any, sums: tuple[float, float, float, float], unit: float) -> None:
     """Add such sums, errors in a unit that is given in units of the scale."""
     (error, bias, spread, shift), square = sums, unit * unit
-    step[ERROR] += error * square
-    step[BIAS] += bias * square
-    step[VARIANCE] += spread * square * square
-    step[ENERGY_SHIFT] += shift * square * square
+    row[ERROR] += error * square
+    row[BIAS] += bias * square
+    row[VARIANCE] += spread * square * square
+    row[ENERGY_SHIFT] += shift * square * square
 
 
 @inlined
-def _add_cut(start: int, end: int, scratch: Any, first: float, second: float, step: Any) -> None:
+def _add_cut(start: int, end: int, scratch: Any, first: float, second: float, row: Any) -> None:
     """Rates of the few bins that a step of the grid cuts."""
     for i in range(start, end):
         if scratch[COUNT, i] == 0:
@@ -131,20 +134,20 @@ def _add_cut(start: int, end: int, scratch: Any, first: float, second: float, st
         nonzero = min(max((scratch[EDGE, i + 1] - max(scratch[EDGE, i], first)) * per, 0.0), 1.0)
         normal = min(max((scratch[EDGE, i + 1] - max(scratch[EDGE, i], second)) * per, 0.0), 1.0)
         under, sub = 1 - nonzero, max(nonzero - normal, 0.0)
-        _add_rates(step, scratch[COUNT, i], under, sub, 0.0)
+        _add_rates(row, scratch[COUNT, i], under, sub, 0.0)
         if 0 < under < 1 or 0 < sub < 1:
-            step[RATE_SHIFT] += np.sqrt(scratch[UNEVEN, i])
+            row[RATE_SHIFT] += np.sqrt(scratch[UNEVEN, i])
 
 
 @inlined
-def _add_ramp(start: int, end: int, to_cells: float, normal_at: float, scratch: Any, step: Any) -> None:
+def _add_ramp(start: int, end: int, to_cells: float, normal_at: float, scratch: Any, row: Any) -> None:
     """Rates of stochastic rounding, which rise and fall in ramps up to the smallest normal value, given in cells."""
     under, sub, spread_under, spread_sub, shift = _sums_of_ramps(start, end, to_cells, normal_at, scratch)
-    step[UNDER] += under
-    step[SUB] += sub
-    step[SPREAD_UNDER] += spread_under
-    step[SPREAD_SUB] += spread_sub
-    step[RATE_SHIFT] += shift
+    row[UNDER] += under
+    row[SUB] += sub
+    row[SPREAD_UNDER] += spread_under
+    row[SPREAD_SUB] += spread_sub
+    row[RATE_SHIFT] += shift
 
 
 @summing
@@ -186,9 +189,10 @@ def add_octaves(
     bits: int,
     finest: float,
     scale: float,
+    per_scale: float,
     target: Target,
     edges: Any,
-    step: Any,
+    row: Any,
 ) -> None:
     """Bins of whole octaves of the grid, from `start` to `end`: eight stand for all. None of their rates is other than
     zero."""
@@ -201,19 +205,19 @@ def add_octaves(
     last = min(start + OCTAVE, end)
     may_show = bits <= ALWAYS_BITS or (bits <= LATTICE_BITS and two_to(-bits) * finer > target.mantissa_step / 2)
     if not may_show and end >= n - 1:
-        unit, m = octave_of(scratch[EDGE, start] / scale, target), target.mantissa_step
-        width = scale * unit
+        unit, m = octave_of(scratch[EDGE, start] * per_scale, target), target.mantissa_step
+        width, to_units, cells = scale * unit, per_scale * one_over(unit), one_over(m)
         # A rounding that the compiler knows keeps the loop without branches.
         if target.rounding == NEAREST:
-            sums = _sums_of_octaves(start, last, 1 / width, width, m, 1 / m, NEAREST, scratch)
+            sums = _sums_of_octaves(start, last, to_units, width, m, cells, NEAREST, scratch)
         elif target.rounding == STOCHASTIC:
-            sums = _sums_of_octaves(start, last, 1 / width, width, m, 1 / m, STOCHASTIC, scratch)
+            sums = _sums_of_octaves(start, last, to_units, width, m, cells, STOCHASTIC, scratch)
         else:
-            sums = _sums_of_octaves(start, last, 1 / width, width, m, 1 / m, TOWARD_ZERO, scratch)
-        _add_moments(step, sums, unit)
+            sums = _sums_of_octaves(start, last, to_units, width, m, cells, TOWARD_ZERO, scratch)
+        _add_moments(row, sums, unit)
         return
     for i in range(start, last):
-        _add_eighth(i, end, n, scratch, base, bits, finest, scale, target, edges, float(finer), aligned, step)
+        _add_eighth(i, end, n, scratch, base, bits, finest, scale, target, edges, float(finer), aligned, row)
 
 
 @summing
@@ -275,7 +279,7 @@ def _add_eighth(
     edges: Any,
     finer: float,
     aligned: bool,
-    step: Any,
+    row: Any,
 ) -> None:
     """One of the eight, with the same bins of all higher octaves."""
     low, high = edges[base + i], edges[base + i + 1]
@@ -302,10 +306,10 @@ def _add_eighth(
             fourths += scratch[COUNT, j] * square * square
             shift += scratch[UNEVEN, j] * square * square
             square *= 4.0
-    step[ERROR] += energy * squared
-    step[BIAS] += energy * product
-    step[VARIANCE] += fourths * variance
-    step[ENERGY_SHIFT] += shift * by_place
+    row[ERROR] += energy * squared
+    row[BIAS] += energy * product
+    row[VARIANCE] += fourths * variance
+    row[ENERGY_SHIFT] += shift * by_place
 
 
 @inlined
@@ -319,11 +323,11 @@ def add_each(
     scale: float,
     target: Target,
     edges: Any,
-    step: Any,
+    row: Any,
 ) -> None:
     """Bin by bin. A call costs as much as several bins, and most ranges are empty."""
     if start < end:
-        _add_each(start, end, scratch, base, bits, finest, scale, target, edges, step)
+        _add_each(start, end, scratch, base, bits, finest, scale, target, edges, row)
 
 
 @inlined
@@ -335,21 +339,21 @@ def add_normal(
     bits: int,
     finest: float,
     scale: float,
+    per_scale: float,
     target: Target,
     edges: Any,
-    step: Any,
+    row: Any,
 ) -> None:
     """Bins of normal values, none beyond the largest, taken as continuous."""
     m = target.mantissa_step
-    cells, whole = 1 / m, of_octaves(m, target.rounding)
+    cells, whole = one_over(m), of_octaves(m, target.rounding)
     for i in range(start, end):
         count, per_width = scratch[COUNT, i], scratch[PER_WIDTH, i]
         if per_width == 0:  # all elements are alike
-            add_each(i, i + 1, scratch, base, bits, finest, scale, target, edges, step)
+            add_each(i, i + 1, scratch, base, bits, finest, scale, target, edges, row)
             continue
-        unit = octave_of(scratch[EDGE, i] / scale, target)
-        width = scale * unit
-        to_units, per = 1 / width, per_width * width
+        unit = octave_of(scratch[EDGE, i] * per_scale, target)
+        to_units, per = per_scale * one_over(unit), per_width * (scale * unit)
         low, high = scratch[EDGE, i] * to_units, min(scratch[EDGE, i + 1], target.largest * scale) * to_units
         down = _in_octaves(low, m, cells, target.rounding, whole)
         up = _in_octaves(high, m, cells, target.rounding, whole)
@@ -358,17 +362,17 @@ def add_normal(
         if target.rounding == STOCHASTIC:
             by_place = _by_place((high - low) * cells, m)
         shift = scratch[UNEVEN, i] * min(variance, by_place)
-        _add_moments(step, (count * squared, count * ((up[2] - down[2]) * per), count * variance, shift), unit)
+        _add_moments(row, (count * squared, count * ((up[2] - down[2]) * per), count * variance, shift), unit)
 
 
 @inlined
-def add_beyond(start: int, end: int, scratch: Any, scale: float, target: Target, step: Any) -> None:
+def add_beyond(start: int, end: int, scratch: Any, per_scale: float, target: Target, row: Any) -> None:
     """Bins all of whose elements overflow and become the largest value."""
     if start >= end:
         return
-    over, error, bias, spread, shift = _sums_beyond(start, end, 1 / scale, target.largest, scratch)
-    step[OVER] += over
-    _add_moments(step, (error, bias, spread, shift), 1.0)
+    over, error, bias, spread, shift = _sums_beyond(start, end, per_scale, target.largest, scratch)
+    row[OVER] += over
+    _add_moments(row, (error, bias, spread, shift), 1.0)
 
 
 @summing
@@ -403,7 +407,7 @@ def _add_each(
     scale: float,
     target: Target,
     edges: Any,
-    step: Any,
+    row: Any,
 ) -> None:
     for i in range(start, end):
         count, uneven = scratch[COUNT, i], scratch[UNEVEN, i]
@@ -411,11 +415,11 @@ def _add_each(
             continue
         low, high = scratch[EDGE, i], scratch[EDGE, i + 1]
         found = in_bin(edges[base + i], edges[base + i + 1], low, high, bits, finest, scale, target)
-        _add_rates(step, count, found[0], found[1], found[2])
-        step[ERROR] += count * found[3]
-        step[BIAS] += count * found[5]
+        _add_rates(row, count, found[0], found[1], found[2])
+        row[ERROR] += count * found[3]
+        row[BIAS] += count * found[5]
         variance = variance_of_square(found[3], found[4])
-        step[VARIANCE] += count * variance
+        row[VARIANCE] += count * variance
         cut = 0.0
         if 0 < found[0] < 1 or 0 < found[1] < 1 or 0 < found[2] < 1:
             cut = np.sqrt(uneven)
@@ -425,8 +429,8 @@ def _add_each(
             cut *= min(cells, 1.0)
             if found[2] <= 0:
                 variance = min(variance, _by_place(cells, spacing))
-        step[RATE_SHIFT] += cut
-        step[ENERGY_SHIFT] += uneven * variance
+        row[RATE_SHIFT] += cut
+        row[ENERGY_SHIFT] += uneven * variance
 
 
 @inlined
@@ -437,13 +441,13 @@ def _by_place(cells: float, spacing: float) -> float:
 
 
 @inlined
-def _add_rates(step: Any, count: float, under: float, sub: float, over: float) -> None:
-    step[UNDER] += count * under
-    step[SUB] += count * sub
-    step[OVER] += count * over
-    step[SPREAD_UNDER] += count * under * max(1 - under, 0.0)
-    step[SPREAD_SUB] += count * sub * max(1 - sub, 0.0)
-    step[SPREAD_OVER] += count * over * max(1 - over, 0.0)
+def _add_rates(row: Any, count: float, under: float, sub: float, over: float) -> None:
+    row[UNDER] += count * under
+    row[SUB] += count * sub
+    row[OVER] += count * over
+    row[SPREAD_UNDER] += count * under * max(1 - under, 0.0)
+    row[SPREAD_SUB] += count * sub * max(1 - sub, 0.0)
+    row[SPREAD_OVER] += count * over * max(1 - over, 0.0)
 
 
 @inlined
