@@ -143,10 +143,14 @@ def measure_slots(
 ) -> None:
     """`measure_step` over slots: slot p has the steps from starts[p] on, step t the bins from offsets[t] on.
 
-    scales [steps, casts]; errors [steps, casts]; wanted [slots, casts]; sums [slots, casts, SUMS]
+    scales [casts, steps]; errors [steps, casts]; wanted [slots, casts]; sums [slots, casts, SUMS]
     """
     scratch = np.empty((ROWS, PLACES))
+    by_step = np.empty((np.diff(starts).max() if len(starts) > 1 else 0, len(scales)))
     for p in range(len(starts) - 1):
+        for k in range(len(scales)):
+            for t in range(starts[p], starts[p + 1]):
+                by_step[t - starts[p], k] = scales[k, t]
         for t in range(starts[p], starts[p + 1]):
             here = slice(offsets[t], offsets[t + 1])
             measure_step(
@@ -157,7 +161,7 @@ def measure_slots(
                 bits[t],
                 finest[p],
                 gain[t],
-                scales[t],
+                by_step[t - starts[p]],
                 targets,
                 wanted[p],
                 edges,

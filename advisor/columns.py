@@ -82,7 +82,7 @@ def measure_columns(
 
     Raises CastNotScored.
     """
-    histories = [window.history(*slot) for slot in slots]
+    histories = window.histories(slots)
     dtypes = [window.dtype(slot) for slot in slots]
     tiled = np.array([has_tiles(cast) for cast in casts], dtype=np.bool_)
 
@@ -273,11 +273,10 @@ def _measure_whole(
 
 
 def _scales(steps: _Steps, casts: Sequence[Cast], wanted: Mask) -> Array:
-    """The scale of every step under every cast that any slot wants, for the recorded values: [T, K]."""
+    """The scale of every step under every cast that any slot wants, for the recorded values: [K, T]."""
     asked = np.flatnonzero(wanted.any(axis=0)).tolist()
-    found = np.ones((len(steps.amax), len(casts)))
-    scales = scales_of(steps.amax / steps.gain, [casts[k] for k in asked], steps.place)
-    found[:, asked] = (scales * steps.gain).T
+    found = np.ones((len(casts), len(steps.amax)))
+    found[asked] = scales_of(steps.amax / steps.gain, [casts[k] for k in asked], steps.place) * steps.gain
     return found
 
 

@@ -150,10 +150,9 @@ class NoiseEstimates:
     @cached_property
     def values(self) -> Array:
         """The best that is known, [P, K]."""
-        excess = self._between(
-            np.where(self._tells, np.maximum(self.measured - self._plain, LEAST * self.error), np.nan)
-        )
-        told = self._plain + np.where(self.random, 0.0, excess)
+        plain = self._plain
+        excess = self._between(np.where(self._tells, np.maximum(self.measured - plain, LEAST * self.error), np.nan))
+        told = plain + np.where(self.random, 0.0, excess)
         return np.where(self.is_measured, self.of_measured(self.measured), told)
 
     @property
@@ -183,10 +182,10 @@ class NoiseEstimates:
 
     def _between(self, known: Array) -> Array:
         """At every cast's share of flushed elements, from the casts where it is known, [P, K]; 0 where none is."""
-        place = _logit(self.flushed)
         held = np.flatnonzero(~np.isnan(known).all(axis=0))
         if not len(held):
             return np.zeros(known.shape)
+        place = _logit(self.flushed)
         with np.errstate(divide="ignore"):
             heights = np.log(known[:, held])
         points = np.where(np.isnan(heights), np.inf, place[:, held])

@@ -76,7 +76,7 @@ class ScoreColumns:
     @classmethod
     def of(cls, window: Window, slots: Sequence[Slot], casts: Sequence[Cast]) -> ScoreColumns:
         """Score casts on slots. Raises CastNotScored."""
-        evidence = [window.evidence(*slot) for slot in slots]
+        evidence = window.all_evidence(slots)
         measured = _measured_casts(evidence)
         every = list(dict.fromkeys([*casts, *measured]))
         places = {str(cast): k for k, cast in enumerate(every)}

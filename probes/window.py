@@ -10,7 +10,7 @@ import difflib
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Window:
         self._contents = contents
         self.notes = contents.notes
         self._sites = {site.name: site for site in contents.sites}
+        self._products = {(site.name, role) for site in contents.sites for role in site.roles}
         self._records = {record.name: record for record in contents.parameter_records}
 
     @property
@@ -159,8 +160,7 @@ class Window:
 
     def is_product(self, slot: Slot) -> bool:
         """Whether a slot is a tensor of a matrix product, and not one of a parameter alone."""
-        site = self._held_sites.get(slot.site)
-        return site is not None and slot.role in site.roles
+        return self._held is not None and slot in self._products
 
     @property
     def coverage(self) -> Coverage:
@@ -202,6 +202,11 @@ class Window:
         found = self._held.histories.get(Slot(site, role))
         return self._held.histories[self._slot(site, role)] if found is None else found
 
+    def histories(self, slots: Iterable[Slot]) -> list[SlotHistory]:
+        """The same of many slots."""
+        held = self._held.histories
+        return [held[slot] if slot in held else self.history(*slot) for slot in slots]
+
     def evidence(self, site: str, role: str) -> Evidence:
         """What the scored steps measured of one slot."""
         found = self._held.evidence.get(Slot(site, role))
@@ -209,6 +214,11 @@ class Window:
             self._slot(site, role)
             return Evidence()
         return found
+
+    def all_evidence(self, slots: Iterable[Slot]) -> list[Evidence]:
+        """The same of many slots."""
+        held = self._held.evidence
+        return [held[slot] if slot in held else self.evidence(*slot) for slot in slots]
 
     def dtype(self, slot: Slot) -> str | None:
         """The recorded tensor's own dtype ("float32"), where known."""
