@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numba import njit
 from numpy.typing import NDArray
 from scipy.special import erf
@@ -39,8 +40,11 @@ class Moments:
         cls, errors: Array, whole: Array, nonzero: Array, starts: NDArray[np.int64], wanted: NDArray[np.bool_]
     ) -> Moments:
         """From each step's error energies [T, K] and what they are of [T]; slot p has the steps from starts[p] on."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            relative = torch.from_numpy(errors / whole[:, None])
         found = np.zeros((4, *wanted.shape))
-        _moments(errors, whole, nonzero, starts, wanted, FEWEST_STEPS, found)
+        # torch takes logarithms several at a time.
+        _moments(torch.log2(relative).numpy(), nonzero, starts, wanted, FEWEST_STEPS, found)
         return cls(*found)
 
     @classmethod
@@ -85,8 +89,7 @@ class Moments:
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _moments(
-    errors: Array,
-    whole: Array,
+    logarithms: Array,
     nonzero: Array,
     starts: NDArray[np.int64],
     wanted: NDArray[np.bool_],
@@ -103,7 +106,7 @@ def _moments(
                 if nonzero[t] <= 0:
                     continue
                 some += 1
-                value = np.log2(errors[t, k] / whole[t])
+                value = logarithms[t, k]
                 if value == -np.inf:
                     exact += 1
                     continue
@@ -118,19 +121,17 @@ def _moments(
             if infinite or exact > 0.25 * some:
                 found[0, p, k] = NONE
                 continue
-            half, apart, mean = n // 2, 0.0, 0.0
+            half, middle = n // 2, (n - 1) / 2
+            whole, apart, along = 0.0, 0.0, 0.0
             for i in range(n):
-                mean += q[i] / n
+                whole += q[i]
+                along += (i - middle) * q[i]
             for i in range(half):
-                apart += (q[n - half + i] - q[i]) / half
-            along, across = 0.0, 0.0
+                apart += q[n - half + i] - q[i]
+            # Places from -middle to middle have n·(n² - 1)/12 for the sum of their squares.
+            mean, slope, left = whole / n, along / max(n * (n * n - 1) / 12, 1.0), 0.0
             for i in range(n):
-                place = i - (n - 1) / 2
-                along += place * q[i]
-                across += place * place
-            left = 0.0
-            for i in range(n):
-                rest = q[i] - mean - along / across * (i - (n - 1) / 2)
+                rest = q[i] - mean - slope * (i - middle)
                 left += rest * rest
-            found[0, p, k], found[1, p, k], found[2, p, k] = MOVES, n, apart
+            found[0, p, k], found[1, p, k], found[2, p, k] = MOVES, n, apart / max(half, 1)
             found[3, p, k] = np.sqrt(left / (n - 2)) if n > 2 else 0.0
