@@ -173,10 +173,12 @@ def measure_slots(
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def count_steps(offsets: Any, counts: Any, nonzero: Any) -> None:
-    """Sum the counts of each step's bins into `nonzero` [steps]."""
+    """Put the sum of the counts of each step's bins into `nonzero` [steps]."""
     for t in range(len(nonzero)):
-        for i in range(offsets[t], offsets[t + 1]):
-            nonzero[t] += counts[i]
+        found = 0
+        for i in range(np.uint64(offsets[t]), np.uint64(offsets[t + 1])):
+            found += counts[i]
+        nonzero[t] = found
 
 
 @inlined

@@ -26,13 +26,19 @@ def scales(amax: Array, cast: Cast, place: NDArray[np.int64] | None = None) -> A
 def scales_of(amax: Array, casts: Sequence[Cast], place: NDArray[np.int64]) -> Array:
     """`scales` under each of some casts, [K, S]."""
     found, taken = np.ones((len(casts), len(amax))), dict[tuple[int, int] | None, torch.Tensor]()
+    alike = dict[tuple[object, ...], Array]()  # casts that differ in nothing that makes a scale
     for row, cast in zip(found, casts, strict=True):
         if cast.scale is None or cast.format.largest >= scaling.FLOAT32_LARGEST:
+            continue
+        key = (cast.scale, cast.format.largest, cast.format.largest_magnitude, cast.format.emax)
+        if key in alike:
+            row[:] = alike[key]
             continue
         window = (cast.scale.length, cast.scale.margin) if cast.scale.rule == "delayed" else None
         if window not in taken:
             taken[window] = torch.from_numpy(amax if window is None else _delayed(amax, *window, place))
         row[:] = scaling.scale_of(taken[window], cast.scale, cast.format).numpy()
+        alike[key] = row
     return found
 
 
