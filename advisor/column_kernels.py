@@ -146,7 +146,10 @@ def measure_slots(
     scales [casts, steps]; errors [steps, casts]; wanted [slots, casts]; sums [slots, casts, SUMS]
     """
     scratch = np.empty((ROWS, PLACES))
-    by_step = np.empty((np.diff(starts).max() if len(starts) > 1 else 0, len(scales)))
+    longest = 0
+    for p in range(len(starts) - 1):
+        longest = max(longest, starts[p + 1] - starts[p])
+    by_step = np.empty((longest, len(scales)))
     for p in range(len(starts) - 1):
         for k in range(len(scales)):
             for t in range(starts[p], starts[p + 1]):

@@ -96,7 +96,7 @@ def _moments(
     fewest: int,
     found: Array,
 ) -> None:
-    q = np.empty(np.diff(starts).max() if len(starts) > 1 else 0)
+    q = np.empty(len(logarithms))
     for p in range(len(starts) - 1):
         for k in range(wanted.shape[1]):
             if not wanted[p, k]:

@@ -206,7 +206,9 @@ def _of_intervals(
     columns: Mapping[str, Column], slots: Sequence[Slot], slot_of: NDArray[np.int64]
 ) -> dict[str, Column]:
     """The ends of the damages' intervals, and of lost batch shares, NaN where these are unknown."""
-    weight, gradient = (np.array([slot.role == role for slot in slots])[slot_of] for role in ("weight", GRADIENT))
+    weight, gradient = (
+        np.array([slot.role == role for slot in slots], dtype=np.bool_)[slot_of] for role in ("weight", GRADIENT)
+    )
     directional, whole = columns["damage_from"].array == "directional", columns["whole_batch"].array
     kinds = _KIND_OF[weight.astype(np.intp), directional.astype(np.intp), whole.astype(np.intp)]
     damage, error, confidence = (columns[name].array for name in ("damage", "damage_se", "confidence"))

@@ -84,11 +84,16 @@ def _compact(sums, extremes, rows, clears, emptied, bins, counts, ends, tails, f
                         if clears:
                             sums[row, b] = 0.0
         ends[place] = occupied
-        tails[place] = sums[row, BINS : BINS + TAIL]
-        found[place] = extremes[row]
+        # One by one: numba takes seconds to compile an array that is assigned to another.
+        for i in range(TAIL):
+            tails[place, i] = sums[row, BINS + i]
+        for i in range(EXTREMES):
+            found[place, i] = extremes[row, i]
         if clears:
-            sums[row, BINS:] = 0.0
-            extremes[row] = emptied[0]
+            for i in range(BINS, sums.shape[1]):
+                sums[row, i] = 0.0
+            for i in range(EXTREMES):
+                extremes[row, i] = emptied[0, i]
     return occupied
 
 
