@@ -29,6 +29,40 @@ def pytest_configure() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_sessionstart() -> None:
+    """The first two workers compile the largest kernels, half each; later tests read both from numba's cache.
+
+    Otherwise each worker compiles all, at the same time as the other.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker == "gw0":
+        _compile_the_score_kernel()
+    elif worker == "gw1":
+        _compile_the_sketch_kernels()
+
+
+def _compile_the_score_kernel() -> None:
+    import advisor
+    from probes.records import Coverage
+    from probes.window import Contents, Window
+
+    advisor.score(Window(Contents("None", "SGD", {}, (), (), (), Coverage(1.0), {}, {})))
+
+
+def _compile_the_sketch_kernels() -> None:
+    import torch
+
+    from probes import relative_kernels
+    from probes.relative import size_of
+    from probes.sketch import SketchArray
+    from probes.tiles import Axis, Tiling
+
+    values = torch.ones(2, 4)
+    SketchArray(1).add(0, values)
+    tiling = Tiling("row", "current", Axis(-1, False))
+    relative_kernels.add(torch.zeros(size_of(tiling.classes), dtype=torch.float64), values, tiling)
+
+
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A server without a worker; windows are pushed."""

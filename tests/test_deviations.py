@@ -52,7 +52,7 @@ def test_what_is_listed_is_the_best(rows: int, few: int, tenths: bool, monkeypat
     monkeypatch.setattr(deviations, "FEW_SETS", few)
     monkeypatch.setattr(deviations, "FIRST_ITEMS", 1)
     solved = 0
-    for seed in range(60):
+    for seed in range(40):
         of, kept = goal(seed, rows, tenths), permitted(seed, rows, tenths)
         at = priced(of)
         if not kept or not np.isfinite(np.minimum.reduceat(at.reduced, of.starts)).all():
@@ -66,7 +66,7 @@ def test_what_is_listed_is_the_best(rows: int, few: int, tenths: bool, monkeypat
         assert of.is_kept_by(found.picked)
         assert of.of(found.picked) == pytest.approx(least, rel=1e-12, abs=1e-15)
         solved += 1
-    assert solved > 20
+    assert solved > 13
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])

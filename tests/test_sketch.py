@@ -203,6 +203,7 @@ for values in (*AWKWARD.values(), normal(200_003), normal(70_000).relu(), normal
 """
 
 
+@pytest.mark.slow
 def test_a_processor_without_these_instructions_counts_the_same(tmp_path: Path) -> None:
     """In a process of its own, as numba settles at its start what it compiles for."""
     plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
