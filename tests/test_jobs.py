@@ -14,7 +14,7 @@ from test_api_models import problem
 from api.jobs.verdict import Arm, judge, paired_interval
 from api.schemas import RunRequest
 
-STEPS = 150
+STEPS = 100
 WINDOW = {"steps": 4, "warmup": 3, "curvature_steps": 1, "finer": ["block16/nvfp4"]}
 
 
