@@ -149,7 +149,7 @@ def measure_slots(
     longest = 0
     for p in range(len(starts) - 1):
         longest = max(longest, starts[p + 1] - starts[p])
-    by_step = np.empty((longest, len(scales)))
+    by_step = np.empty((longest, len(scales)))  # a slot's scales, those of a step in neighbouring places of memory
     for p in range(len(starts) - 1):
         for k in range(len(scales)):
             for t in range(starts[p], starts[p + 1]):

@@ -122,14 +122,14 @@ def _moments(
                 found[0, p, k] = NONE
                 continue
             half, middle = n // 2, (n - 1) / 2
-            whole, apart, along = 0.0, 0.0, 0.0
+            total, apart, along = 0.0, 0.0, 0.0
             for i in range(n):
-                whole += q[i]
+                total += q[i]
                 along += (i - middle) * q[i]
             for i in range(half):
                 apart += q[n - half + i] - q[i]
             # Places from -middle to middle have n·(n² - 1)/12 for the sum of their squares.
-            mean, slope, left = whole / n, along / max(n * (n * n - 1) / 12, 1.0), 0.0
+            mean, slope, left = total / n, along / max(n * (n * n - 1) / 12, 1.0), 0.0
             for i in range(n):
                 rest = q[i] - mean - slope * (i - middle)
                 left += rest * rest

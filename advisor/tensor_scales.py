@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from advisor.grid import Array
 from probes import scaling
 from probes.casts import Cast
+from probes.formats import Format
+from probes.scaling import Scale
 
 
 def scales(amax: Array, cast: Cast, place: NDArray[np.int64] | None = None) -> Array:
@@ -26,11 +28,11 @@ def scales(amax: Array, cast: Cast, place: NDArray[np.int64] | None = None) -> A
 def scales_of(amax: Array, casts: Sequence[Cast], place: NDArray[np.int64]) -> Array:
     """`scales` under each of some casts, [K, S]."""
     found, taken = np.ones((len(casts), len(amax))), dict[tuple[int, int] | None, torch.Tensor]()
-    alike = dict[tuple[object, ...], Array]()  # casts that differ in nothing that makes a scale
+    alike = dict[tuple[Scale, Format], Array]()  # casts that differ in their rounding alone
     for row, cast in zip(found, casts, strict=True):
         if cast.scale is None or cast.format.largest >= scaling.FLOAT32_LARGEST:
             continue
-        key = (cast.scale, cast.format.largest, cast.format.largest_magnitude, cast.format.emax)
+        key = cast.scale, cast.format
         if key in alike:
             row[:] = alike[key]
             continue

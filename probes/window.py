@@ -160,7 +160,7 @@ class Window:
 
     def is_product(self, slot: Slot) -> bool:
         """Whether a slot is a tensor of a matrix product, and not one of a parameter alone."""
-        return self._held is not None and slot in self._products
+        return slot in self._products if self._held else False
 
     @property
     def coverage(self) -> Coverage:
@@ -189,13 +189,9 @@ class Window:
 
     def site(self, name: str) -> Site:
         """The site of this name. Raises WindowError with near matches."""
-        if name not in self._held_sites:
+        if name not in (self._sites if self._held else {}):
             raise WindowError(f"the window has no site {name!r}{_nearest(name, self._sites)}")
         return self._sites[name]
-
-    @property
-    def _held_sites(self) -> Mapping[str, Site]:
-        return self._sites if self._held else {}
 
     def history(self, site: str, role: str) -> SlotHistory:
         """The sketches of one slot, step by step. Raises WindowError with near matches."""
