@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,10 @@ def result_of(start: Start, quick: bool) -> dict[str, Any]:
     """One model's part of the table."""
     trainable, (model, optimizer, _) = start.trainable, start.load()
     ledger = open_ledger(start, quick)
+    if not ledger.of("exact"):
+        sys.exit(
+            f"{ledger.path} has no brute force of {start.label} yet: `python -m benchmarks.advice.truth` measures it"
+        )
     parameters = {one.slot.site: one.parameter for one in slots_of(model, trainable.batch(0, 0).inputs)}
     rises = forward_truths(ledger.of("forward"))
     noises = gradient_truths(ledger, model, parameters, is_adaptive(optimizer))
