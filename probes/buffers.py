@@ -1,9 +1,9 @@
 """What a training's own buffers do: BatchNorm's running statistics, and whatever else a forward updates in place.
 
-At the steps whose optimizer update is followed, each floating buffer is read as the step left it (role `buffer`), and
-how far the step has moved it (role `update`), jointly with its value before (`lost_updates.py`): whether a narrower
-format would overflow, or would not take the moves. They are told in a ParameterRecord each, under the buffer's dotted
-name, without gradient, state or epsilon.
+At a few recorded steps, which they take turns at as parameters do, each floating buffer is read as the step left it
+(role `buffer`), and how far the step has moved it (role `update`), jointly with its value before (`lost_updates.py`):
+whether a narrower format would overflow, or would not take the moves. They are told in a ParameterRecord each, under
+the buffer's dotted name, without gradient, state or epsilon.
 
 A buffer that never moves is no statistic but a table (a mask, positions, frequencies): what was read of it is dropped
 when the window closes, as masks hold -Inf and the like on purpose. Not so a running variance that stands still beside a
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from probes.history import SlotHistory
-from probes.lost_updates import UpdateSketch, cells_of
+from probes.lost_updates import UpdateSketch, update_over
 from probes.names import written_parameter
 from probes.optimizer_states import is_floating, local
+from probes.pace import Rota
 from probes.parameter_records import BUFFER, UPDATE, ParameterRecord
 from probes.records import Slot
 from probes.rows import SlotRows
@@ -42,17 +43,19 @@ class _Seen:
 class BufferWatch:
     """Follows the floating buffers of a model through a few steps."""
 
-    def __init__(self, model: nn.Module, rows: SlotRows, note: Callable[[str], None]) -> None:
-        self._model, self._rows, self._note = model, rows, note
+    def __init__(self, model: nn.Module, rota: Rota, rows: SlotRows, note: Callable[[str], None]) -> None:
+        self._model, self._rota, self._rows, self._note = model, rota, rows, note
         self._before: dict[str, Tensor] = {}
         self._seen: dict[str, _Seen] = {}
 
-    def at_start(self, followed: bool) -> None:
-        """A step begins: keep the buffers as they are before its forward."""
+    def at_start(self, step: int, recorded: bool) -> None:
+        """A step begins: keep the buffers whose turn it is as they are before its forward."""
         self._before = {}
-        if followed:
+        if recorded:
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                self._before = {name: values.clone() for name, values in self._buffers()}
+                values = dict(self._buffers())
+                due = self._rota.due(step, {name: each.numel() for name, each in values.items()})
+                self._before = {name: values[name].clone() for name in due}
 
     def at_end(self, step: int) -> None:
         """The step has ended: read the buffers that `at_start` kept."""
@@ -61,6 +64,7 @@ class BufferWatch:
                 before = self._before.get(name)
                 if before is None or before.shape != values.shape or before.device != values.device:
                     continue
+                self._rota.had(name)
                 try:
                     self._read(name, step, before, values)
                 except Exception as error:  # a kind of tensor nobody thought of: the window says so
@@ -113,12 +117,10 @@ class BufferWatch:
                 yield written_parameter(name), local(buffer)
 
     def _read(self, name: str, step: int, before: Tensor, after: Tensor) -> None:
-        update = after - before
+        update, cells = update_over(before, after)
         self._rows.add(Slot(name, BUFFER), after)
         self._rows.add(Slot(name, UPDATE), update)
-        if update.stride() != before.stride():
-            update, before = update.contiguous(), before.contiguous()
         if name not in self._seen:
             dtype = str(after.dtype).removeprefix("torch.")
             self._seen[name] = _Seen(tuple(after.shape), dtype, after.numel())
-        self._seen[name].cells[step] = cells_of(before, update)
+        self._seen[name].cells[step] = cells

@@ -36,7 +36,7 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from probes.errors import MalformedWindow
+from probes.errors import MalformedWindow, UnsupportedTensor
 from probes.strided import strided
 
 SAMPLE = 32_768  # elements of a parameter that are looked at in a followed step
@@ -148,13 +148,31 @@ def cells_of(weight: Tensor, update: Tensor) -> Tensor:
 
     Two tensors of one shape and one order in memory, of any floating dtype; taken in float32.
     """
-    w, change = (strided(values.detach(), SAMPLE).float() for values in (weight, update))
-    if w.device.type == "cpu":
-        cells = torch.empty(w.shape, dtype=torch.int32)
-        w_bits, change_bits = (part.resolve_neg().numpy().view(np.int32) for part in (w, change))
+    return _cells(*(strided(values.detach(), SAMPLE).float() for values in (weight, update)))
+
+
+def update_over(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """after - before, which takes the place of `before` in memory, and its `cells_of`.
+
+    A difference with memory of its own would be cleared by the system first, which costs more than to subtract. Raises
+    UnsupportedTensor where the shape or dtype has changed.
+    """
+    if before.shape != after.shape or before.dtype != after.dtype:
+        what = f"{list(before.shape)} {before.dtype} and {list(after.shape)} {after.dtype}"
+        raise UnsupportedTensor(f"no update can be told of values that have become others: {what}")
+    weight = strided(before, SAMPLE).to(torch.float32, copy=True)
+    update = torch.sub(after, before, out=before)
+    return update, _cells(weight, strided(update, SAMPLE).float())
+
+
+def _cells(weight: Tensor, change: Tensor) -> Tensor:
+    """Of samples, 1-D and float32."""
+    if weight.device.type == "cpu":
+        cells = torch.empty(weight.shape, dtype=torch.int32)
+        w_bits, change_bits = (part.resolve_neg().numpy().view(np.int32) for part in (weight, change))
         _fill_cells(w_bits, change_bits, cells.numpy())
         return cells
-    return _cells_of_bits(w.contiguous().view(torch.int32), change.contiguous().view(torch.int32))
+    return _cells_of_bits(weight.contiguous().view(torch.int32), change.contiguous().view(torch.int32))
 
 
 def _cells_of_bits(weight: Tensor, change: Tensor) -> Tensor:
@@ -187,21 +205,28 @@ def _class_in_octave(fraction: Tensor) -> Tensor:
 
 
 _BOUNDS_ARRAY = np.array(_BOUNDS, dtype=np.int32)
+_MAGNITUDE, _INF, _FRACTION = np.int32(0x7FFFFFFF), np.int32(0x7F800000), np.int32(0x7FFFFF)
+_FIRST_OCTAVE = np.int32(127 + LOWEST_OCTAVE)
+_FIRST_UPDATE = np.int32((127 + LOWEST_UPDATE) * UPDATE_BINS_AN_OCTAVE)
 
 
 @njit(cache=True, nogil=True)
 def _fill_cells(weight, change, cells):  # type: ignore[no-untyped-def]
-    """Of the bits of two float32 arrays: int32 [E] each, and the cells, int32 [E], to be written."""
+    """Of the bits of two float32 arrays: int32 [E] each, and the cells, int32 [E], to be written.
+
+    Without a branch, and in int32 throughout, so that it becomes vector code.
+    """
     for i in range(cells.size):
-        w, bits = weight[i] & 0x7FFFFFFF, change[i] & 0x7FFFFFFF
-        if bits == 0 or bits >= 0x7F800000 or w >= 0x7F800000:
-            cells[i] = 0
-            continue
-        octave, weight_class = (w >> FRACTION_BITS) - (127 + LOWEST_OCTAVE), 0
-        if octave >= 0:
-            weight_class = min(octave, OCTAVES - 1) * CLASSES + 1
-            for bound in _BOUNDS_ARRAY:
-                weight_class += (w & 0x7FFFFF) >= bound
-        update_bin = ((bits - 1) >> UPDATE_SHIFT) - (127 + LOWEST_UPDATE) * UPDATE_BINS_AN_OCTAVE
-        outward = (weight[i] ^ change[i]) >= 0
-        cells[i] = 1 + (weight_class * UPDATE_BINS + min(max(update_bin, 0), UPDATE_BINS - 1)) * 2 + outward
+        w, bits = np.int32(weight[i] & _MAGNITUDE), np.int32(change[i] & _MAGNITUDE)
+        place = np.int32(1)
+        for bound in _BOUNDS_ARRAY:
+            place = np.int32(place + np.int32(np.int32(w & _FRACTION) >= bound))
+        octave = np.int32(np.int32(w >> np.int32(FRACTION_BITS)) - _FIRST_OCTAVE)
+        inside = np.int32(np.int32(min(octave, np.int32(OCTAVES - 1)) * np.int32(CLASSES)) + place)
+        weight_class = inside if octave >= np.int32(0) else np.int32(0)
+        update_bin = np.int32(np.int32(np.int32(bits - np.int32(1)) >> np.int32(UPDATE_SHIFT)) - _FIRST_UPDATE)
+        update_bin = min(max(update_bin, np.int32(0)), np.int32(UPDATE_BINS - 1))
+        outward = np.int32(np.int32(weight[i] ^ change[i]) >= np.int32(0))
+        cell = np.int32(np.int32(weight_class * np.int32(UPDATE_BINS)) + update_bin)
+        counted = (bits != np.int32(0)) & (bits < _INF) & (w < _INF)
+        cells[i] = np.int32(np.int32(1) + np.int32(cell * np.int32(2)) + outward) if counted else np.int32(0)

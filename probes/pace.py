@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 
 class Clock:
@@ -68,3 +69,33 @@ def spread(count: int, steps: range) -> list[int]:
     """`count` of these steps, evenly over the window."""
     count = min(count, len(steps))
     return [steps[(2 * i + 1) * len(steps) // (2 * count)] for i in range(count)]
+
+
+class Rota:
+    """Which of many things is looked at in which of these steps.
+
+    Each has its turn `times` times, evenly over the steps, and those of one step weigh about as much as those of any
+    other, so that no step takes much longer, or needs much more memory, than the rest. With fewer than twice as many
+    steps as times, all have their turn together. One that has missed a step has its turn in the next.
+    """
+
+    def __init__(self, times: int, steps: range) -> None:
+        middle = [steps.index(step) for step in spread(times, steps)]
+        turns = max(1, len(steps) // times)
+        self._planned = [[steps[at + turn - turns // 2] for at in middle] for turn in range(turns)]
+        self._weights = [0] * turns
+        self._turns: dict[str, int] = {}
+        self._had: Counter[str] = Counter()
+
+    def due(self, step: int, weights: Mapping[str, int]) -> list[str]:
+        """Those of these names whose turn it is. A name keeps its place, which its weight decides when it is new."""
+        for name in sorted(weights.keys() - self._turns.keys(), key=lambda name: (-weights[name], name)):
+            # The lightest; of several the last, as a window's first step has enough to do.
+            turn = self._turns[name] = min(range(len(self._weights)), key=lambda turn: (self._weights[turn], -turn))
+            self._weights[turn] += max(weights[name], 1)
+        come = [sum(planned <= step for planned in steps) for steps in self._planned]
+        return [name for name in weights if self._had[name] < come[self._turns[name]]]
+
+    def had(self, name: str) -> None:
+        """It has had a turn."""
+        self._had[name] += 1

@@ -1,7 +1,7 @@
 """What the optimizer's steps show of each parameter: master weight, gradient, state, update, and how noisy it is.
 
-At a few recorded steps of the window (*followed* ones: it changes slowly) each trainable parameter is read before the
-optimizer's step and after it:
+At a few recorded steps of the window (it changes slowly) each trainable parameter is *followed*: read before the
+optimizer's step and after it. Parameters take turns, so that each step follows about as many elements as any other.
 
     master        the parameter before the step
     weight_grad   its gradient as the optimizer takes it: unscaled and clipped. A fused optimizer under a GradScaler
@@ -10,8 +10,8 @@ optimizer's step and after it:
     update        the parameter after the step less before it, in its own dtype
     exp_avg, …    each floating tensor of the optimizer's state after the step, by its own name
 
-each into its slot's sketch, and weight and update together into a joint one (`lost_updates.py`). For this a followed
-step keeps a copy of the parameters while the optimizer runs. Gradient noise (`gradient_noise.py`) comes from the
+each into its slot's sketch, and weight and update together into a joint one (`lost_updates.py`). For this a step keeps
+a copy of the parameters that it follows while the optimizer runs. Gradient noise (`gradient_noise.py`) comes from the
 moments at these steps, or from a sample of the gradients at every recorded step. Nothing waits for a device: what was
 found stays there until the window is closed. (Coalescing a sparse gradient on an accelerator does wait.)
 
@@ -28,11 +28,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from probes.gradient_noise import DIFFERENCES, MOMENTS, Differences, Moments, noise_from_moments
 from probes.gradient_noise import SAMPLE as NOISE_SAMPLE
-from probes.lost_updates import SAMPLE, UpdateSketch, cells_of
+from probes.lost_updates import SAMPLE, UpdateSketch, update_over
 from probes.optimizer_states import Held, epsilon_of, held_parameters, is_floating, kind_of, local, states_of
+from probes.pace import Rota
 from probes.parameter_records import MASTER, UPDATE, WEIGHT_GRADIENT, ParameterRecord
 from probes.records import Slot
 from probes.rows import SlotRows
@@ -53,22 +55,27 @@ class _Seen:
 
 
 class ParameterWatch:
-    """Follows the parameters of a model through the optimizer's steps."""
+    """Follows the parameters of a model through the optimizer's steps, as the rota says."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, rows: SlotRows, note: Callable[[str], None]
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        rota: Rota,
+        rows: SlotRows,
+        note: Callable[[str], None],
     ) -> None:
-        self._model, self._optimizer, self._rows, self._note = model, optimizer, rows, note
+        self._model, self._optimizer, self._rota, self._rows, self._note = model, optimizer, rota, rows, note
         self._seen: dict[str, _Seen] = {}
         self._before: dict[str, Tensor] = {}
         self._energy: dict[str, Tensor] = {}
         self._differences = Differences()
         self._divisor: Tensor | None = None
         self._held: list[Held] = []  # of the step under way
+        self._followed: list[Held] = []  # of these
         self._closure = False
-        self.steps: list[int] = []
 
-    def before_step(self, step: int, recorded: bool, followed: bool, closure: bool = False) -> None:
+    def before_step(self, step: int, recorded: bool, closure: bool = False) -> None:
         """The optimizer is about to step: gradients are as it will use them, unless a closure will compute them."""
         if not recorded:
             return
@@ -78,25 +85,25 @@ class ParameterWatch:
             self._divisor = scale.detach().clone() if isinstance(scale, Tensor) else None
             self._closure = closure
             self._held = list(held_parameters(self._model, self._optimizer))
+            due = set(self._rota.due(step, {one.name: _elements(one.parameter) for one in self._held}))
+            self._followed = [one for one in self._held if one.name in due]
             if not closure:
-                self._read_gradients(followed)
-            if followed:
-                for one in self._held:
-                    self._read_master(one)
+                self._read_gradients()
+            for one in self._followed:
+                self._read_master(one)
 
-    def after_step(self, step: int, recorded: bool, followed: bool) -> None:
+    def after_step(self, step: int, recorded: bool) -> None:
         """The optimizer has stepped."""
         if not recorded:
             return
         with torch._C.DisableTorchFunction(), torch.no_grad():
             if self._closure:
-                self._read_gradients(followed)
-            if followed:
-                self.steps.append(step)
-                for one in self._held:
-                    if one.group is not None:
-                        self._guarded(one.name, self._read_update, one, step)
-                        self._guarded(one.name, self._read_states, one)
+                self._read_gradients()
+            for one in self._followed:
+                self._rota.had(one.name)
+                if one.group is not None:
+                    self._guarded(one.name, self._read_update, one, step)
+                    self._guarded(one.name, self._read_states, one)
         self._let_go()
 
     def forget(self) -> None:
@@ -127,7 +134,7 @@ class ParameterWatch:
     # What is read.
 
     def _let_go(self) -> None:
-        self._held, self._before, self._energy, self._divisor = [], {}, {}, None
+        self._held, self._followed, self._before, self._energy, self._divisor = [], [], {}, {}, None
 
     def _guarded(self, name: str, read: Callable[..., None], *args: Any) -> None:
         try:
@@ -147,7 +154,7 @@ class ParameterWatch:
         self._rows.add(Slot(one.name, role), values)
         self._of(one).roles[role] = None
 
-    def _read_gradients(self, followed: bool) -> None:
+    def _read_gradients(self) -> None:
         dense: dict[str, Tensor] = {}
         for one in self._held:
             gradient = one.parameter.grad
@@ -157,8 +164,9 @@ class ParameterWatch:
                 values = local(gradient)
                 if values.is_floating_point() and not values.is_meta:
                     dense[one.name] = values
-            if followed:
-                self._guarded(one.name, self._read_gradient, one, gradient)
+        for one in self._followed:
+            if one.parameter.grad is not None:
+                self._guarded(one.name, self._read_gradient, one, one.parameter.grad)
         try:
             self._differences.add(dense, self._divisor)
         except Exception as error:  # as in `_guarded`
@@ -189,11 +197,9 @@ class ParameterWatch:
         before = self._before.pop(one.name, None)
         if before is None:
             return
-        update = local(one.parameter) - before
+        update, cells = update_over(before, local(one.parameter))
         self._sketch(one, UPDATE, update)
-        if update.stride() != before.stride():
-            update, before = update.contiguous(), before.contiguous()
-        self._of(one).cells[step] = cells_of(before, update)
+        self._of(one).cells[step] = cells
 
     def _read_states(self, one: Held) -> None:
         seen = self._of(one)
@@ -247,6 +253,11 @@ class ParameterWatch:
             sparse=seen.sparse,
             packed_updates={step: UpdateSketch.of(cells.cpu().numpy()).pack() for step, cells in seen.cells.items()},
         )
+
+
+def _elements(parameter: Tensor) -> int:
+    """Of all ranks together; 0 while a lazy one has no shape."""
+    return 0 if is_lazy(parameter) else parameter.numel()
 
 
 def _sampled_squares(values: Tensor) -> Tensor:

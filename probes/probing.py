@@ -31,7 +31,7 @@ from probes.loss_scale import LossScale
 from probes.measurable import why_not_measurable
 from probes.names import unwrapped
 from probes.optimizer_states import innermost
-from probes.pace import Clock, spread, steps_taken
+from probes.pace import Clock, Rota, spread, steps_taken
 from probes.parameters import ParameterWatch
 from probes.recorder import Depth, Recorder
 from probes.records import Coverage
@@ -41,7 +41,7 @@ from probes.tiles import DEFAULT, checked_names
 from probes.window import Contents, Window
 
 USUAL_CASTS = ("e4m3fn", "e5m2", "int8", "bf16", "fp16")  # the candidates of the directional products
-PARAMETER_STEPS = 4  # steps whose optimizer update is sketched: it changes slowly, and each costs six reads
+PARAMETER_STEPS = 4  # steps at which each parameter's update is sketched: it changes slowly, and each costs six reads
 
 NAMED = 5  # modules that a note about the model's changes names
 
@@ -101,10 +101,10 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
             loss_scale=LossScale(loss_scale),
         )
         self._recorder.gradient_factor = 1.0 / ranks_of(self._group)
-        self._parameters = ParameterWatch(self._model, optimizer, self._recorder.rows, self._recorder.note)
-        self._buffers = BufferWatch(self._model, self._recorder.rows, self._recorder.note)
-        self._scored = spread(curvature_steps, range(0, steps, every))
-        self._followed = spread(PARAMETER_STEPS, range(0, steps, every))
+        planned, rows, note = range(0, steps, every), self._recorder.rows, self._recorder.note
+        self._parameters = ParameterWatch(self._model, optimizer, Rota(PARAMETER_STEPS, planned), rows, note)
+        self._buffers = BufferWatch(self._model, Rota(PARAMETER_STEPS, planned), rows, note)
+        self._scored = spread(curvature_steps, planned)
         self._clock = None if overhead is None else Clock(overhead, steps)
         self._open, self._hooks = ExitStack(), ExitStack()
         self._entered = self._stepped = False
@@ -204,7 +204,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
                 return
             depth = recorder.depth
             with self._noting("the parameters were not read before the optimizer's step"):
-                self._parameters.before_step(recorder.step, depth.recorded, depth.followed, closure)
+                self._parameters.before_step(recorder.step, depth.recorded, closure)
             if not closure and not torch.compiler.is_compiling():
                 recorder.rest()
 
@@ -218,7 +218,7 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         recorder.stop_counting()
         if not self.window.done:
             with self._noting("the parameters were not read after the optimizer's step"):
-                self._parameters.after_step(recorder.step, recorder.depth.recorded, recorder.depth.followed)
+                self._parameters.after_step(recorder.step, recorder.depth.recorded)
             with self._noting("the buffers were not read"):
                 self._buffers.at_end(recorder.step)
             self._stepped = True
@@ -278,18 +278,18 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
     def _plan_step(self, allowed: bool) -> None:
         recorder = self._recorder
         recorded = allowed and recorder.step % self._every == 0
-        due = recorded and len(recorder.scoring.steps) < self._due(self._scored)
-        scored = due and not self._is_ddp_starting()
+        # A step that was not recorded is made up for by a later one.
+        come = len([step for step in self._scored if step <= recorder.step])
+        scored = recorded and len(recorder.scoring.steps) < come and not self._is_ddp_starting()
         recorder.turn_to(
             Depth(
                 recorded=recorded,
                 scored=scored,
-                followed=recorded and len(self._parameters.steps) < self._due(self._followed),
                 tiled=scored if self._tiled_where_scored else recorded,
             )
         )
         with self._noting("the buffers were not read"):
-            self._buffers.at_start(recorder.depth.followed)
+            self._buffers.at_start(recorder.step, recorded)
         if recorded:
             recorder.count_beneath()
 
@@ -301,10 +301,6 @@ class probe(AbstractContextManager[Window]):  # noqa: N801 - used as a function,
         if starting and self._total == 1:
             self._recorder.note("no scored step: DistributedDataParallel's first one with static_graph is left alone")
         return bool(starting)
-
-    def _due(self, steps: Sequence[int]) -> int:
-        """How many of these steps have come; one that was not recorded is made up for by a later one."""
-        return len([step for step in steps if step <= self._recorder.step])
 
     def _stop(self) -> None:
         """Stop watching: hooks off. The override mode itself is left when the `with` block is."""

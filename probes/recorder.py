@@ -76,12 +76,11 @@ class SiteTally:
 class Depth:
     """What a step is recorded with.
 
-    `scored`: by extra backward passes; `followed`: the optimizer's step, too; `tiled`: with sketches by row and block.
+    `scored`: by extra backward passes; `tiled`: with sketches by row and block.
     """
 
     recorded: bool = False
     scored: bool = False
-    followed: bool = False
     tiled: bool = False
 
 

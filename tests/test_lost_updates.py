@@ -137,10 +137,10 @@ def test_the_whole_way() -> None:
             model(torch.randn(64, 32)).square().mean().backward()
             before = model.weight.detach().clone()
             optimizer.step()
-            if step in (1, 4, 7, 10):
+            if step in (2, 5, 8, 11):
                 weights.append(before)
                 updates.append(model.weight.detach() - before)
-    assert window.history("weight", "update").steps.tolist() == [1, 4, 7, 10]
+    assert window.history("weight", "update").steps.tolist() == [2, 5, 8, 11]
     for text in ("bf16", "fp16", "e4m3fn/none", "e5m2", "e4m3fn"):
         (row,) = (row for row in advisor.score(window, [text]).of("weight", "master"))
         shares = [directly(*pair, text) for pair in zip(weights, updates, strict=True)]

@@ -327,9 +327,17 @@ def test_16_bit_and_scalar_and_complex_parameters() -> None:
     assert window.history("complex", "master").elements.tolist() == [8]
 
 
-def test_only_followed_steps_are_sketched_and_all_are_evenly_spread() -> None:
+def test_parameters_take_turns_that_are_evenly_spread() -> None:
     followed = Followed(partial(optim.AdamW, lr=1e-3), steps=16)
-    assert followed.window.history("0.weight", "update").steps.tolist() == [2, 6, 10, 14]
+    elements = [0] * 16
+    for (site, role), tensors in followed.kept.items():
+        steps = followed.window.history(site, role).steps.tolist()
+        assert steps == list(range(steps[0], 16, 4))
+        assert steps == followed.window.history(site, "master").steps.tolist()
+        assert_sketched(followed.window, site, role, [tensors[step] for step in steps])
+        for step in steps:
+            elements[step] += tensors[step].numel() if role == "master" else 0
+    assert elements == [11, 16, 24, 48] * 4  # of 48, 24, 8, 8, 8 and 3
     assert followed.window.history("0", "weight").steps.tolist() == list(range(16))
 
 
