@@ -106,8 +106,6 @@ class Recorder(SiteHook):
     ) -> None:
         super().__init__(model)
         self.notes: dict[str, None] = {}
-        self.depth = Depth()
-        self.heeded = _HEEDED
         self.rows = SlotRows()
         self.scoring = Scoring(model, casts, adaptive, seed=0, note=self.note)
         self.loss_scale = loss_scale
@@ -127,6 +125,7 @@ class Recorder(SiteHook):
         self._laying: list[Laid] | None = None
         self._finer = tuple(finer)
         self._recording = threading.RLock()
+        self.turn_to(Depth())
         self._start_step()
 
     def _start_step(self) -> None:
@@ -140,6 +139,7 @@ class Recorder(SiteHook):
     def turn_to(self, depth: Depth) -> None:
         """What the step that begins is recorded with."""
         self.depth = depth
+        self.attends = depth.recorded
         self.heeded = None if depth.scored else _HEEDED
 
     def note(self, text: str) -> None:
@@ -157,11 +157,12 @@ class Recorder(SiteHook):
     def laying_out(self) -> Iterator[list[Laid]]:
         """While entered, products are told and not recorded."""
         laid: list[Laid] = []
-        self._laying = laid
+        self._laying, attended = laid, self.attends
+        self.attends = True
         try:
             yield laid
         finally:
-            self._laying = None
+            self._laying, self.attends = None, attended
 
     def ran_compiled(self, laid: Sequence[Laid]) -> None:
         """A compiled part has run, and sketched what its graph can: the rest, and the tally, are done here."""
@@ -188,7 +189,7 @@ class Recorder(SiteHook):
             result = call.run()
             self._laying.append(Laid.of(call, result))
             return result
-        if not (self.depth.recorded and (torch.is_grad_enabled() or call.opaque)):
+        if not (torch.is_grad_enabled() or call.opaque):
             return call.run()
         if not call.recomputing:
             self._forward_sites.add(call.site)

@@ -132,6 +132,7 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
         self.beneath: FlopsBeneath | None = None  # counts what passes beneath the hook, while a subclass sets it
         self.leaves: frozenset[int] | None = None  # ids of those that the backward pass goes to; None: all
         self.heeded: frozenset[Callable[..., Any]] | None = None  # what `on_other` has to meet; None: everything
+        self.attends = True  # whether products have to be met; else they run as if nobody were there
         self._depth = 0
         self._resting = False
         self._nested = False
@@ -218,6 +219,8 @@ class SiteHook(TorchFunctionMode, AbstractContextManager["SiteHook"]):
             return func(*args, **kwargs)
         operation = operation_of(func)
         if operation is not None:
+            if not self.attends:
+                return func(*args, **kwargs)
             if self.stack.frames and in_backward() == self.stack.frames[-1].recomputes:
                 call = self._tried(UNREAD, self._product_call, func, operation, args, kwargs)
                 if call is not None:

@@ -18,6 +18,8 @@ import advisor
 from probes.errors import MalformedWindow, WindowError
 from probes.pace import Clock
 from probes.probing import probe
+from probes.recorder import Recorder
+from probes.sites import ProductCall
 from probes.sketch import SketchArray
 from probes.window import Window
 from probes.windowfile import load_window, window_from_bytes
@@ -441,6 +443,18 @@ def test_a_window_says_which_steps_it_took() -> None:
     assert window.sampled[0] == "3 of 7 steps were recorded, one in 3"
     _, _, window = train(mlp, 3, partial(probe, steps=3, curvature_steps=0))
     assert window.sampled == ()
+
+
+def test_products_are_met_in_recorded_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    met: list[int] = []
+
+    def on_product(recorder: Recorder, call: ProductCall) -> Any:
+        met.append(recorder.step)
+        return call.run()
+
+    monkeypatch.setattr(Recorder, "on_product", on_product)
+    train(mlp, 7, partial(probe, steps=7, every=3, curvature_steps=0))
+    assert sorted(set(met)) == [0, 3, 6]
 
 
 @pytest.mark.parametrize("overhead", [0.02, 0.05, 0.2, 1.0])
