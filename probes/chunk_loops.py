@@ -65,11 +65,20 @@ def count_indices(bins, indices):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True, error_model="numpy")
 def sample(cells, at, kind, size, first, stride):  # type: ignore[no-untyped-def]
     """Hash cells hit by every stride-th of the finite, non-zero magnitudes (linear counting)."""
-    for i in range(first, size, stride):
-        bits = magnitude_at(at, kind, i)
-        cell = np.int64(np.uint32(np.uint32(bits * np.uint32(0x9E3779B1)) >> np.uint32(20)))
-        counts = np.uint32(bits - np.uint32(1)) < np.uint32(INF_BITS - np.uint32(1))
-        cells[cell if counts else HASH_CELLS] = np.uint8(1)
+    if kind == FLOAT32:
+        words = carray(pointer(at), (size,), np.uint32)
+        for i in range(first, size, stride):
+            _hit(cells, np.uint32(words[i] & MAGNITUDE))
+    else:
+        for i in range(first, size, stride):
+            _hit(cells, magnitude_at(at, kind, i))
+
+
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _hit(cells, bits):  # type: ignore[no-untyped-def]
+    cell = np.int64(np.uint32(np.uint32(bits * np.uint32(0x9E3779B1)) >> np.uint32(20)))
+    counts = np.uint32(bits - np.uint32(1)) < np.uint32(INF_BITS - np.uint32(1))
+    cells[cell if counts else HASH_CELLS] = np.uint8(1)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -6,7 +6,7 @@ import numpy as np
 from numba import carray, njit  # type: ignore[attr-defined]
 
 from probes import pairs
-from probes.bit_planes import OCTAVE, WORDS
+from probes.bit_planes import OCTAVE
 from probes.chunk_counting import count_few, note, take_any, window_below
 from probes.chunk_loops import magnitude_at, reduce, widen
 from probes.chunk_scratch import (
@@ -135,19 +135,19 @@ def empty(scratch, seen):  # type: ignore[no-untyped-def]
     """Bring the table of pairs to the counts: a pair counts for both its codes."""
     low, high, base = np.int64(seen[FIRST_CODE]), np.int64(seen[LAST_CODE]), np.int64(seen[BASE])
     seen[FIRST_CODE], seen[LAST_CODE] = pairs.CODES, 0
-    counts = carray(pointer(scratch + AT_COUNTS), (ALL_BINS, WORDS), np.uint64)
+    counts = carray(pointer(scratch + AT_COUNTS), (ALL_BINS,), np.uint64)
     totals = _row(scratch, pairs.CODES, low, high + 1)
     for code in range(low, high + 1):
-        counts[base + code, 1] += _add_and_clear(totals, _row(scratch, code, low, high + 1))
+        counts[base + code] += _add_and_clear(totals, _row(scratch, code, low, high + 1))
         for members in _row(scratch, code, pairs.CODES, ALL_CODES):
-            counts[base + code, 1] += members
+            counts[base + code] += members
         _row(scratch, code, pairs.CODES, ALL_CODES)[:] = 0
     for code in range(pairs.CODES, ALL_CODES):
         if code > pairs.CODES:
             _add_and_clear(totals, _row(scratch, code, low, high + 1))
         _row(scratch, code, pairs.CODES, ALL_CODES)[:] = 0
     for code in range(low, high + 1):
-        counts[base + code, 0] += totals[code - low]
+        counts[base + code] += totals[code - low]
         totals[code - low] = 0
     if low <= high:
         seen[FIRST_OCTAVE] = min(seen[FIRST_OCTAVE], np.uint32((base + low) // OCTAVE))

@@ -29,12 +29,13 @@ FLOAT16_BINS = 112 * OCTAVE  # from float16's bin of a number to float32's
 
 IN_PAIRS = not bit_planes.AVAILABLE
 OCTAVES = (pairs.CODES if IN_PAIRS else CODES) // OCTAVE  # of a window
+PARTS = 1 if IN_PAIRS else WORDS  # of a count
 FEW_OUTSIDE = 64  # elements of a chunk outside the window, up to which these are counted one by one
 
 # A share's scratch, by the byte where each part starts.
 AT_PLANES = 0  # of a chunk's codes
-AT_COUNTS = AT_PLANES + CHUNK  # uint64 [ALL_BINS, WORDS]
-AT_BINS = AT_COUNTS + 8 * ALL_BINS * WORDS  # uint32 [ALL_BINS * WAYS]
+AT_COUNTS = AT_PLANES + CHUNK  # uint64 [ALL_BINS, PARTS]
+AT_BINS = AT_COUNTS + 8 * ALL_BINS * PARTS  # uint32 [ALL_BINS * WAYS]
 AT_CELLS = AT_BINS + 4 * ALL_BINS * WAYS  # uint8 [HASH_CELLS + 64]: one more cell for what is no sample
 AT_CHUNK = AT_CELLS + HASH_CELLS + 64  # uint32 [CHUNK]
 AT_INDICES = AT_CHUNK + 4 * CHUNK  # uint16 [CHUNK]

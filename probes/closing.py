@@ -95,15 +95,22 @@ def _site(name: str, tally: SiteTally, steps: int, has_gradient: bool, shapes: M
         name=name,
         op=tally.op,
         roles=(*tally.roles, *([GRADIENT] if has_gradient else [])),
-        shapes=dict(tally.shapes),
-        dtypes=dict(tally.dtypes),
+        shapes={role: tuple(shape) for role, shape in tally.shapes.items()},
+        dtypes={role: str(dtype).removeprefix("torch.") for role, dtype in tally.dtypes.items()},
         elements={role: count / steps for role, count in tally.elements.items()},
         products=tuple(products),
         parameter=tally.parameter,
-        # Of a parameter that was taken out of the model since, the shape that its products had.
-        parameter_shape=shapes.get(tally.parameter, tally.shapes.get("weight")) if tally.parameter else None,
+        parameter_shape=_parameter_shape(tally, shapes),
         calls=tally.calls / steps,
     )
+
+
+def _parameter_shape(tally: SiteTally, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Of a parameter that was taken out of the model since, the shape that its products had."""
+    if not tally.parameter:
+        return None
+    met = tally.shapes.get("weight")
+    return shapes.get(tally.parameter, None if met is None else tuple(met))
 
 
 def _has_curvature(site: Site, evidence: Mapping[Slot, Evidence]) -> bool:

@@ -69,5 +69,7 @@ def _behind(result: Tensor) -> tuple[Tensor, Order]:
     base = result._base
     if base is None or base.grad_fn is None or base.numel() != result.numel() or not base.is_contiguous():
         return result, None
+    if result.is_contiguous():
+        return base, tuple(range(result.dim()))
     order = tuple(sorted(range(result.dim()), key=result.stride().__getitem__, reverse=True))
     return (base, order) if result.permute(order).is_contiguous() else (result, None)

@@ -43,7 +43,7 @@ from probes import (
     threads,
     vectors,
 )
-from probes.bit_planes import GROUP, OCTAVE, WORDS
+from probes.bit_planes import GROUP, OCTAVE
 from probes.chunk_counting import take_any, window_below
 from probes.chunk_loops import sample, size_of, widen
 from probes.chunk_pairs import empty, is_paired, take_pairs
@@ -74,6 +74,7 @@ from probes.chunk_scratch import (
     LAST_CODE,
     LAST_OCTAVE,
     MAGNITUDE,
+    PARTS,
     SCRATCH,
     SINGLY,
     SMALLEST,
@@ -254,7 +255,7 @@ def _merge(sums, extremes, scratch, shares, times):  # type: ignore[no-untyped-d
     all_cells = carray(pointer(scratch + AT_CELLS), (HASH_CELLS,), np.uint8)
     for share in range(shares):
         at = scratch + share * SCRATCH
-        counts = carray(pointer(at + AT_COUNTS), (ALL_BINS, WORDS), np.uint64)
+        counts = carray(pointer(at + AT_COUNTS), (ALL_BINS, PARTS), np.uint64)
         bins = carray(pointer(at + AT_BINS), (ALL_BINS, WAYS), np.uint32)
         tallies = carray(pointer(at + AT_TALLIES), (8,), np.float64)
         seen = carray(pointer(at + AT_SEEN), (16,), np.uint32)
@@ -267,7 +268,7 @@ def _merge(sums, extremes, scratch, shares, times):  # type: ignore[no-untyped-d
                 row[b] += np.float64(np.int64(total) * times)
         for b in range(np.int64(seen[FIRST_OCTAVE]) * OCTAVE, np.int64(seen[LAST_OCTAVE] + 1) * OCTAVE):
             members = np.uint64(0)
-            for part in range(WORDS):
+            for part in range(PARTS):
                 members += counts[b, part]
                 counts[b, part] = np.uint64(0)
             row[b] += np.float64(np.int64(members) * times)

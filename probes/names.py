@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -40,8 +40,7 @@ class Frame:
     routed: bool = False
 
 
-@dataclass(frozen=True)
-class Owned:
+class Owned(NamedTuple):
     """Where a parameter lives: the module's path, the parameter's own name, and the site of a product with it."""
 
     path: str

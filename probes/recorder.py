@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,8 +65,8 @@ class SiteTally:
     op: str
     roles: tuple[str, ...]
     parameter: str | None
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    dtypes: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     elements: Counter[str] = field(default_factory=Counter)
     products: dict[tuple[str, tuple[str, str]], float] = field(default_factory=lambda: defaultdict(float))
     calls: int = 0
@@ -82,11 +82,6 @@ class Depth:
     recorded: bool = False
     scored: bool = False
     tiled: bool = False
-
-
-@cache
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 class Recorder(SiteHook):
@@ -315,20 +310,20 @@ class Recorder(SiteHook):
         source = values if type(values) is Tensor and not (once or values.is_inference()) else None
         try:
             with outside_transforms():
-                values = readable(values).detach()
+                values = readable(values)
                 if dtype is not None and dtype is not values.dtype and dtype.itemsize > 1:
-                    values = values.to(dtype)
+                    values = values.detach().to(dtype)
                 self._note_tensor(slot, values)
                 self.rows.add(slot, values, source)
                 for tiling in tilings:
-                    self.rows.add_tiles(slot, values, tiling)
+                    self.rows.add_tiles(slot, values.detach(), tiling)
         except Exception as error:  # a kind of tensor nobody thought of: the training goes on, and the window says so
             self.note(f"{slot.role} of {slot.site} could not be read: {type(error).__name__}: {error}")
 
     def _note_tensor(self, slot: Slot, values: Tensor) -> None:
         tally = self.tallies[slot.site]
-        tally.shapes[slot.role] = tuple(values.shape)
-        tally.dtypes[slot.role] = _name(values.dtype)
+        tally.shapes[slot.role] = values.shape
+        tally.dtypes[slot.role] = values.dtype
         tally.elements[slot.role] += values.numel()
 
     def _tilings(self, call: ProductCall, role: str, dimensions: int) -> Sequence[Tiling]:

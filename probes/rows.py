@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import ReferenceType, ref
 
 import torch
@@ -57,21 +58,12 @@ class _Finished:
                 yield slot, row
 
 
-@dataclass(frozen=True)
-class _Read:
-    """A tensor that has been read, and the slot that it is in."""
+class _Read(NamedTuple):
+    """A tensor that has been read, in which state, and the slot that it is in."""
 
     source: ReferenceType[Tensor]
     state: tuple[object, ...]
     slot: Slot
-
-    def is_of(self, source: Tensor, values: Tensor) -> bool:
-        """Whether these are the same values, of the same tensor."""
-        return self.source() is source and self.state == _state(source, values)
-
-
-def _state(source: Tensor, values: Tensor) -> tuple[object, ...]:
-    return source._version, source.data_ptr(), source.shape, source.stride(), values.dtype
 
 
 class SlotRows:
@@ -96,16 +88,19 @@ class SlotRows:
         if values.is_meta:
             raise UnsupportedTensor("a tensor on the meta device has no values")
         array, row = self._row(slot, values.device)
-        latest = self._latest
-        again = source is not None and latest is not None and latest.is_of(source, values)
-        if latest is not None and again and self._tensors[latest.slot] == 1:
-            array.repeat(row, self._slots[values.device][latest.slot])
-        else:
+        if source is None or values.numel() < _WORTH_REPEATING:
             array.add(row, values)
+            self._latest = self._latest if source is None else None
+        else:
+            state = source._version, source.data_ptr(), source.shape, source.stride(), values.dtype
+            latest = self._latest
+            again = latest is not None and latest.source() is source and latest.state == state
+            if latest is not None and again and self._tensors[latest.slot] == 1:
+                array.repeat(row, self._slots[values.device][latest.slot])
+            else:
+                array.add(row, values)
+            self._latest = _Read(ref(source), state, slot)
         self._tensors[slot] += 1
-        if source is not None:
-            large = values.numel() >= _WORTH_REPEATING
-            self._latest = _Read(ref(source), _state(source, values), slot) if large else None
 
     def expect_changes(self) -> None:
         """Something has the address of a tensor's memory: the same version need not be the same values."""
