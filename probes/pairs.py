@@ -18,6 +18,7 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from probes.vectors import (
@@ -42,7 +43,11 @@ CODES = 15 * 8
 ALL_CODES = 128
 """With those of elements outside the window, which have several, so that zeros seldom wait for one another."""
 
-_I16, _I32, _I64 = (ir.IntType(bits) for bits in (16, 32, 64))
+AHEAD = 8192
+"""Bytes from what is counted to what is asked of memory. Of 2, 4, 8 and 16 KiB all saved a quarter of the time of
+tensors that had left the caches, and cost nothing where they had not (ours, Zen 3)."""
+
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _SHORTS, _WORDS, _LONGS = ir.VectorType(_I16, 16), ir.VectorType(_I32, 8), ir.VectorType(_I64, 4)
 _HALVES, _FLOATS = ir.VectorType(ir.HalfType(), 8), ir.VectorType(ir.FloatType(), 8)
 _DOUBLES = ir.VectorType(ir.DoubleType(), 8)
@@ -69,19 +74,19 @@ def count_float32(_typing, source, size, base, step, table, masks):  # type: ign
     (uint16), CODES if all are outside; how many are outside (int64); 0, as zeros are not looked for here (int64); and
     the sum of squares (float64).
     """
-    return _found(*_given), partial(_count, read=_read_float32, shift=5, counts_zeros=False)
+    return _found(*_given), partial(_count, read=_read_float32, bytes_each=4, shift=5, counts_zeros=False)
 
 
 @_intrinsic
 def count_bfloat16(_typing, source, size, base, step, table, masks):  # type: ignore[no-untyped-def]
     """The same of bfloat16, and how many are zero; size is at most 2**16."""
-    return _found(*_given), partial(_count, read=_read_bfloat16, shift=5, counts_zeros=True)
+    return _found(*_given), partial(_count, read=_read_bfloat16, bytes_each=2, shift=5, counts_zeros=True)
 
 
 @_intrinsic
 def count_float16(_typing, source, size, base, step, table, masks):  # type: ignore[no-untyped-def]
     """The same of float16, of which bin 8 is the first of normal numbers, and the lowest base; the highest is 128."""
-    return _found(*_given), partial(_count, read=_read_float16, shift=8, counts_zeros=True)
+    return _found(*_given), partial(_count, read=_read_float16, bytes_each=2, shift=8, counts_zeros=True)
 
 
 def element_of(bit, interleaved):  # type: ignore[no-untyped-def]
@@ -89,7 +94,7 @@ def element_of(bit, interleaved):  # type: ignore[no-untyped-def]
     return (bit & 16) + 8 * (bit & 1) + (bit >> 1 & 7) if interleaved else bit
 
 
-def _count(context, builder, signature, arguments, read, shift, counts_zeros):  # type: ignore[no-untyped-def]
+def _count(context, builder, signature, arguments, read, bytes_each, shift, counts_zeros):  # type: ignore[no-untyped-def]
     source, size, base, step, table, masks = arguments
     source = pointer(builder, source)
     table, masks = (builder.inttoptr(address, _I32.as_pointer()) for address in (table, masks))
@@ -98,6 +103,7 @@ def _count(context, builder, signature, arguments, read, shift, counts_zeros):  
     with loop(builder, size, GROUP, *starts) as (i, carried, close):
         largest, smallest, zeros, outside, *sums = carried
         shorts, floats = read(builder, source, i)
+        _prefetch(builder, source, i, bytes_each)
         codes, beyond = [], []
         for bits in shorts:
             magnitude = builder.shl(bits, all_of(_SHORTS, 1))
@@ -124,6 +130,16 @@ def _count(context, builder, signature, arguments, read, shift, counts_zeros):  
         total_of(builder, sums),
     )
     return context.make_tuple(builder, signature.return_type, found)
+
+
+def _prefetch(builder, source, i, bytes_each):  # type: ignore[no-untyped-def]
+    """Ask for the lines that a later group reads, where there is one: what the processor fetches ahead by itself ends
+    with each page."""
+    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+    ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    for line in range(GROUP * bytes_each // 64):
+        ahead = builder.add(builder.mul(i, ir.Constant(_I64, bytes_each)), ir.Constant(_I64, AHEAD + 64 * line))
+        builder.call(ask, [builder.gep(source, [ahead]), *(ir.Constant(_I32, of) for of in (0, 3, 1))])
 
 
 def _increment(builder, table, places, step):  # type: ignore[no-untyped-def]
