@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from heapq import heapreplace
 
 
 class Clock:
@@ -80,22 +81,26 @@ class Rota:
     """
 
     def __init__(self, times: int, steps: range) -> None:
-        middle = [steps.index(step) for step in spread(times, steps)]
         turns = max(1, len(steps) // times)
-        self._planned = [[steps[at + turn - turns // 2] for at in middle] for turn in range(turns)]
-        self._weights = [0] * turns
+        self._steps = steps
+        self._first_turns = [steps.index(step) - turns // 2 for step in spread(times, steps)]  # of each round
+        # A heap: the lightest turn first, of several the last, as a window's first step has enough to do.
+        self._lightest = [(0, -turn) for turn in reversed(range(turns))]
         self._turns: dict[str, int] = {}
         self._had: Counter[str] = Counter()
 
     def due(self, step: int, weights: Mapping[str, int]) -> list[str]:
         """Those of these names whose turn it is. A name keeps its place, which its weight decides when it is new."""
         for name in sorted(weights.keys() - self._turns.keys(), key=lambda name: (-weights[name], name)):
-            # The lightest; of several the last, as a window's first step has enough to do.
-            turn = self._turns[name] = min(range(len(self._weights)), key=lambda turn: (self._weights[turn], -turn))
-            self._weights[turn] += max(weights[name], 1)
-        come = [sum(planned <= step for planned in steps) for steps in self._planned]
-        return [name for name in weights if self._had[name] < come[self._turns[name]]]
+            weight, place = self._lightest[0]
+            heapreplace(self._lightest, (weight + max(weights[name], 1), place))
+            self._turns[name] = -place
+        return [name for name in weights if self._had[name] < self._come(self._turns[name], step)]
 
     def had(self, name: str) -> None:
         """It has had a turn."""
         self._had[name] += 1
+
+    def _come(self, turn: int, step: int) -> int:
+        """How many times this turn has come by a step, this one included."""
+        return sum(self._steps[first + turn] <= step for first in self._first_turns)

@@ -90,7 +90,8 @@ class SlotRows:
         array, row = self._row(slot, values.device)
         if source is None or values.numel() < _WORTH_REPEATING:
             array.add(row, values)
-            self._latest = self._latest if source is None else None
+            if source is not None:
+                self._latest = None
         else:
             state = source._version, source.data_ptr(), source.shape, source.stride(), values.dtype
             latest = self._latest
