@@ -18,11 +18,13 @@ from probes.chunk_loops import (
 from probes.chunk_scratch import (
     ALL_BINS,
     BITS,
+    CODED_OCTAVES,
     FIRST_BIN,
     INF_BITS,
     LARGEST,
     LAST_BIN,
     LEAST_NORMAL,
+    LOWEST_BASE,
     OCTAVES,
     SAME,
     SHIFT,
@@ -35,11 +37,12 @@ from probes.layout import BINS, MANTISSA_BITS, SUM_OF_SQUARES, ZEROS
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def take_any(_scratch, chunk, padding, bins, indices, tallies, seen, most_bits):  # type: ignore[no-untyped-def]
-    """A chunk, of which the last elements, the padding, are no part of the tensor."""
-    chunk = chunk[: chunk.size - padding]
+def take_any(chunk, bins, indices, tallies, seen, most_bits):  # type: ignore[no-untyped-def]
+    """A chunk, or less, by its bits as float32."""
     largest, smallest, fractions, zeros = reduce(chunk)
-    is_wide = np.int64(largest >> np.uint32(MANTISSA_BITS)) - np.int64(smallest >> np.uint32(MANTISSA_BITS)) >= OCTAVES
+    is_wide = (
+        np.int64(largest >> np.uint32(MANTISSA_BITS)) - np.int64(smallest >> np.uint32(MANTISSA_BITS)) >= CODED_OCTAVES
+    )
     seen[SINGLY] = WIDE if seen[SINGLY] == WIDE and is_wide else 0
     if largest == 0:
         tallies[ZEROS - BINS] += zeros
@@ -98,4 +101,4 @@ def widen_range(seen, low, high):  # type: ignore[no-untyped-def]
 def window_below(largest):  # type: ignore[no-untyped-def]
     """The first bin of the window whose last octave is that of a magnitude, by its bits; no zeros or subnormals."""
     octave = np.int64(largest >> np.uint32(MANTISSA_BITS))
-    return np.uint32(max(octave + np.int64(1) - OCTAVES, np.int64(1)) * OCTAVE)
+    return np.uint32(max((octave + np.int64(1) - OCTAVES) * OCTAVE, np.int64(LOWEST_BASE)))

@@ -6,7 +6,9 @@ import numpy as np
 from numba import carray, njit  # type: ignore[attr-defined]
 
 from probes.chunk_scratch import (
+    AT_CHUNK,
     BFLOAT16,
+    CHUNK,
     FLOAT16,
     FLOAT32,
     FLOAT64,
@@ -68,7 +70,7 @@ def sample(cells, at, kind, size, first, stride):  # type: ignore[no-untyped-def
     if kind == FLOAT32:
         words = carray(pointer(at), (size,), np.uint32)
         for i in range(first, size, stride):
-            _hit(cells, np.uint32(words[i] & MAGNITUDE))
+            _hit(cells, np.uint32(words[np.uint64(i)] & MAGNITUDE))  # unsigned, or numba looks at its sign
     else:
         for i in range(first, size, stride):
             _hit(cells, magnitude_at(at, kind, i))
@@ -76,9 +78,9 @@ def sample(cells, at, kind, size, first, stride):  # type: ignore[no-untyped-def
 
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _hit(cells, bits):  # type: ignore[no-untyped-def]
-    cell = np.int64(np.uint32(np.uint32(bits * np.uint32(0x9E3779B1)) >> np.uint32(20)))
+    cell = np.uint64(np.uint32(np.uint32(bits * np.uint32(0x9E3779B1)) >> np.uint32(20)))
     counts = np.uint32(bits - np.uint32(1)) < np.uint32(INF_BITS - np.uint32(1))
-    cells[cell if counts else HASH_CELLS] = np.uint8(1)
+    cells[cell if counts else np.uint64(HASH_CELLS)] = np.uint8(1)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -128,6 +130,16 @@ def significant_subnormal(words):  # type: ignore[no-untyped-def]
 
 
 # Into a chunk.
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def as_float32(scratch, at, kind):  # type: ignore[no-untyped-def]
+    """The bits of a whole chunk as float32; other dtypes into the scratch."""
+    if kind == FLOAT32:
+        return carray(pointer(at), (CHUNK,), np.uint32)
+    words = carray(pointer(scratch + AT_CHUNK), (CHUNK,), np.uint32)
+    widen(words, at, kind, 0, CHUNK, 0, 1)
+    return words
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

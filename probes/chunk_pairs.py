@@ -8,10 +8,9 @@ from numba import carray, njit  # type: ignore[attr-defined]
 from probes import pairs
 from probes.bit_planes import OCTAVE
 from probes.chunk_counting import count_few, note, take_any, window_below
-from probes.chunk_loops import magnitude_at, reduce, widen
+from probes.chunk_loops import as_float32, magnitude_at, reduce
 from probes.chunk_scratch import (
     ALL_BINS,
-    AT_CHUNK,
     AT_COUNTS,
     AT_MASKS,
     AT_TABLE,
@@ -19,7 +18,6 @@ from probes.chunk_scratch import (
     BFLOAT16,
     BITS,
     CHUNK,
-    FEW_OUTSIDE,
     FIRST_CODE,
     FIRST_OCTAVE,
     FLOAT16,
@@ -43,6 +41,8 @@ from probes.chunk_scratch import (
 from probes.layout import BINS, SUM_OF_SQUARES, ZEROS
 from probes.pairs import ALL_CODES, READS_FLOAT16, count_bfloat16, count_float32
 
+_FEW_OUTSIDE = 64  # elements of a chunk outside the window, up to which these are counted one by one
+
 _element_of = njit(pairs.element_of)
 _count_float16 = pairs.count_float16 if READS_FLOAT16 else count_bfloat16  # which is then never called
 
@@ -59,29 +59,29 @@ def is_paired(kind, seen):  # type: ignore[no-untyped-def]
 def take_pairs(scratch, at, kind, bins, indices, tallies, seen, most_bits):  # type: ignore[no-untyped-def]
     """A whole chunk of a dtype that `is_paired`."""
     if seen[LARGEST] == 0:
-        largest = reduce(_as_float32(scratch, at, kind))[0]
+        largest = reduce(as_float32(scratch, at, kind))[0]
         if largest < INF_BITS:
             seen[BASE] = max(seen[BASE], window_below(largest))
     high, low, outside, zeros, squares = _count_pairs(scratch, at, kind, seen, np.uint32(1))
     largest, smallest, fractions = np.uint32(0), NONE, np.uint32(0)
     if (
-        outside - zeros > FEW_OUTSIDE
+        outside - zeros > _FEW_OUTSIDE
         or np.int64(seen[BASE]) + high >= np.int64(seen[LARGEST] >> SHIFT)
         or np.int64(seen[BASE]) + low <= np.int64(seen[SMALLEST] >> SHIFT)
         or seen[BITS] < most_bits
     ):
-        words = _as_float32(scratch, at, kind)
+        words = as_float32(scratch, at, kind)
         largest, smallest, fractions, zeros = reduce(words)
-        if outside - zeros > FEW_OUTSIDE and largest < INF_BITS and window_below(largest) != seen[BASE]:
+        if outside - zeros > _FEW_OUTSIDE and largest < INF_BITS and window_below(largest) != seen[BASE]:
             _count_pairs(scratch, at, kind, seen, NONE)
             empty(scratch, seen)
             seen[BASE] = window_below(largest)
             at, kind = words.ctypes.data, FLOAT32
             high, low, outside, _, squares = _count_pairs(scratch, at, kind, seen, np.uint32(1))
-    many = outside - zeros > FEW_OUTSIDE
+    many = outside - zeros > _FEW_OUTSIDE
     if many or (outside > zeros and not _count_beyond(scratch, at, kind, bins, indices, tallies, seen)):
         _count_pairs(scratch, at, kind, seen, NONE)
-        take_any(scratch, _as_float32(scratch, at, kind), 0, bins, indices, tallies, seen, most_bits)
+        take_any(as_float32(scratch, at, kind), bins, indices, tallies, seen, most_bits)
         seen[SINGLY] = WIDE if many else 0
         return
     if largest > 0:
@@ -170,13 +170,3 @@ def _add_and_clear(totals, row):  # type: ignore[no-untyped-def]
         total = np.uint32(total + row[i])
         row[i] = np.uint32(0)
     return total
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _as_float32(scratch, at, kind):  # type: ignore[no-untyped-def]
-    """The bits of a whole chunk as float32; other dtypes into the scratch."""
-    if kind == FLOAT32:
-        return carray(pointer(at), (CHUNK,), np.uint32)
-    words = carray(pointer(scratch + AT_CHUNK), (CHUNK,), np.uint32)
-    widen(words, at, kind, 0, CHUNK, 0, 1)
-    return words

@@ -10,11 +10,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from probes import bit_planes, pairs
-from probes.bit_planes import CODES, OCTAVE, WORDS
+from probes.bit_planes import BELOW, OCTAVE, WINDOW, WORDS
 from probes.layout import BIN_SHIFT, BINS, HASH_CELLS, MANTISSA_BITS
 from probes.pairs import ALL_CODES
 
-CHUNK = 2048  # elements
 WAYS = 8  # tables of bins, since increments of one place wait for one another
 ALL_BINS = BINS + 8  # Inf and NaN fall into the last eight
 
@@ -27,14 +26,19 @@ NONE = np.uint32(0xFFFFFFFF)
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = range(4)  # kinds of elements
 FLOAT16_BINS = 112 * OCTAVE  # from float16's bin of a number to float32's
 
+CHUNK = bit_planes.CHUNK  # elements
 IN_PAIRS = not bit_planes.AVAILABLE
-OCTAVES = (pairs.CODES if IN_PAIRS else CODES) // OCTAVE  # of a window
+OCTAVES = (pairs.CODES if IN_PAIRS else WINDOW) // OCTAVE  # of a window
+CODED_OCTAVES = OCTAVES if IN_PAIRS else OCTAVES + BELOW // OCTAVE  # from a window's last one down
+LOWEST_BASE = OCTAVE if IN_PAIRS else OCTAVE + BELOW  # so that no subnormal has a code
+HIGHEST_BASE = BINS - OCTAVES * OCTAVE
 PARTS = 1 if IN_PAIRS else WORDS  # of a count
-FEW_OUTSIDE = 64  # elements of a chunk outside the window, up to which these are counted one by one
 
 # A share's scratch, by the byte where each part starts.
 AT_PLANES = 0  # of a chunk's codes
-AT_COUNTS = AT_PLANES + CHUNK  # uint64 [ALL_BINS, PARTS]
+AT_LISTED = AT_PLANES + CHUNK  # uint8 [CHUNK + 64]: codes outside the window of planes
+AT_OCTAVES = AT_LISTED + CHUNK + 64  # uint32 [256]: how many of a sample have which exponent
+AT_COUNTS = AT_OCTAVES + 4 * 256  # uint64 [ALL_BINS, PARTS]
 AT_BINS = AT_COUNTS + 8 * ALL_BINS * PARTS  # uint32 [ALL_BINS * WAYS]
 AT_CELLS = AT_BINS + 4 * ALL_BINS * WAYS  # uint8 [HASH_CELLS + 64]: one more cell for what is no sample
 AT_CHUNK = AT_CELLS + HASH_CELLS + 64  # uint32 [CHUNK]

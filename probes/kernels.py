@@ -1,22 +1,18 @@
 """The sketch's CPU kernel: one compiled pass over the bits of the floats.
 
-The tensor is taken in chunks of 2,048 elements, which stay in the first-level cache. Other dtypes, the elements of
-strided tensors and a tensor's last few are written into such a chunk as float32, so no whole tensor is ever copied.
+The tensor is taken in chunks of 2,048 elements, which stay in the first-level cache. Those of a dtype that is not read
+as it is, or of a tensor with strides, are written into such a chunk as float32, so no whole tensor is ever copied.
 
-Where the processor has the instructions, a chunk is counted as bit planes (`chunk_planes.py`), in which bins are codes
-of seven bits within a window of sixteen octaves. Elements outside it, zeros among them, are looked up and counted one
-by one where they are few; where they are many, the zeros are counted in a second reading, and further windows below the
-first take the rest. A chunk is also read again if its codes say that it may go beyond the largest and smallest value
-met so far. One with subnormals, Inf or NaN is counted by single increments (`chunk_counting.py`). Increments of one
-place wait for one another, so that table of bins is there eight times.
+Where the processor has the instructions, a chunk is counted as bit planes (`chunk_planes.py`) in the eight octaves that
+hold most of it, and by increments in the 24 around them. A chunk with more than a few elements outside these, with
+subnormals, Inf or NaN is counted by increments alone (`chunk_counting.py`), as are a tensor's last few. Increments of
+one place wait for one another, so that table of bins is there eight times.
 
-On other processors two elements are counted by one increment (`chunk_pairs.py`), within a window of fifteen octaves,
-and whole chunks of bfloat16 and float16 as they are. A chunk of which more lies outside of it than a few elements moves
-the window, or is taken back and counted by single increments, as are the tensor's last few and small tensors, for which
-emptying the table of pairs costs more than it saves.
+On other processors two elements are counted by one increment (`chunk_pairs.py`), within a window of fifteen octaves. A
+chunk of which more lies outside of it than a few elements moves the window, or is taken back and counted by single
+increments, as are small tensors, for which emptying the table of pairs costs more than it saves.
 
-Read like this, a tensor that is no longer in the cache takes nearly twice as long as to be summed (ours, Zen 4: 0.27 ns
-an element and thread, the sum 0.15), and it is such tensors that a training step leaves behind.
+Either way a chunk is read again if its codes say that it may go beyond the largest and smallest value met so far.
 
 A call's fixed cost matters as much, since most tensors are small: addresses are handed over as integers (numba takes
 0.2 µs to unpack an array), the tables belong to the calling thread and are cleared where they were used.
@@ -43,11 +39,11 @@ from probes import (
     threads,
     vectors,
 )
-from probes.bit_planes import GROUP, OCTAVE
+from probes.bit_planes import OCTAVE
 from probes.chunk_counting import take_any, window_below
 from probes.chunk_loops import sample, size_of, widen
 from probes.chunk_pairs import empty, is_paired, take_pairs
-from probes.chunk_planes import take_planes
+from probes.chunk_planes import is_coded, take_planes
 from probes.chunk_scratch import (
     ALL_BINS,
     AT_BINS,
@@ -87,10 +83,9 @@ from probes.kernel_cache import keep_to_sources
 from probes.layout import AMAX, BINS, DISTINCT, EXTREMES, HASH_CELLS, MINUS_AMIN, SAMPLE, SIGNIFICANT_BITS, SUMS
 from probes.threads import SMALLEST_SHARE, threads_for
 
-_LEAST_PAIRED = 4 * CHUNK  # elements of a share, below which to empty the table costs more than it saves (ours)
+_LEAST_VECTORED = 4 * CHUNK if IN_PAIRS else 0  # elements of a share: to empty the table of pairs costs as well (ours)
 _MOST_PAIRED = 1 << 31  # elements, after which the table of uint32 is emptied
-_UNIT = 1 if IN_PAIRS else GROUP
-_take = take_any if IN_PAIRS else take_planes
+_is_taken, _take_chunk = (is_paired, take_pairs) if IN_PAIRS else (is_coded, take_planes)
 
 _KINDS = {
     torch.float32: FLOAT32,
@@ -192,34 +187,25 @@ def _read(scratch, extremes, source, kind, first, last, size, columns, pitch, st
     seen = carray(pointer(scratch + AT_SEEN), (16,), np.uint32)
     _begin(seen, extremes, kind)
     most_bits = np.uint32(_most_bits(kind))
-    whole_row = columns == size and step == 1
-    in_place = kind == FLOAT32 and whole_row
-    paired = IN_PAIRS and last - first >= _LEAST_PAIRED
-    words = carray(pointer(source), (size if in_place else 0,), np.uint32)
+    in_a_row = columns == size and step == 1
+    vectored = last - first >= _LEAST_VECTORED
     stride = max(1, -(-size // SAMPLE))
     for start in range(first, last, CHUNK):
         length = min(CHUNK, last - start)
-        whole = -(-length // _UNIT) * _UNIT
-        first_sampled = (stride - start % stride) % stride
-        if paired and length == CHUNK and not seen[SINGLY]:
-            at, held = source + start * size_of(kind), kind
-            if not whole_row or not is_paired(kind, seen):
-                at, held = scratch + AT_CHUNK, FLOAT32
-                widen(widened, source, kind, start, columns, pitch, step)
-            take_pairs(scratch, at, held, bins, indices, tallies, seen, most_bits)
-            sample(cells, at, held, CHUNK, first_sampled, stride)
-            if (start - first) % _MOST_PAIRED == _MOST_PAIRED - CHUNK:
-                empty(scratch, seen)
-            continue
-        if in_place and whole == length:
-            chunk = words[start : start + length]
+        at, held = source + start * size_of(kind), kind
+        single = length < CHUNK or not vectored or seen[SINGLY] != 0
+        if not in_a_row or (kind != FLOAT32 if single else not _is_taken(kind, seen)):
+            at, held = scratch + AT_CHUNK, FLOAT32
+            widen(widened[:length], source, kind, start, columns, pitch, step)
+        if single:
+            words = carray(pointer(at), (length,), np.uint32)
+            take_any(words, bins, indices, tallies, seen, most_bits)
         else:
-            chunk = widened[:whole]
-            widen(chunk[:length], source, kind, start, columns, pitch, step)
-            chunk[length:] = np.uint32(0)
-        _take(scratch, chunk, whole - length, bins, indices, tallies, seen, most_bits)
-        sample(cells, chunk.ctypes.data, FLOAT32, length, first_sampled, stride)
-    if paired:
+            _take_chunk(scratch, at, held, bins, indices, tallies, seen, most_bits)
+        sample(cells, at, held, length, (stride - start % stride) % stride, stride)
+        if IN_PAIRS and (start - first) % _MOST_PAIRED == _MOST_PAIRED - CHUNK:
+            empty(scratch, seen)
+    if IN_PAIRS and vectored:
         empty(scratch, seen)
 
 

@@ -5,6 +5,7 @@ in them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -88,6 +89,11 @@ def least(builder: Any, one: Any, other: Any) -> Any:
     return builder.select(builder.icmp_unsigned("<", one, other), one, other)
 
 
+def most(builder: Any, one: Any, other: Any) -> Any:
+    """The larger of unsigned integers."""
+    return builder.select(builder.icmp_unsigned(">", one, other), one, other)
+
+
 def largest_of(builder: Any, one: Any, other: Any) -> Any:
     """The larger of signed integers."""
     return builder.select(builder.icmp_signed(">", one, other), one, other)
@@ -104,8 +110,8 @@ def with_squares(builder: Any, sums: list[Any], floats: Iterable[Any]) -> list[A
 
 
 def total_of(builder: Any, sums: Sequence[Any]) -> Any:
-    """All lanes of two vectors of float64 added up."""
-    return reduced(builder, "fadd", builder.fadd(*sums), ir.Constant(_DOUBLE, 0.0))
+    """All lanes of vectors of float64 added up."""
+    return reduced(builder, "fadd", reduce(builder.fadd, sums), ir.Constant(_DOUBLE, 0.0))
 
 
 def reduced(builder: Any, how: str, lanes: Any, *start: Any) -> Any:

@@ -144,7 +144,7 @@ def test_ways_through_the_kernel(name: str, number: int, shares: Callable[[int],
     assert_equals_the_reference(kinds(3 * SMALLEST_SHARE + 77)[name])
 
 
-@pytest.mark.parametrize("octaves", [1, 15, 16, 17, 40, 120, 240])
+@pytest.mark.parametrize("octaves", [1, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32, 33, 40, 120, 240])
 def test_windows_of_octaves_join_without_a_gap(octaves: int) -> None:
     """Every bin of so many octaves: what one window of bit planes does not hold, the next one does."""
     highest = (127 + octaves // 2) << MANTISSA_BITS
@@ -153,11 +153,38 @@ def test_windows_of_octaves_join_without_a_gap(octaves: int) -> None:
 
 
 @pytest.mark.parametrize("outside", [1, 63, 64, 65, 66, 500])
-@pytest.mark.parametrize("what", [0.0, 1e-30, 1e30, 1e-40, math.inf, math.nan])
-def test_elements_outside_the_window_are_counted_be_they_few_or_many(what: float, outside: int) -> None:
-    values = normal(3 * 2048)
+@pytest.mark.parametrize("what", [0.0, 1e-4, 1e-30, 1e4, 1e30, 1e-40, math.inf, math.nan])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_elements_outside_the_window_are_counted_be_they_few_or_many(
+    what: float, outside: int, dtype: torch.dtype
+) -> None:
+    values = normal(3 * 2048).to(dtype)
     values[2048 : 2048 + outside] = what
     assert_equals_the_reference(values)
+
+
+@pytest.mark.parametrize("further", [1.0078125, 3.125])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extremes_go_further_within_their_bin(further: float, dtype: torch.dtype) -> None:
+    """In a later chunk, and by so little that its bin is one that has been met."""
+    values = 1.25 + torch.rand(4 * 2048, generator=generator())
+    values[:2] = torch.tensor([1.0625, 3.0625])  # so that no later chunk but the last meets these bins
+    values = values.to(dtype)
+    values[3 * 2048 + 5] = further
+    assert_equals_the_reference(values)
+
+
+@pytest.mark.parametrize("shares_outside", [(0.002, 0.0), (0.0, 0.002), (0.01, 0.01), (0.3, 0.3)])
+@pytest.mark.parametrize("apart", [2.0**9, 2.0**16, 2.0**25, 2.0**60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_elements_on_both_sides_of_the_window(
+    shares_outside: tuple[float, float], apart: float, dtype: torch.dtype
+) -> None:
+    values, drawn = normal(8 * 2048), torch.rand(8 * 2048, generator=generator(1))
+    below, above = shares_outside
+    values = torch.where(drawn < below, values / apart, torch.where(drawn > 1 - above, values * apart, values))
+    values[::50] = 0.0
+    assert_equals_the_reference(values.to(dtype))
 
 
 def test_values_move_from_one_window_to_another() -> None:
@@ -215,7 +242,7 @@ from numba import float64, int64, uint16, uint32
 from probes import bit_planes
 from probes.chunk_planes import take_planes
 assert bit_planes.AVAILABLE
-take_planes.compile((int64, uint32[::1], int64, uint32[::1], uint16[::1], float64[::1], uint32[::1], uint32))
+take_planes.compile((int64, int64, int64, uint32[::1], uint16[::1], float64[::1], uint32[::1], uint32))
 assert "zmm" in take_planes.inspect_asm(take_planes.signatures[0])
 """
 
