@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from probes.apart import Apart
 from probes.history import SlotHistory
 from probes.lost_updates import UpdateSketch, update_over
 from probes.names import written_parameter
@@ -46,6 +47,7 @@ class BufferWatch:
     def __init__(self, model: nn.Module, rota: Rota, rows: SlotRows, note: Callable[[str], None]) -> None:
         self._model, self._rota, self._rows, self._note = model, rota, rows, note
         self._before: dict[str, Tensor] = {}
+        self._kept = Apart()
         self._seen: dict[str, _Seen] = {}
 
     def at_start(self, step: int, recorded: bool) -> None:
@@ -117,7 +119,7 @@ class BufferWatch:
                 yield written_parameter(name), local(buffer)
 
     def _read(self, name: str, step: int, before: Tensor, after: Tensor) -> None:
-        update, cells = update_over(before, after)
+        update, cells = update_over(before, after, self._kept)
         self._rows.add(Slot(name, BUFFER), after)
         self._rows.add(Slot(name, UPDATE), update)
         if name not in self._seen:

@@ -14,6 +14,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from probes import layout
+from probes.apart import Apart
 from probes.kernel_cache import keep_to_sources
 from probes.layout import BINS, EXTREMES
 
@@ -44,6 +45,7 @@ class Compactor:
     def __init__(self) -> None:
         self._bins = np.empty(0, dtype=np.uint16)
         self._counts = np.empty(0, dtype=np.int64)
+        self._kept = Apart()
 
     def of(
         self,
@@ -64,7 +66,10 @@ class Compactor:
         clears = nothing is not None
         emptied = found if nothing is None else nothing[None]
         occupied = _compact(sums, extremes, chosen, clears, emptied, self._bins, self._counts, ends, tails, found)
-        return Compacted(ends, self._bins[:occupied].copy(), self._counts[:occupied].copy(), tails, found)
+        keep = self._kept.copy_of
+        return Compacted(
+            keep(ends), keep(self._bins[:occupied]), keep(self._counts[:occupied]), keep(tails), keep(found)
+        )
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

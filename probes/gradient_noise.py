@@ -42,7 +42,7 @@ MOMENTS, DIFFERENCES = "moments", "differences"
 
 @dataclass(frozen=True)
 class Moments:
-    """One parameter's at one step: sums over the same elements of each, on its device, perhaps not computed yet.
+    """One parameter's at one step: sums over the same elements of each; on a device perhaps not computed yet.
 
     first_squared   Σ m², float64
     second          Σ v, float64
@@ -50,9 +50,9 @@ class Moments:
     step            the optimizer's own count
     """
 
-    first_squared: Tensor
-    second: Tensor
-    gradient: Tensor
+    first_squared: Tensor | float
+    second: Tensor | float
+    gradient: Tensor | float
     step: Tensor | float
     betas: tuple[float, float]
 
@@ -92,21 +92,26 @@ class Differences:
 
     def __init__(self) -> None:
         self._last: dict[torch.device, _Samples] = {}
+        self._spare: dict[torch.device, Tensor] = {}  # of the step before that, for the next one's
         self._sums: dict[tuple[str, ...], Tensor] = {}  # noise and energy, [2, parameters]
 
     def add(self, gradients: Mapping[str, Tensor], divisor: Tensor | None = None) -> None:
         """The gradients of a step, as the optimizer uses them once divided by `divisor`: dense and floating ones."""
-        now = {device: _Samples.of(found, divisor) for device, found in _by_device(gradients).items()}
+        now = {
+            device: _Samples.of(found, divisor, self._spare.pop(device, None))
+            for device, found in _by_device(gradients).items()
+        }
         for device, samples in now.items():
             before = self._last.get(device)
             followed, sums = samples.against(before) if before is not None else ((), None)
             if sums is not None:
                 self._sums[followed] = self._sums[followed] + sums if followed in self._sums else sums
+        self._spare = {device: samples.values for device, samples in self._last.items()}
         self._last = now
 
     def forget(self) -> None:
         """Let go of the samples."""
-        self._last = {}
+        self._last, self._spare = {}, {}
 
     def sums(self) -> dict[str, tuple[float, float]]:
         """Each parameter's noise and gradient energy, summed over steps and sampled elements; waits for the device."""
@@ -127,11 +132,14 @@ class _Samples:
     values: Tensor
 
     @classmethod
-    def of(cls, gradients: Mapping[str, Tensor], divisor: Tensor | None) -> _Samples:
+    def of(cls, gradients: Mapping[str, Tensor], divisor: Tensor | None, spare: Tensor | None) -> _Samples:
+        """`spare` is written over where it has the size: what stays from step to step breaks up the training's heap."""
         sampled = {name: sample for name, each in gradients.items() if (sample := strided(each, SAMPLE)).numel()}
         sizes = tuple(map(len, sampled.values()))
         first = next(iter(gradients.values()))
-        values = torch.empty(sum(sizes), dtype=torch.float32, device=first.device)
+        if spare is None or len(spare) != sum(sizes):
+            spare = torch.empty(sum(sizes), dtype=torch.float32, device=first.device)
+        values = spare
         if sampled:
             torch._foreach_copy_(list(values.split(sizes)), list(sampled.values()))
         if divisor is not None:

@@ -36,6 +36,7 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from probes.apart import Apart
 from probes.errors import MalformedWindow, UnsupportedTensor
 from probes.strided import strided
 
@@ -148,11 +149,12 @@ def cells_of(weight: Tensor, update: Tensor) -> Tensor:
 
     Two tensors of one shape and one order in memory, of any floating dtype; taken in float32.
     """
-    return _cells(*(strided(values.detach(), SAMPLE).float() for values in (weight, update)))
+    sampled = [strided(values.detach(), SAMPLE).float() for values in (weight, update)]
+    return _cells(sampled[0], sampled[1], Apart())
 
 
-def update_over(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """after - before, which takes the place of `before` in memory, and its `cells_of`.
+def update_over(before: Tensor, after: Tensor, memory: Apart) -> tuple[Tensor, Tensor]:
+    """after - before, which takes the place of `before` in memory, and its `cells_of`, in this one.
 
     A difference with memory of its own would be cleared by the system first, which costs more than to subtract. Raises
     UnsupportedTensor where the shape or dtype has changed.
@@ -162,13 +164,13 @@ def update_over(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         raise UnsupportedTensor(f"no update can be told of values that have become others: {what}")
     weight = strided(before, SAMPLE).to(torch.float32, copy=True)
     update = torch.sub(after, before, out=before)
-    return update, _cells(weight, strided(update, SAMPLE).float())
+    return update, _cells(weight, strided(update, SAMPLE).float(), memory)
 
 
-def _cells(weight: Tensor, change: Tensor) -> Tensor:
+def _cells(weight: Tensor, change: Tensor, memory: Apart) -> Tensor:
     """Of samples, 1-D and float32."""
     if weight.device.type == "cpu":
-        cells = torch.empty(weight.shape, dtype=torch.int32)
+        cells = memory.empty(len(weight), torch.int32)
         w_bits, change_bits = (part.resolve_neg().numpy().view(np.int32) for part in (weight, change))
         _fill_cells(w_bits, change_bits, cells.numpy())
         return cells

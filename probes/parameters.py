@@ -10,8 +10,8 @@ optimizer's step and after it. Parameters take turns, so that each step follows 
     update        the parameter after the step less before it, in its own dtype
     exp_avg, …    each floating tensor of the optimizer's state after the step, by its own name
 
-each into its slot's sketch, and weight and update together into a joint one (`lost_updates.py`). For this a step keeps
-a copy of the parameters that it follows while the optimizer runs. Gradient noise (`gradient_noise.py`) comes from the
+each into its slot's sketch, and weight and update together into a joint one (`lost_updates.py`). For this a step copies
+the parameters that it follows, into memory that the window keeps. Gradient noise (`gradient_noise.py`) comes from the
 moments at these steps, or from a sample of the gradients at every recorded step. Nothing waits for a device: what was
 found stays there until the window is closed. (Coalescing a sparse gradient on an accelerator does wait.)
 
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from probes.apart import Apart, Copies, whole_lines
 from probes.gradient_noise import DIFFERENCES, MOMENTS, Differences, Moments, noise_from_moments
 from probes.gradient_noise import SAMPLE as NOISE_SAMPLE
 from probes.lost_updates import SAMPLE, UpdateSketch, update_over
@@ -68,8 +69,9 @@ class ParameterWatch:
         self._model, self._optimizer, self._rota, self._rows, self._note = model, optimizer, rota, rows, note
         self._seen: dict[str, _Seen] = {}
         self._before: dict[str, Tensor] = {}
-        self._energy: dict[str, Tensor] = {}
+        self._energy: dict[str, Tensor | float] = {}
         self._differences = Differences()
+        self._kept, self._copies = Apart(), Copies()
         self._divisor: Tensor | None = None
         self._held: list[Held] = []  # of the step under way
         self._followed: list[Held] = []  # of these
@@ -89,6 +91,7 @@ class ParameterWatch:
             self._followed = [one for one in self._held if one.name in due]
             if not closure:
                 self._read_gradients()
+            self._copies.begin(sum(_bytes_on_host(one.parameter) for one in self._followed))
             for one in self._followed:
                 self._read_master(one)
 
@@ -110,6 +113,7 @@ class ParameterWatch:
         """Let go of every tensor of the training, and of what a step that is under way needed."""
         self._let_go()
         self._differences.forget()
+        self._copies.forget()
 
     def records(self) -> tuple[ParameterRecord, ...]:
         """What was found, one record a parameter; waits for the device. Asked when the window is closed."""
@@ -189,7 +193,7 @@ class ParameterWatch:
             values = local(one.parameter)
             self._sketch(one, MASTER, values)
             if one.group is not None:
-                self._before[one.name] = values.clone()
+                self._before[one.name] = self._copies.of(values)
 
         self._guarded(one.name, read)
 
@@ -197,7 +201,7 @@ class ParameterWatch:
         before = self._before.pop(one.name, None)
         if before is None:
             return
-        update, cells = update_over(before, local(one.parameter))
+        update, cells = update_over(before, local(one.parameter), self._kept)
         self._sketch(one, UPDATE, update)
         self._of(one).cells[step] = cells
 
@@ -217,11 +221,10 @@ class ParameterWatch:
             (first,), (second,) = found["exp_avg"], found["exp_avg_sq"]
             step, betas = state["step"], one.group.get("betas") if one.group else None
             if isinstance(betas, (tuple, list)) and len(betas) == 2:
-                counted = step.detach().clone() if isinstance(step, Tensor) else float(step)
-                energy = self._energy[one.name]
+                counted = _number(step.detach().clone()) if isinstance(step, Tensor) else float(step)
                 pair = (float(betas[0]), float(betas[1]))
-                total = strided(second, SAMPLE).sum(dtype=torch.float64)
-                seen.moments.append(Moments(_sampled_squares(first), total, energy, counted, pair))
+                total = _number(strided(second, SAMPLE).sum(dtype=torch.float64))
+                seen.moments.append(Moments(_sampled_squares(first), total, self._energy[one.name], counted, pair))
 
     @cached_property
     def _found(self) -> tuple[dict[str, ParameterRecord], dict[str, float]]:
@@ -260,5 +263,14 @@ def _elements(parameter: Tensor) -> int:
     return 0 if is_lazy(parameter) else parameter.numel()
 
 
-def _sampled_squares(values: Tensor) -> Tensor:
-    return strided(values, SAMPLE).to(torch.float64).square().sum()
+def _bytes_on_host(parameter: Tensor) -> int:
+    return whole_lines(_elements(parameter) * parameter.dtype.itemsize) if parameter.device.type == "cpu" else 0
+
+
+def _sampled_squares(values: Tensor) -> Tensor | float:
+    return _number(strided(values, SAMPLE).to(torch.float64).square().sum())
+
+
+def _number(value: Tensor) -> Tensor | float:
+    """A scalar: itself where it is only known when its device gets there. On the host a number, which takes no heap."""
+    return value.item() if value.is_cpu else value
