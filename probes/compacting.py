@@ -40,12 +40,12 @@ class Compacted(NamedTuple):
 
 
 class Compactor:
-    """Compacts again and again, and keeps the memory that it takes."""
+    """Compacts again and again, and keeps the memory that it takes. What it gives is put into `memory`, if given."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Apart | None = None) -> None:
         self._bins = np.empty(0, dtype=np.uint16)
         self._counts = np.empty(0, dtype=np.int64)
-        self._kept = Apart()
+        self._keep = np.copy if memory is None else memory.copy_of
 
     def of(
         self,
@@ -66,7 +66,7 @@ class Compactor:
         clears = nothing is not None
         emptied = found if nothing is None else nothing[None]
         occupied = _compact(sums, extremes, chosen, clears, emptied, self._bins, self._counts, ends, tails, found)
-        keep = self._kept.copy_of
+        keep = self._keep
         return Compacted(
             keep(ends), keep(self._bins[:occupied]), keep(self._counts[:occupied]), keep(tails), keep(found)
         )

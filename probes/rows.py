@@ -16,6 +16,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
+from probes.apart import Apart
 from probes.compacting import Compacted, Compactor
 from probes.errors import UnsupportedTensor
 from probes.history import SlotHistory, SparseRow, history_of, sparse_rows
@@ -75,6 +76,7 @@ class SlotRows:
         self._slots: dict[torch.device, dict[Slot, int]] = defaultdict(dict)
         self._relative: dict[torch.device, RelativeArray[tuple[Slot, str]]] = {}
         self._arriving: list[_Arriving] = []
+        self._compactor = Compactor(Apart())
         self._tensors: Counter[Slot] = Counter()  # of the step under way
         self._latest: _Read | None = None
 
@@ -157,7 +159,7 @@ class SlotRows:
         for one in self._arriving:
             if one.arrived is not None:
                 one.arrived.synchronize()
-            found = Compactor().of(one.sums.numpy(), one.extremes.numpy(), list(one.slots.values()))
+            found = self._compactor.of(one.sums.numpy(), one.extremes.numpy(), list(one.slots.values()))
             self._finished.append(_Finished(one.step, list(one.slots), found, one.gain))
         self._arriving = []
 

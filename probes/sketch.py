@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from probes import kernels
+from probes.apart import Apart
 from probes.compacting import Compacted, Compactor
 from probes.in_memory import in_memory_order, without_repeats
 from probes.layout import (
@@ -81,7 +82,7 @@ class SketchArray:
         self._nothing = torch.tensor(EMPTY_EXTREMES, dtype=torch.float32, device=self.device)
         self.extremes = self._nothing.repeat(slots, 1)
         self._add = None if self.device.type == "cpu" else _device_kernel(self.device)
-        self._compactor = Compactor()
+        self._compactor = Compactor(Apart())
 
     @property
     def bytes(self) -> int:
