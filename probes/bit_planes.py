@@ -24,12 +24,12 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from probes.vectors import (
     FEATURES,
     all_of,
+    called,
     indices,
     least,
     load,
@@ -80,7 +80,7 @@ def codes_float32(_typing, source, base, planes, listed):  # type: ignore[no-unt
     listed  address of uint8 [CHUNK + 64], written: codes from 1 on that are not the window's
 
     Returns the largest code (uint8); the smallest but for 0, less one (uint8), not of this range if all are 0; how many
-    codes are listed, and how many are 0 (int64); and the sum of squares (float64).
+    codes are listed, and how many are 0, zeros or not (int64); and the sum of squares (float64).
     """
     return _found(*_given), partial(_code, read_upper=_upper_of_float32, read_floats=_float32s, lanes=4, bytes_each=4)
 
@@ -122,7 +122,7 @@ def _code(context, builder, signature, arguments, read_upper, read_floats, lanes
     below_lanes = splat(builder, below, _SHORTS)
     starts = (_BYTES, 0), (_BYTES, 255), (_I64, 0), (_I64, 0)
     with loop(builder, ir.Constant(_I64, CHUNK), BLOCK, *starts) as (i, carried, close):
-        largest, smallest, length, zeros = carried
+        largest, smallest, length, beneath = carried
         blocks = []
         for part in range(BLOCK // 64):
             start = builder.mul(builder.add(i, ir.Constant(_I64, 64 * part)), ir.Constant(_I64, bytes_each))
@@ -130,14 +130,14 @@ def _code(context, builder, signature, arguments, read_upper, read_floats, lanes
             blocks.append(code)
             largest = most(builder, largest, code)
             smallest = least(builder, smallest, builder.sub(code, all_of(_BYTES, 1)))  # 0 becomes 255
-            is_zero = builder.icmp_unsigned("==", code, all_of(_BYTES, 0))
-            zeros = builder.add(zeros, _set_bits(builder, is_zero))
-            length = _listed(builder, code, is_zero, listed, length)
+            is_beneath = builder.icmp_unsigned("==", code, all_of(_BYTES, 0))
+            beneath = builder.add(beneath, _set_bits(builder, is_beneath))
+            length = _listed(builder, code, is_beneath, listed, length)
         for k, plane in enumerate(_planes(builder, blocks)):
             place = builder.gep(out, [builder.add(i, ir.Constant(_I64, 8 * WORDS * k))])
             builder.store(plane, builder.bitcast(place, plane.type.as_pointer()), align=64)
-        largest, smallest, length, zeros = close(largest, smallest, length, zeros)
-    # A loop of its own: beside other readings of the same memory LLVM 20 loads single elements.
+        largest, smallest, length, beneath = close(largest, smallest, length, beneath)
+    # A loop of its own: beside other readings of the same memory LLVM 22 loads single elements.
     doubles = ir.VectorType(ir.DoubleType(), lanes)
     with loop(builder, ir.Constant(_I64, CHUNK), 64, *[(doubles, 0.0)] * (64 // lanes)) as (i, sums, close):
         start = builder.mul(i, ir.Constant(_I64, bytes_each))
@@ -146,7 +146,7 @@ def _code(context, builder, signature, arguments, read_upper, read_floats, lanes
         reduced(builder, "umax", largest),
         reduced(builder, "umin", smallest),
         length,
-        zeros,
+        beneath,
         total_of(builder, sums),
     )
     return context.make_tuple(builder, signature.return_type, found)
@@ -157,15 +157,15 @@ def _bytes_of_codes(builder, shorts, below):  # type: ignore[no-untyped-def]
     above = []
     for upper in shorts:
         bins = builder.lshr(builder.shl(upper, all_of(_SHORTS, 1)), all_of(_SHORTS, 5))
-        above.append(_called(builder, "llvm.usub.sat.v32i16", _SHORTS, bins, below))
-    return _called(builder, "llvm.x86.avx512.packuswb.512", _BYTES, *above)
+        above.append(called(builder, "llvm.usub.sat.v32i16", _SHORTS, bins, below))
+    return called(builder, "llvm.x86.avx512.packuswb.512", _BYTES, *above)
 
 
-def _listed(builder, code, is_zero, listed, length):  # type: ignore[no-untyped-def]
+def _listed(builder, code, is_beneath, listed, length):  # type: ignore[no-untyped-def]
     """Write those of 64 codes that are neither 0 nor the window's after what is listed; gives what is listed now."""
     beyond = builder.icmp_unsigned(">=", builder.sub(code, all_of(_BYTES, BELOW)), all_of(_BYTES, WINDOW))
-    chosen = builder.and_(beyond, builder.not_(is_zero))
-    together = _called(builder, "llvm.x86.avx512.mask.compress.v64i8", _BYTES, code, all_of(_BYTES, 0), chosen)
+    chosen = builder.and_(beyond, builder.not_(is_beneath))
+    together = called(builder, "llvm.x86.avx512.mask.compress.v64i8", _BYTES, code, all_of(_BYTES, 0), chosen)
     place = builder.gep(listed, [length])
     builder.store(together, builder.bitcast(place, _BYTES.as_pointer()), align=1)
     return builder.add(length, _set_bits(builder, chosen))
@@ -183,7 +183,7 @@ def _planes(builder, blocks):  # type: ignore[no-untyped-def]
     rows = []  # of 8 × 64 bits, of one vector's elements
     for block in blocks:
         none = ir.Constant(_I8, 0)
-        turned = _called(builder, "llvm.x86.vgf2p8affineqb.512", _BYTES, unit, block, none)  # 8 × 8 bits in each 64
+        turned = called(builder, "llvm.x86.vgf2p8affineqb.512", _BYTES, unit, block, none)  # 8 × 8 bits in each 64
         by_plane = builder.shuffle_vector(turned, turned, together)
         rows.append(builder.bitcast(by_plane, _BITS))
     return _transposed(builder, rows)
@@ -234,7 +234,7 @@ def _count(context, builder, _signature, arguments):  # type: ignore[no-untyped-
             total = builder.load(builder.bitcast(address, _BITS.as_pointer()), align=64)
             for member, of_block in zip(members, places, strict=True):
                 both = builder.and_(member, of_block[place])
-                total = builder.add(total, _called(builder, f"llvm.ctpop.v{WORDS}i64", _BITS, both))
+                total = builder.add(total, called(builder, f"llvm.ctpop.v{WORDS}i64", _BITS, both))
             builder.store(total, builder.bitcast(address, _BITS.as_pointer()), align=64)
         close()
     return context.get_dummy_value()
@@ -286,9 +286,3 @@ def _floats_of_bfloat16(builder, source):  # type: ignore[no-untyped-def]
         words = builder.shl(both, all_of(kind, 16)), builder.and_(both, all_of(kind, 0xFFFF0000))
         floats += [builder.bitcast(word, ir.VectorType(ir.FloatType(), 8)) for word in words]
     return floats
-
-
-def _called(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
-    """The result of one of LLVM's own functions."""
-    kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)

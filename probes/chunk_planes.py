@@ -64,18 +64,16 @@ def is_coded(kind, _seen):  # type: ignore[no-untyped-def]
 def take_planes(scratch, at, kind, bins, indices, tallies, seen, most_bits):  # type: ignore[no-untyped-def]
     """A whole chunk of a dtype that `is_coded`."""
     base = np.int64(seen[BASE])
-    high, low, listed, zeros, squares = _code(scratch, at, kind, base)
-    below = base - BELOW
-    are_coded = True
-    if zeros > 0:
-        coded_zero, zeros = zeros, _zeros(at, kind)
-        are_coded = zeros == coded_zero
+    high, low, listed, beneath, squares = _code(scratch, at, kind, base)
+    below, zeros = base - BELOW, 0
+    if beneath > 0:
+        zeros = _zeros(at, kind)
         if zeros == CHUNK:
             tallies[ZEROS - BINS] += zeros
             return
     lowest, highest = below + 1 + low, below + high
     if (
-        not are_coded
+        beneath > zeros
         or high == SPAN - 1
         or highest >= np.int64(seen[LARGEST] >> SHIFT)
         or lowest <= np.int64(seen[SMALLEST] >> SHIFT)
@@ -84,14 +82,15 @@ def take_planes(scratch, at, kind, bins, indices, tallies, seen, most_bits):  # 
         words = as_float32(scratch, at, kind)
         largest, smallest, fractions, zeros = reduce(words)
         lowest, highest = np.int64(smallest >> SHIFT), np.int64(largest >> SHIFT)
-        if not _are_coded(base, lowest, highest) and not _count_uncoded(words, base, smallest, largest, bins, indices):
+        if not _are_coded(base, lowest, highest) and not _count_uncoded(
+            words, base, smallest, largest, bins, indices, seen
+        ):
             base = np.int64(window_below(largest))
             if not _are_coded(base, lowest, highest):
                 seen[SINGLY] = WIDE
                 take_any(words, bins, indices, tallies, seen, most_bits)
                 return
             _, _, listed, _, squares = _code(scratch, at, kind, base)
-        widen_range(seen, lowest, highest)
         note(seen, largest, smallest, fractions)
     tallies[ZEROS - BINS] += zeros
     tallies[SUM_OF_SQUARES - BINS] += squares
@@ -126,7 +125,7 @@ def _zeros(at, kind):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _count_uncoded(words, base, smallest, largest, bins, indices):  # type: ignore[no-untyped-def]
+def _count_uncoded(words, base, smallest, largest, bins, indices, seen):  # type: ignore[no-untyped-def]
     """Count the elements outside the span one by one; or nothing, and return False, if they are many or not normal."""
     if smallest < LEAST_NORMAL or largest >= INF_BITS:
         return False
@@ -148,6 +147,7 @@ def _count_uncoded(words, base, smallest, largest, bins, indices):  # type: igno
                 above += int(bits >= first)
         if found > _FEW_UNCODED:
             return False
+    widen_range(seen, smallest >> SHIFT, largest >> SHIFT)
     for i in range(found):
         bins[np.int64(indices[i]) * WAYS] += np.uint32(1)
     if above > 0:

@@ -18,12 +18,12 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from probes.vectors import (
     FEATURES,
     all_of,
+    called,
     indices,
     largest_of,
     least,
@@ -135,11 +135,10 @@ def _count(context, builder, signature, arguments, read, bytes_each, shift, coun
 def _prefetch(builder, source, i, bytes_each):  # type: ignore[no-untyped-def]
     """Ask for the lines that a later group reads, where there is one: what the processor fetches ahead by itself ends
     with each page."""
-    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
-    ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     for line in range(GROUP * bytes_each // 64):
         ahead = builder.add(builder.mul(i, ir.Constant(_I64, bytes_each)), ir.Constant(_I64, AHEAD + 64 * line))
-        builder.call(ask, [builder.gep(source, [ahead]), *(ir.Constant(_I32, of) for of in (0, 3, 1))])
+        how = (ir.Constant(_I32, of) for of in (0, 3, 1))
+        called(builder, "llvm.prefetch.p0", ir.VoidType(), builder.gep(source, [ahead]), *how)
 
 
 def _increment(builder, table, places, step):  # type: ignore[no-untyped-def]

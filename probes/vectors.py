@@ -121,3 +121,9 @@ def reduced(builder: Any, how: str, lanes: Any, *start: Any) -> Any:
     signature = ir.FunctionType(kind.element, [*(value.type for value in start), kind])
     reduction = cgutils.get_or_insert_function(builder.module, signature, name)
     return builder.call(reduction, [*start, lanes], fastmath=("reassoc",) if start else ())
+
+
+def called(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    """The result of one of LLVM's own functions."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)

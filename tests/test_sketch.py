@@ -146,7 +146,7 @@ def test_ways_through_the_kernel(name: str, number: int, shares: Callable[[int],
 
 @pytest.mark.parametrize("octaves", [1, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32, 33, 40, 120, 240])
 def test_windows_of_octaves_join_without_a_gap(octaves: int) -> None:
-    """Every bin of so many octaves: what one window of bit planes does not hold, the next one does."""
+    """Every bin of so many octaves: what the window does not hold is listed, or counted by increments."""
     highest = (127 + octaves // 2) << MANTISSA_BITS
     values = of_bits(highest - (octaves << MANTISSA_BITS), highest, 1 << BIN_SHIFT - 2).repeat(9)
     assert_equals_the_reference(values[torch.randperm(len(values), generator=generator(octaves))])
